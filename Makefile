@@ -1,0 +1,40 @@
+# Every target sets up what it needs; `make demo` and `make test` work right after a clone.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The CPU build of torch serves demo, tests and checks; the image installs its own CUDA build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: demo test check format evaluate clean
+
+demo: $(VENV)/ready
+	$(RUN) -m demo
+
+test: $(VENV)/ready-dev
+	$(RUN) -m pytest
+
+check: $(VENV)/ready-dev
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(RUN) -m pytest tests/test_architecture.py
+
+format: $(VENV)/ready-dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+evaluate: $(VENV)/ready
+	$(RUN) -m demo.evaluate
+
+$(VENV)/ready: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) out build .pytest_cache .ruff_cache .mypy_cache .hypothesis
