@@ -1,0 +1,119 @@
+"""The header of a .safetensors file, read and checked without loading a tensor.
+
+Layout (https://huggingface.co/docs/safetensors): 8 bytes little-endian length, that many bytes of JSON
+`{name: {dtype, shape, data_offsets}, "__metadata__": {str: str}}`, then the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.errors import LoraCorrupt, LoraError, LoraUnsupported
+
+MAX_HEADER_BYTES = 100_000_000
+"""The format's own limit."""
+
+DTYPE_BYTES: Mapping[str, int] = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
+    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1, "F8_E8M0": 1},
+    **{"C64": 8, "I8": 1, "U8": 1, "BOOL": 1},
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """Names, shapes and metadata of a whole file."""
+
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """Reads a file's header and checks that the file is whole.
+
+    Every tensor's byte range must fit its dtype and shape, lie within the file, and the last must end
+    where the file ends; so a truncated download, a web page or another format never passes.
+
+    Raises: LoraCorrupt, saying what the file looks like instead; LoraUnsupported for a pickle.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise _not_safetensors(start + stream.read(512), size)
+        text = stream.read(length)
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_safetensors(start + text[:512], size) from error
+    if not isinstance(fields, dict):
+        raise LoraCorrupt("the file's safetensors header is not a JSON object")
+    return _checked(fields, size - 8 - length)
+
+
+def _checked(fields: dict[str, Any], data_bytes: int) -> Header:
+    metadata = fields.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise LoraCorrupt("the file's metadata is not a JSON object")
+    tensors: dict[str, TensorInfo] = {}
+    end_of_data = 0
+    for name, info in fields.items():
+        try:
+            dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
+            start, end = (int(n) for n in info["data_offsets"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise LoraCorrupt(f"the header's entry for {name[:80]!r} is malformed") from error
+        if dtype not in DTYPE_BYTES:
+            raise LoraCorrupt(f"tensor {name[:80]!r} has the unknown dtype {dtype[:20]!r}")
+        needed = DTYPE_BYTES[dtype] * math.prod(shape)
+        if min(shape, default=0) < 0 or start < 0 or end - start != needed:
+            raise LoraCorrupt(f"tensor {name[:80]!r} has a byte range that its shape does not fill")
+        end_of_data = max(end_of_data, end)
+        tensors[name] = TensorInfo(dtype, shape)
+    if end_of_data != data_bytes:
+        missing = end_of_data - data_bytes
+        trouble = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
+        raise LoraCorrupt(
+            f"the file does not have the length that its header tells ({trouble})",
+            "It was probably cut off on the way; upload or download it again.",
+        )
+    if not tensors:
+        raise LoraCorrupt("the file holds no tensors")
+    return Header(tensors, {str(k): str(v) for k, v in metadata.items()})
+
+
+def _not_safetensors(head: bytes, size: int) -> LoraError:
+    """The error for a file that is no .safetensors, by what its first bytes look like."""
+    if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return LoraUnsupported(
+            "the file is a Python pickle or a zip archive", "Convert it to .safetensors."
+        )
+    return LoraCorrupt(_what_it_is(head, size))
+
+
+def _what_it_is(head: bytes, size: int) -> str:
+    text = head.lstrip().lower()
+    if size == 0:
+        return "the file is empty"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return "the file is a web page, not an adapter (a login or error page?)"
+    if head.startswith(b"version https://git-lfs"):
+        return "the file is a Git LFS pointer, not the adapter itself"
+    if text.startswith((b"{", b"[")):
+        return "the file is JSON text, not a .safetensors file"
+    return "the file is not a .safetensors file, or it was cut off within its header"
