@@ -1,0 +1,258 @@
+"""The job handler: `python handler.py` starts the RunPod worker; importing this does nothing.
+
+`Worker` does four things per job: parse, load the LoRAs, generate with them applied, answer. Every job
+ends in an answer, and after every job the pipeline is bit for bit what it was before.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from PIL import Image
+
+from lora.cache import open_cache
+from lora.engine import LoraEngine, LoraUse, Mode
+from lora.errors import CodedError
+from lora.library import Loaded, LoraLibrary
+from pipelines.image import ImagePipeline, Route, Timings, choose_route
+from pipelines.loading import load_models
+from schemas import ImageRequest, LoraRequest, parse_job
+from settings import Settings
+from worker.inputs import load_picture
+from worker.outputs import (
+    Bucket,
+    deliver,
+    encode,
+    guard_size,
+    open_bucket,
+    parameters_text,
+)
+from worker.progress import Progress
+
+log = logging.getLogger("worker")
+
+Job = Mapping[str, Any]
+Answer = dict[str, Any]
+SendProgress = Callable[[Job, dict[str, Any]], None]
+
+PHASES = (
+    "resolve",
+    "download",
+    "parse",
+    "apply",
+    "encode_prompt",
+    "denoise",
+    "decode",
+    "restore",
+    "encode",
+)
+"""The answer's timings, in the order in which they happen."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What setup makes and every job uses."""
+
+    pipeline: ImagePipeline
+    engine: LoraEngine
+    library: LoraLibrary
+    bucket: Bucket | None
+    warnings: tuple[str, ...]
+    """What every answer must tell: a volume that cannot be written."""
+
+
+class Worker:
+    """Serves jobs, one at a time. All state is in here: the parts that `setup` makes."""
+
+    def __init__(self, settings: Settings, send_progress: SendProgress | None = None) -> None:
+        self.settings = settings
+        self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
+        self._parts: Parts | None = None
+
+    def setup(self) -> Worker:
+        """Loads the models and opens the cache; once, before the first job.
+
+        Raises: WeightsMissing, or whatever keeps the models from loading: then no job can be served.
+        """
+        begun = time.perf_counter()
+        pipeline = ImagePipeline(load_models(self.settings))
+        engine = LoraEngine(pipeline.components)
+        lora_cache, warnings = open_cache(*self.settings.lora_cache)
+        library = LoraLibrary(lora_cache, engine.key_map())
+        bucket = open_bucket(self.settings)
+        self._parts = Parts(pipeline, engine, library, bucket, warnings)
+        log.info("%s is ready after %.1f s", pipeline.name, time.perf_counter() - begun)
+        return self
+
+    @property
+    def parts(self) -> Parts:
+        """What `setup` made; makes it if nobody did."""
+        if self._parts is None:
+            self.setup()
+        if self._parts is None:
+            raise RuntimeError("setup left no parts")
+        return self._parts
+
+    def __call__(self, job: Job) -> Answer:
+        """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises."""
+        try:
+            return self._answer(job)
+        except CodedError as error:
+            log.info("job failed: %s", error)
+            return {"error": str(error)}
+        except torch.OutOfMemoryError:
+            log.warning("out of memory")
+            torch.cuda.empty_cache()
+            hint = "Ask for fewer or smaller pictures."
+            return {"error": f"OUT_OF_MEMORY: the device's memory did not suffice. {hint}"}
+        except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer
+            # The places only: the exceptions' texts may hold a URL or a token.
+            where = "".join(traceback.format_tb(error.__traceback__))
+            log.error("job failed with %s\n%s", type(error).__name__, where)
+            hint = "This is a fault of the worker; its log has the place."
+            return {
+                "error": f"INTERNAL: the job failed unexpectedly ({type(error).__name__}). {hint}"
+            }
+
+    def _answer(self, job: Job) -> Answer:
+        parts = self.parts
+        request = parse_job(job)
+        route, warnings = choose_route(request, has_refiner=parts.pipeline.has_refiner)
+        timings = Timings(dict.fromkeys(PHASES, 0.0))
+        progress = Progress(lambda update: self._send(job, update))
+        loaded = [_load(parts.library, lora, timings, progress) for lora in request.loras]
+        picture = load_picture(request.image_url) if request.image_url else None
+        images = self._generate(parts, request, route, picture, loaded, timings, progress)
+        with timings.measure("encode"):
+            text = _parameters(parts.pipeline, request, images[0], loaded)
+            encoded = [
+                encode(i, request.output_format, request.output_quality, text) for i in images
+            ]
+            name = self.settings.bucket_name
+            urls = deliver(encoded, str(job.get("id", "job")), parts.bucket, name)
+        answer: Answer = {
+            "images": urls,
+            "image_url": urls[0],
+            "seed": request.seed,
+            "model": parts.pipeline.name,
+            "loras": [
+                _report(use, found) for use, found in zip(request.loras, loaded, strict=True)
+            ],
+            "timings": {phase: round(s, 4) for phase, s in timings.seconds.items()},
+            "warnings": [*parts.warnings, *request.warnings, *warnings, *_unused_warnings(loaded)],
+        }
+        guard_size(answer, self.settings.max_answer_mb)
+        return answer
+
+    def _generate(
+        self,
+        parts: Parts,
+        request: ImageRequest,
+        route: Route,
+        picture: Image.Image | None,
+        loaded: list[Loaded],
+        timings: Timings,
+        progress: Progress,
+    ) -> list[Image.Image]:
+        """Draws with the LoRAs applied; a request without LoRAs does not touch the engine."""
+        draw = parts.pipeline.generate
+        if not loaded:
+            return draw(request, route, picture, timings, progress.step)
+        scales = [lora.scale for lora in request.loras]
+        stack = [LoraUse(found.file, s) for found, s in zip(loaded, scales, strict=True)]
+        drawn = time.perf_counter()
+        with parts.engine.applied(stack, Mode(self.settings.lora_mode)) as applied:
+            timings.add("apply", applied.seconds)
+            images = draw(request, route, picture, timings, progress.step)
+            drawn = time.perf_counter()
+        timings.add("restore", time.perf_counter() - drawn)
+        return images
+
+
+def _load(library: LoraLibrary, lora: LoraRequest, timings: Timings, progress: Progress) -> Loaded:
+    name = lora.reference.shown.rsplit("/", 1)[-1]
+    loaded = library.load(lora.reference, lambda done, all_: progress.download(name, done, all_))
+    timings.add("resolve", loaded.resolve_seconds)
+    timings.add("download", loaded.download_seconds)
+    timings.add("parse", loaded.parse_seconds)
+    return loaded
+
+
+def _report(use: LoraRequest, loaded: Loaded) -> dict[str, Any]:
+    """What the answer says of one LoRA."""
+    file = loaded.file
+    return {
+        "source": use.reference.shown,
+        "file": loaded.entry.name,
+        "sha256": file.sha256,
+        "origin": "downloaded" if loaded.entry.downloaded else "cached",
+        "algorithm": "+".join(file.algorithms),
+        "rank": file.rank,
+        "layers": len(file.layers),
+        "used_keys": file.keys,
+        "unused_keys": [{"key": unused.key, "reason": unused.reason} for unused in file.unused],
+        "scale": use.scale,
+        "status": "applied",
+    }
+
+
+def _unused_warnings(loaded: list[Loaded]) -> list[str]:
+    return [
+        f"{one.entry.name}: {len(one.file.unused)} of {one.file.keys + len(one.file.unused)} "
+        "tensors were not used (see unused_keys)"
+        for one in loaded
+        if one.file.unused
+    ]
+
+
+def _parameters(
+    pipeline: ImagePipeline, request: ImageRequest, picture: Image.Image, loaded: list[Loaded]
+) -> str:
+    values = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "steps": request.num_inference_steps,
+        "scheduler": request.scheduler,
+        "guidance_scale": request.guidance_scale,
+        "seed": request.seed,
+        "size": f"{picture.width}x{picture.height}",
+        "model": pipeline.name,
+    }
+    loras = [
+        (one.entry.path.stem, use.scale, one.file.sha256)
+        for use, one in zip(request.loras, loaded, strict=True)
+    ]
+    return parameters_text(values, loras)
+
+
+@cache
+def default_worker() -> Worker:
+    """The worker of this process, by its environment; the models are loaded when it is first asked for."""
+    return Worker(Settings.from_env(os.environ)).setup()
+
+
+def generate_image(job: Job) -> Answer:
+    """The handler function: a job in, its answer out. See `Worker.__call__`."""
+    return default_worker()(job)
+
+
+def main() -> None:
+    """Loads the models, then serves RunPod's jobs for ever (or one, with --test_input)."""
+    import runpod
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the hub client's; it logs whole URLs
+    default_worker()
+    runpod.serverless.start({"handler": generate_image})
+
+
+if __name__ == "__main__":
+    main()

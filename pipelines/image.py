@@ -1,0 +1,274 @@
+"""SDXL: which pipeline draws a request, and the drawing itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from PIL import Image
+from torch import nn
+
+from pipelines.loading import LoadedModels
+from pipelines.schedulers import make_scheduler
+from schemas import HINT, ImageRequest, InvalidInput
+
+ENSEMBLE_FRACTION = 0.8
+"""Where the refiner takes over in an ensemble if the request does not say: SDXL's own default."""
+
+ENCODED = (
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+"""What `encode_prompt` returns, under the names that the pipeline's call takes."""
+
+StepCallback = Callable[[int, int], None]
+"""Called after each denoising step with (steps done, steps in all)."""
+
+
+class Route(Enum):
+    """Which pipelines draw a request."""
+
+    BASE = "base"
+    REFINED = "base, then refiner as image to image (as worker-sdxl)"
+    ENSEMBLE = "base, then refiner, one denoising split in two"
+    REFINER_IMAGE = "refiner alone, on the given picture (as worker-sdxl)"
+    BASE_IMAGE = "base alone, on the given picture"
+
+
+def choose_route(request: ImageRequest, *, has_refiner: bool) -> tuple[Route, list[str]]:
+    """The route of a request, and what the answer must warn of.
+
+    Raises: InvalidInput where `strength` leaves image to image without a step.
+    """
+    warnings: list[str] = []
+    if request.image_url and has_refiner and not request.loras and request.refiner_mode != "none":
+        route = Route.REFINER_IMAGE
+    elif request.image_url:
+        route = Route.BASE_IMAGE
+        if has_refiner and request.loras:
+            warnings.append(
+                "image_url with loras: the base model draws it, since SDXL LoRAs do not fit the refiner"
+            )
+    elif has_refiner and request.refiner_mode != "none":
+        route = Route.ENSEMBLE if request.refiner_mode == "ensemble" else Route.REFINED
+    else:
+        route = Route.BASE
+        if request.high_noise_frac is not None and not has_refiner:
+            warnings.append("high_noise_frac does nothing: this worker has no refiner")
+    if not has_refiner and request.refiner_mode == "ensemble":
+        warnings.append("refiner_mode ensemble does nothing: this worker has no refiner")
+    _check_steps(request, route)
+    return route, warnings
+
+
+def _check_steps(request: ImageRequest, route: Route) -> None:
+    """diffusers does int(steps * strength) steps of image to image, and fails on none."""
+    by_route = {
+        Route.REFINED: ("refiner_inference_steps", request.refiner_inference_steps),
+        Route.REFINER_IMAGE: ("refiner_inference_steps", request.refiner_inference_steps),
+        Route.BASE_IMAGE: ("num_inference_steps", request.num_inference_steps),
+    }
+    name, steps = by_route.get(route, ("", 1))
+    if name and int(steps * request.strength) < 1:
+        raise InvalidInput(
+            f"strength: {request.strength} of {steps} {name} is less than one step", HINT
+        )
+
+
+@dataclass
+class Timings:
+    """Seconds by phase of one job; a phase that is entered twice adds up."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, phase: str, seconds: float) -> None:
+        """Adds to a phase."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    @contextmanager
+    def measure(self, phase: str) -> Iterator[None]:
+        """Adds the time of the block to a phase, however it is left."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(phase, time.perf_counter() - begun)
+
+
+class ImagePipeline:
+    """The SDXL base, and the refiner where there is one, behind one call."""
+
+    def __init__(self, models: LoadedModels) -> None:
+        self.name = models.name
+        self.device = models.device
+        self.has_refiner = models.refiner is not None
+        self._base = models.base
+        self._refiner = models.refiner
+        self._base_image = StableDiffusionXLImg2ImgPipeline(
+            **models.base.components,
+            force_zeros_for_empty_prompt=models.base.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
+        self._base_image.set_progress_bar_config(disable=True)
+
+    @property
+    def components(self) -> Mapping[str, nn.Module]:
+        """What a LoRA may change: the base model's UNet and text encoders."""
+        names = ("unet", "text_encoder", "text_encoder_2")
+        return {name: getattr(self._base, name) for name in names if getattr(self._base, name)}
+
+    @property
+    def default_size(self) -> int:
+        """The width and height that the model was made for, in pixels."""
+        return int(self._base.unet.config.sample_size * self._base.vae_scale_factor)
+
+    def generate(
+        self,
+        request: ImageRequest,
+        route: Route,
+        picture: Image.Image | None,
+        timings: Timings,
+        on_step: StepCallback = lambda done, total: None,
+    ) -> list[Image.Image]:
+        """Draws the request: `num_images` RGB pictures.
+
+        `picture` is what `image_url` held, for the two image routes. The same request and seed give the
+        same pixels, whatever was drawn before. Adds encode_prompt, denoise and decode to `timings`.
+        """
+        draw = _Drawing(
+            request, torch.Generator(self.device).manual_seed(request.seed), timings, on_step
+        )
+        with self._with_schedulers(request, route):
+            if route is Route.REFINER_IMAGE:
+                return self._refine(draw, image=picture)
+            if route is Route.BASE_IMAGE:
+                return draw.run(
+                    self._base_image,
+                    **self._base_options(request),
+                    image=picture,
+                    strength=request.strength,
+                )
+            if route is Route.BASE:
+                return draw.run(self._base, **self._base_options(request), **self._size(request))
+            return self._base_then_refiner(draw, route)
+
+    def _base_then_refiner(self, draw: _Drawing, route: Route) -> list[Image.Image]:
+        request, split = draw.request, draw.request.high_noise_frac
+        if route is Route.ENSEMBLE and split is None:
+            split = ENSEMBLE_FRACTION
+        latents = draw.run(
+            self._base,
+            **self._base_options(request),
+            **self._size(request),
+            denoising_end=split,
+            output_type="latent",
+        )
+        if route is Route.ENSEMBLE:
+            return draw.run(
+                self._refiner,
+                negative_prompt=request.negative_prompt,
+                guidance_scale=request.guidance_scale,
+                num_inference_steps=request.num_inference_steps,
+                denoising_start=split,
+                image=latents,
+            )
+        return self._refine(draw, image=latents)
+
+    def _refine(self, draw: _Drawing, image: Any) -> list[Image.Image]:
+        """As worker-sdxl calls its refiner: with the prompt alone, and its own guidance scale."""
+        return draw.run(
+            self._refiner,
+            negative_prompt=None,
+            guidance_scale=5.0,
+            num_inference_steps=draw.request.refiner_inference_steps,
+            strength=draw.request.strength,
+            image=image,
+        )
+
+    def _base_options(self, request: ImageRequest) -> dict[str, Any]:
+        return {
+            "negative_prompt": request.negative_prompt,
+            "guidance_scale": request.guidance_scale,
+            "num_inference_steps": request.num_inference_steps,
+        }
+
+    def _size(self, request: ImageRequest) -> dict[str, Any]:
+        side = self.default_size
+        return {"height": request.height or side, "width": request.width or side}
+
+    @contextmanager
+    def _with_schedulers(self, request: ImageRequest, route: Route) -> Iterator[None]:
+        """Gives the pipelines the request's sampler, and their own back afterwards."""
+        chosen = [self._base, self._base_image]
+        if route is Route.ENSEMBLE:  # both halves of one denoising must count alike
+            chosen.append(self._refiner)
+        own = [pipeline.scheduler for pipeline in chosen]
+        try:
+            for pipeline, scheduler in zip(chosen, own, strict=True):
+                pipeline.scheduler = make_scheduler(request.scheduler, scheduler.config)
+            yield
+        finally:
+            for pipeline, scheduler in zip(chosen, own, strict=True):
+                pipeline.scheduler = scheduler
+
+
+@dataclass
+class _Drawing:
+    """One request under way: the generator that all its calls share, and where their times go."""
+
+    request: ImageRequest
+    generator: torch.Generator
+    timings: Timings
+    on_step: StepCallback
+
+    def run(
+        self,
+        pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline,
+        *,
+        negative_prompt: str | None,
+        guidance_scale: float,
+        **options: Any,
+    ) -> Any:
+        """One call of a pipeline, timed by phase. Returns its images, or latents if so asked.
+
+        The prompt is encoded first and on its own; diffusers does the same inside the call.
+        """
+        with self.timings.measure("encode_prompt"), torch.no_grad():
+            encoded = pipeline.encode_prompt(
+                prompt=self.request.prompt,
+                negative_prompt=negative_prompt,
+                device=pipeline._execution_device,
+                do_classifier_free_guidance=guidance_scale > 1
+                and pipeline.unet.config.time_cond_proj_dim is None,
+            )
+        conditions = dict(zip(ENCODED, encoded, strict=True))
+        begun = time.perf_counter()
+        denoised = begun
+
+        def after_step(pipe: Any, step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal denoised
+            if step + 1 >= pipe.num_timesteps and pipe._execution_device.type == "cuda":
+                torch.cuda.synchronize()  # else the last steps would count as decoding
+            denoised = time.perf_counter()
+            self.on_step(step + 1, pipe.num_timesteps)
+            return tensors
+
+        images = pipeline(
+            **conditions,
+            **options,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=self.request.num_images,
+            generator=self.generator,
+            callback_on_step_end=after_step,
+        ).images
+        self.timings.add("denoise", denoised - begun)
+        self.timings.add("decode", time.perf_counter() - denoised)
+        return images

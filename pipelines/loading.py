@@ -1,0 +1,90 @@
+"""Loads the baked weights: from a folder, a single file, or a hub repo that is already on the disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLPipeline,
+)
+
+from pipelines.weights import find_weights
+from settings import STOCK_MODEL, Settings
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
+
+
+@dataclass(frozen=True)
+class LoadedModels:
+    """The pipelines that a worker needs, on their device."""
+
+    name: str
+    base: StableDiffusionXLPipeline
+    refiner: StableDiffusionXLImg2ImgPipeline | None
+    device: torch.device
+
+
+def load_models(settings: Settings) -> LoadedModels:
+    """Loads base, VAE and refiner as the settings say, without asking any network.
+
+    Raises: WeightsMissing.
+    """
+    device = torch.device(_device(settings.device))
+    dtype = DTYPES[_dtype(settings.dtype, device)]
+    vae = None
+    if settings.vae_source:
+        where = find_weights(settings.vae_source)
+        vae = AutoencoderKL.from_pretrained(where, dtype=dtype, local_files_only=True)
+    base = _load(StableDiffusionXLPipeline, settings.model, dtype, vae)
+    refiner = None
+    if settings.refiner_source:
+        refiner = _load(StableDiffusionXLImg2ImgPipeline, settings.refiner_source, dtype, vae)
+        refiner.to(device)
+    base.to(device)
+    for pipeline in filter(None, (base, refiner)):
+        pipeline.set_progress_bar_config(disable=True)
+    name = settings.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors")
+    return LoadedModels(name, base, refiner, device)
+
+
+def _load(
+    pipeline: type[AnyPipeline], source: str, dtype: torch.dtype, vae: AutoencoderKL | None
+) -> AnyPipeline:
+    where = find_weights(source)
+    parts = {"vae": vae} if vae is not None else {}
+    if where.is_file():
+        # A single checkpoint holds no configs; SDXL's own are baked beside it.
+        config = str(find_weights(STOCK_MODEL))
+        return pipeline.from_single_file(
+            str(where), config=config, dtype=dtype, local_files_only=True, **parts
+        )
+    half = any(where.glob("*/*.fp16.safetensors"))
+    return pipeline.from_pretrained(
+        where,
+        dtype=dtype,
+        variant="fp16" if half else None,
+        use_safetensors=True,
+        add_watermarker=False,
+        local_files_only=True,
+        **parts,
+    )
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    return "float16" if device.type == "cuda" else "float32"

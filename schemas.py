@@ -1,0 +1,354 @@
+"""What a request may say: the JSON Schema, and `parse_job`, which turns a job into an `ImageRequest`.
+
+Field names, defaults and meaning are those of RunPod's worker-sdxl; what is ours comes after them.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError
+
+from lora.errors import CodedError, nearest
+from lora.sources import Reference
+
+SCHEDULERS = (
+    "PNDM",
+    "KLMS",
+    "DDIM",
+    "K_EULER",
+    "K_EULER_ANCESTRAL",
+    "DPMSolverMultistep",
+    "DPMSolverSinglestep",
+    "UniPC",
+    "Euler Karras",
+    "DPM++ 2M",
+    "DPM++ 2M Karras",
+    "DPM++ 2M SDE Karras",
+    "LCM",
+    "TCD",
+)
+"""worker-sdxl's seven, then others under the names that web UIs use (classes: `pipelines.schedulers`)."""
+
+MAX_LORAS = 16
+
+IMAGE_REQUEST: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "prompt": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "What to draw; required unless `image_url` is given",
+        },
+        "negative_prompt": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "What not to draw",
+        },
+        "height": {
+            "type": ["integer", "null"],
+            "minimum": 64,
+            "maximum": 4096,
+            "multipleOf": 8,
+            "default": None,
+            "description": "Height in pixels; null is the model's own size, 1024 for SDXL",
+        },
+        "width": {
+            "type": ["integer", "null"],
+            "minimum": 64,
+            "maximum": 4096,
+            "multipleOf": 8,
+            "default": None,
+            "description": "Width in pixels; null is the model's own size, 1024 for SDXL",
+        },
+        "seed": {
+            "type": ["integer", "null"],
+            "minimum": 0,
+            "maximum": 2**64 - 1,
+            "default": None,
+            "description": "Same seed, same picture; null draws one, and the answer tells it",
+        },
+        "scheduler": {
+            "type": "string",
+            "enum": list(SCHEDULERS),
+            "default": "DDIM",
+            "description": "The base model's sampler",
+        },
+        "num_inference_steps": {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": 500,
+            "default": 25,
+            "description": "Denoising steps of the base model",
+        },
+        "refiner_inference_steps": {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": 500,
+            "default": 50,
+            "description": "Denoising steps of the refiner, of which `strength` are done",
+        },
+        "guidance_scale": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 100,
+            "default": 7.5,
+            "description": "How strictly the base model follows the prompt",
+        },
+        "strength": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1,
+            "default": 0.3,
+            "description": "Image to image: how much of the picture is drawn anew",
+        },
+        "image_url": {
+            "type": ["string", "null"],
+            "pattern": "^(https?://|data:image/)",
+            "default": None,
+            "description": "Picture to start from: an http(s) URL or a data URI",
+        },
+        "num_images": {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": 4,
+            "default": 1,
+            "description": "How many pictures",
+        },
+        "high_noise_frac": {
+            "type": ["number", "null"],
+            "minimum": 0,
+            "maximum": 1,
+            "default": None,
+            "description": "Share of the denoising that the base model does before the refiner takes over",
+        },
+        "refiner_mode": {
+            "type": "string",
+            "enum": ["img2img", "ensemble", "none"],
+            "default": "img2img",
+            "description": "`img2img` as worker-sdxl refines; `ensemble` splits one denoising between "
+            "base and refiner at `high_noise_frac` (0.8 if null); `none` leaves the refiner out",
+        },
+        "loras": {
+            "type": ["array", "null"],
+            "maxItems": MAX_LORAS,
+            "default": None,
+            "description": "LoRAs to apply, in this order: each a source, or an object with `path`",
+        },
+        "strict_loras": {
+            "type": "boolean",
+            "default": False,
+            "description": "Fail on an entry of `loras` that names no LoRA, instead of skipping it",
+        },
+        "output_format": {
+            "type": "string",
+            "enum": ["png", "jpeg", "webp"],
+            "default": "png",
+            "description": "File format of the pictures",
+        },
+        "output_quality": {
+            "type": "integer",
+            "minimum": 1,
+            "maximum": 100,
+            "default": 95,
+            "description": "Quality of jpeg and webp",
+        },
+    },
+}
+
+LORA_ENTRY: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["path"],
+    "properties": {
+        "path": {"type": "string", "minLength": 1, "description": "The source"},
+        "scale": {
+            "type": "number",
+            "minimum": -10,
+            "maximum": 10,
+            "default": 1.0,
+            "description": "How strongly; 1 as trained, 0 not at all, negative the reverse",
+        },
+        "weight_name": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "Which file of a Hugging Face repo",
+        },
+        "revision": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "Which branch, tag or commit of a Hugging Face repo",
+        },
+        "sha256": {
+            "type": ["string", "null"],
+            "pattern": "^[0-9a-fA-F]{64}$",
+            "default": None,
+            "description": "The file's hash, if it must be this one",
+        },
+    },
+}
+
+
+class InvalidInput(CodedError):
+    """The request breaks the schema; the sentence lists every fault with its path."""
+
+    code = "INVALID_INPUT"
+
+
+@dataclass(frozen=True)
+class LoraRequest:
+    """One LoRA that a request asks for."""
+
+    reference: Reference
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A valid request, every default filled in. See `IMAGE_REQUEST` for what each field means."""
+
+    prompt: str
+    negative_prompt: str | None
+    height: int | None
+    width: int | None
+    seed: int
+    scheduler: str
+    num_inference_steps: int
+    refiner_inference_steps: int
+    guidance_scale: float
+    strength: float
+    image_url: str | None
+    num_images: int
+    high_noise_frac: float | None
+    refiner_mode: str
+    loras: tuple[LoraRequest, ...]
+    strict_loras: bool
+    output_format: str
+    output_quality: int
+    warnings: tuple[str, ...] = ()
+    """What was let pass, in sentences for the answer."""
+
+
+def parse_job(job: object) -> ImageRequest:
+    """The job's request. Raises: InvalidInput, with every fault at once, each with its path."""
+    if not isinstance(job, Mapping):
+        raise InvalidInput("the job is not an object", HINT)
+    values = job.get("input")
+    if not isinstance(values, Mapping):
+        raise InvalidInput("input is not an object", HINT)
+    faults = list(_faults(IMAGE_REQUEST, values, ""))
+    if not values.get("prompt") and not values.get("image_url"):
+        faults.append("prompt is required (unless image_url is given)")
+    loras, warnings, lora_faults = _read_loras(
+        values.get("loras"), bool(values.get("strict_loras"))
+    )
+    if faults + lora_faults:
+        count = len(faults + lora_faults)
+        start = "" if count == 1 else f"{count} faults: "
+        raise InvalidInput(start + "; ".join(faults + lora_faults), HINT)
+    filled = _filled(IMAGE_REQUEST, values)
+    filled["prompt"] = filled["prompt"] or ""
+    if filled["seed"] is None:
+        filled["seed"] = secrets.randbits(32)
+    return ImageRequest(**{**filled, "loras": loras, "warnings": tuple(warnings)})
+
+
+HINT = "See the README's table of parameters."
+
+
+def _read_loras(
+    entries: object, strict: bool
+) -> tuple[tuple[LoraRequest, ...], list[str], list[str]]:
+    """The entries that name a LoRA; warnings for those that do not; faults."""
+    loras: list[LoraRequest] = []
+    warnings: list[str] = []
+    faults: list[str] = []
+    for index, given in enumerate(entries if isinstance(entries, list) else []):
+        where = f"loras[{index}]"
+        entry = {"path": given} if isinstance(given, str) else given
+        if not isinstance(entry, Mapping) or not entry.get("path"):
+            words = f"{where} names no LoRA (a string or an object with path)"
+            (faults if strict else warnings).append(words if strict else f"{words} and was skipped")
+            continue
+        found = list(_faults(LORA_ENTRY, entry, f"{where}."))
+        faults += found
+        if not found:
+            values = _filled(LORA_ENTRY, entry)
+            scale = values.pop("scale")
+            loras.append(LoraRequest(Reference(**values), float(scale)))
+    return tuple(loras), warnings, faults
+
+
+def _filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Every property of the schema: the value given, else the default; 20.0 becomes 20."""
+    filled: dict[str, Any] = {}
+    for name, rule in schema["properties"].items():
+        value = values.get(name, rule.get("default"))
+        whole = "integer" in rule["type"] and isinstance(value, float)
+        filled[name] = int(value) if whole else value
+    return filled
+
+
+def _faults(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> Iterator[str]:
+    """Every breach of the schema, as `path: what is wrong`, in a fixed order."""
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{where}{name}: {value} is not a number that JSON knows"
+    errors = Draft202012Validator(schema).iter_errors(values)
+    for error in sorted(errors, key=lambda e: [str(step) for step in e.absolute_path]):
+        yield from _words(error, schema, where)
+
+
+def _words(error: ValidationError, schema: Mapping[str, Any], where: str) -> Iterator[str]:
+    """One breach in words of our own; jsonschema's would repeat the whole value."""
+    name = where + ".".join(str(step) for step in error.absolute_path)
+    value, limit = _short(error.instance), error.validator_value
+    if error.validator == "additionalProperties":
+        for extra in sorted(str(k) for k in error.instance if k not in schema["properties"]):
+            hint = nearest(extra, schema["properties"]).rstrip("?")
+            yield f"{where}{extra} is not a field" + (f" ({_lower(hint)}?)" if hint else "")
+        return
+    say = _SENTENCES.get(str(error.validator))
+    yield f"{name}: {say(value, limit) if say else error.message}"
+
+
+_PATTERNS: Mapping[str, str] = {
+    str(IMAGE_REQUEST["properties"]["image_url"]["pattern"]): "an http(s) URL or a data:image/ URI",
+    str(LORA_ENTRY["properties"]["sha256"]["pattern"]): "64 hexadecimal digits",
+}
+
+_SENTENCES: Mapping[str, Callable[[str, Any], str]] = {
+    "type": lambda value, limit: f"{value} is not {_kinds(limit)}",
+    "enum": lambda value, limit: f"{value} is none of {', '.join(limit)}",
+    "minimum": lambda value, limit: f"{value} is less than {limit}",
+    "maximum": lambda value, limit: f"{value} is more than {limit}",
+    "multipleOf": lambda value, limit: f"{value} is not a multiple of {limit}",
+    "maxItems": lambda value, limit: f"more than {limit} entries",
+    "pattern": lambda value, limit: f"{value} does not look right ({_PATTERNS[limit]})",
+}
+
+
+def _kinds(types: object) -> str:
+    names = [str(t) for t in (types if isinstance(types, list) else [types])]
+    return " or ".join(
+        f"an {n}" if n[0] in "aio" else n if n == "null" else f"a {n}" for n in names
+    )
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def _short(value: object) -> str:
+    """A value as it may be repeated in an error: short, and no URL, which may carry a secret."""
+    text = repr(value)
+    if "://" in text or text.startswith(("'data:", '"data:')):
+        return "the value"
+    return text if len(text) <= 60 else text[:57] + "…"

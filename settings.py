@@ -1,0 +1,184 @@
+"""Every environment variable that the worker reads, once, into one frozen object."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from lora.cache import Limits
+from lora.sources import Hub
+
+STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
+STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
+STOCK_VAE = "madebyollin/sdxl-vae-fp16-fix"
+
+OWN_PREFIXES = ("LORA_", "WORKER_")
+"""An unknown variable with one of these is refused: it is a misspelt setting."""
+
+
+class SettingsError(ValueError):
+    """The environment is not usable; the text lists every fault."""
+
+
+def _setting(
+    env: str, default: Any, description: str, *, secret: bool = False, **limits: Any
+) -> Any:
+    """A field with what the docs and `.runpod/hub.json` say of it."""
+    about = {"env": env, "description": description, "secret": secret, **limits}
+    return field(default=default, metadata=about, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The worker's settings. A test holds the README's table and `.runpod/hub.json` to these fields."""
+
+    model: str = _setting(
+        "WORKER_MODEL",
+        STOCK_MODEL,
+        "Base model: a Hugging Face repo, a folder in diffusers layout, a single .safetensors "
+        "checkpoint, or `demo` for the embedded model",
+    )
+    refiner: str = _setting(
+        "WORKER_REFINER",
+        "auto",
+        "Refiner: a Hugging Face repo or a folder; `none` for none; `auto` is SDXL's refiner with "
+        "SDXL's own base and none with any other",
+    )
+    vae: str = _setting(
+        "WORKER_VAE",
+        "auto",
+        "VAE in place of the model's own: a Hugging Face repo or a folder; `none` for none; `auto` is "
+        "the fp16-fix VAE with SDXL's own base and none with any other",
+    )
+    device: str = _setting(
+        "WORKER_DEVICE", "auto", "`cuda`, `cpu`, or `auto`: cuda if there is one"
+    )
+    dtype: str = _setting(
+        "WORKER_DTYPE",
+        "auto",
+        "Precision of the weights; `auto` is float16 on cuda and float32 on cpu",
+        options=("auto", "float16", "bfloat16", "float32"),
+    )
+    max_answer_mb: float = _setting(
+        "WORKER_MAX_ANSWER_MB",
+        10.0,
+        "Largest answer in MB; a larger one fails with OUTPUT_TOO_LARGE (RunPod carries 10 for /run, "
+        "20 for /runsync)",
+        minimum=0.1,
+    )
+    lora_cache_dir: Path = _setting(
+        "LORA_CACHE_DIR",
+        Path("/models/loras"),
+        "Folder of the LoRA cache; on RunPod a folder of the network volume, such as "
+        "/runpod-volume/loras",
+    )
+    lora_cache_max_gb: float = _setting(
+        "LORA_CACHE_MAX_GB",
+        0.0,
+        "Budget of the cache in GB; what was used least recently goes first; 0 for no limit",
+        minimum=0,
+    )
+    lora_max_file_mb: float = _setting(
+        "LORA_MAX_FILE_MB", 2048.0, "Largest LoRA file in MB that is downloaded", minimum=1
+    )
+    lora_download_timeout: float = _setting(
+        "LORA_DOWNLOAD_TIMEOUT", 300.0, "Seconds that one download may take", minimum=1
+    )
+    lora_mode: str = _setting(
+        "LORA_MODE",
+        "dynamic",
+        "How LoRAs are applied: `dynamic` adds them in each layer's forward, ready in milliseconds; "
+        "`merged` writes them into the weights, no cost per step",
+        options=("dynamic", "merged"),
+    )
+    hf_token: str = _setting(
+        "HF_TOKEN", "", "Hugging Face token for gated and private repos", secret=True
+    )
+    hf_endpoint: str = _setting("HF_ENDPOINT", "", "Another hub that speaks like Hugging Face's")
+    bucket_endpoint_url: str = _setting(
+        "BUCKET_ENDPOINT_URL", "", "S3 endpoint; if set, pictures are uploaded and answered as URLs"
+    )
+    bucket_name: str = _setting("BUCKET_NAME", "worker-lora", "S3 bucket for the pictures")
+    bucket_access_key_id: str = _setting(
+        "BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True
+    )
+    bucket_secret_access_key: str = _setting(
+        "BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key", secret=True
+    )
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Reads and checks the environment; an empty variable counts as not set.
+
+        Raises: SettingsError with every fault at once, unknown LORA_* and WORKER_* names included.
+        """
+        known = {f.metadata["env"]: f for f in fields(cls)}
+        faults = [
+            f"{name} is not a setting{_did_you_mean(name, known)}"
+            for name in environ
+            if name.startswith(OWN_PREFIXES) and name not in known
+        ]
+        values: dict[str, Any] = {}
+        for env, setting in known.items():
+            text = environ.get(env, "").strip()
+            if not text:
+                continue
+            try:
+                values[setting.name] = _read(text, setting.default, setting.metadata)
+            except ValueError as error:
+                faults.append(f"{env}: {error}")
+        if faults:
+            raise SettingsError("; ".join(faults))
+        return cls(**values)
+
+    @property
+    def refiner_source(self) -> str | None:
+        """The refiner to load, `auto` resolved; None for none."""
+        return self._companion(self.refiner, STOCK_REFINER)
+
+    @property
+    def vae_source(self) -> str | None:
+        """The VAE to load in place of the model's own, `auto` resolved; None for none."""
+        return self._companion(self.vae, STOCK_VAE)
+
+    @property
+    def lora_cache(self) -> tuple[Path, Limits, Hub]:
+        """What `lora.cache.open_cache` takes: the folder, its limits, and the hub to ask."""
+        budget = self.lora_cache_max_gb
+        limits = Limits(
+            file_bytes=int(self.lora_max_file_mb * 1e6),
+            total_bytes=int(budget * 1e9) if budget else None,
+            timeout=self.lora_download_timeout,
+        )
+        return self.lora_cache_dir, limits, Hub(self.hf_token or None, self.hf_endpoint or None)
+
+    def _companion(self, value: str, stock: str) -> str | None:
+        if value == "auto":
+            return stock if self.model == STOCK_MODEL else None
+        return None if value == "none" else value
+
+
+def _read(text: str, default: Any, limits: Mapping[str, Any]) -> Any:
+    """One variable's text in the type of its default; ValueError says what is wrong with it."""
+    if isinstance(default, Path):
+        return Path(text)
+    if isinstance(default, float):
+        try:
+            number = float(text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not a number") from error
+        if not limits["minimum"] <= number < float("inf"):
+            raise ValueError(f"{text} is not a number of at least {limits['minimum']}")
+        return number
+    options = limits.get("options")
+    if options and text not in options:
+        raise ValueError(f"{text!r} is none of {', '.join(options)}")
+    return text
+
+
+def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

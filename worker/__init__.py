@@ -1,0 +1,1 @@
+"""What a job needs around the drawing: pictures in, pictures out, progress."""
