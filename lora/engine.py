@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from lora.files import Layer, LoraFile
 from lora.keys import KeyMap, Shape
 
 
-class Mode(str, Enum):
+class Mode(StrEnum):
     """How to apply: see the module's text."""
 
     DYNAMIC = "dynamic"

@@ -1,0 +1,43 @@
+# syntax=docker/dockerfile:1.7
+# Layers from what changes least to what changes most: system, packages, weights, code.
+FROM python:3.11-slim
+
+ENV PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PIP_NO_CACHE_DIR=1 \
+    HF_HOME=/models/huggingface \
+    RUNPOD_DEBUG_LEVEL=INFO
+
+WORKDIR /app
+
+# torch brings CUDA's libraries with it; the driver comes from the host.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
+COPY requirements.txt .
+RUN pip install --index-url ${TORCH_INDEX} "$(grep '^torch==' requirements.txt)" \
+    && pip install -r requirements.txt
+
+# Only what download_weights.py imports, so that a change of other code does not fetch 14 GB again.
+COPY download_weights.py settings.py ./
+COPY lora/__init__.py lora/errors.py lora/header.py lora/sources.py lora/cache.py lora/
+COPY pipelines/__init__.py pipelines/weights.py pipelines/
+ARG WORKER_MODEL=stabilityai/stable-diffusion-xl-base-1.0
+ARG WORKER_REFINER=auto
+ARG WORKER_VAE=auto
+ENV WORKER_MODEL=${WORKER_MODEL} WORKER_REFINER=${WORKER_REFINER} WORKER_VAE=${WORKER_VAE}
+# For gated models: docker build --secret id=HF_TOKEN,env=HF_TOKEN .
+RUN --mount=type=secret,id=HF_TOKEN \
+    if [ -s /run/secrets/HF_TOKEN ]; then export HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; fi; \
+    python download_weights.py && HF_HUB_OFFLINE=1 python download_weights.py --check
+
+COPY handler.py schemas.py ./
+COPY lora/ lora/
+COPY pipelines/ pipelines/
+COPY worker/ worker/
+COPY demo/model/ demo/model/
+
+# RunPod mounts the network volume as root's, so root is the default; RUN_AS=worker where it may be written.
+ARG RUN_AS=root
+RUN useradd --create-home worker && mkdir -p /models/loras && chown worker /models/loras
+USER ${RUN_AS}
+
+CMD ["python", "handler.py"]

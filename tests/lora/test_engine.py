@@ -1,0 +1,259 @@
+"""The engine's promise: applied as the formula says, and afterwards bit for bit what it was."""
+
+import copy
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lora.engine import EngineBusy, LoraEngine, LoraUse, Mode
+from lora.files import LoraFile, load
+from tests.adapters import CONVOLUTION, CROSS_ATTENTION, SELF_ATTENTION, kohya, loha, randn, write
+
+MODES = (Mode.DYNAMIC, Mode.MERGED)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def parse(
+    engine: LoraEngine, folder: Path, tensors: dict[str, Tensor], name: str = "a"
+) -> LoraFile:
+    path = write(folder / f"{name}.safetensors", tensors)
+    return load(path, engine.key_map(), sha256=name)
+
+
+class State:
+    """Everything about a module tree that a LoRA could leave behind."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.tensors = {name: value.clone() for name, value in root.state_dict().items()}
+        self.pointers = {name: value.data_ptr() for name, value in root.state_dict().items()}
+        self.attributes = {name: list(m.__dict__) for name, m in root.named_modules()}
+        self.types = {name: type(m) for name, m in root.named_modules()}
+
+    def assert_same(self, root: nn.Module) -> None:
+        other = State(root)
+        assert list(self.tensors) == list(other.tensors)
+        changed = [n for n, v in self.tensors.items() if not torch.equal(v, other.tensors[n])]
+        assert changed == []
+        assert self.pointers == other.pointers
+        assert self.attributes == other.attributes
+        assert self.types == other.types
+
+
+@contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    before = State(root)
+    yield
+    before.assert_same(root)
+
+
+def expected_weight(weight: Tensor, tensors: dict[str, Tensor], stem: str, scale: float) -> Tensor:
+    up, down = tensors[f"{stem}.lora_up.weight"], tensors[f"{stem}.lora_down.weight"]
+    scaling = float(tensors[f"{stem}.alpha"]) / down.shape[0]
+    delta = (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    return (weight.float() + scale * scaling * delta).to(weight.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_merged_weights_equal_the_formula_rounded_once(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    unet.to(dtype)
+    tensors = kohya()
+    file = parse(engine, tmp_path, tensors)
+    before = {
+        path: unet.get_submodule(path).weight.clone() for path in (SELF_ATTENTION, CONVOLUTION)
+    }
+    stems = {
+        SELF_ATTENTION: "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
+        CONVOLUTION: "lora_unet_input_blocks_1_0_in_layers_2",
+    }
+    with unchanged(unet), engine.applied([LoraUse(file, 0.7)], Mode.MERGED):
+        for path, weight in before.items():
+            expected = expected_weight(weight, tensors, stems[path], 0.7)
+            tolerance = (
+                {"rtol": 1e-6, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 0, "atol": 0}
+            )
+            torch.testing.assert_close(unet.get_submodule(path).weight.data, expected, **tolerance)
+
+
+@pytest.mark.parametrize("path", [SELF_ATTENTION, CROSS_ATTENTION, CONVOLUTION])
+def test_dynamic_output_equals_the_merged_output(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path, path: str
+) -> None:
+    stack = [
+        LoraUse(parse(engine, tmp_path, kohya(seed=0), "a"), 0.8),
+        LoraUse(parse(engine, tmp_path, kohya(seed=10, rank=2, alpha=None), "b"), -0.3),
+    ]
+    module = unet.get_submodule(path)
+    x = randn(2, 7, module.in_features) if isinstance(module, nn.Linear) else randn(2, 32, 8, 8)
+    outputs = {}
+    for mode in MODES:
+        with torch.no_grad(), unchanged(unet), engine.applied(stack, mode):
+            outputs[mode] = module(x)
+    plain = module(x)
+    torch.testing.assert_close(outputs[Mode.DYNAMIC], outputs[Mode.MERGED], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(outputs[Mode.DYNAMIC], plain, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tensors", [kohya(), loha()], ids=["lora", "loha"])
+def test_restored_exactly_after_a_normal_exit_and_after_an_error(
+    engine: LoraEngine,
+    unet: nn.Module,
+    tmp_path: Path,
+    mode: Mode,
+    dtype: torch.dtype,
+    tensors: dict[str, Tensor],
+) -> None:
+    unet.to(dtype)
+    stack = [LoraUse(parse(engine, tmp_path, tensors), 3.0)]
+    before = State(unet)
+    with engine.applied(stack, mode), pytest.raises(AssertionError):
+        before.assert_same(unet)
+    before.assert_same(unet)
+    with unchanged(unet), pytest.raises(KeyError), engine.applied(stack, mode):
+        raise KeyError("the body failed")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_restored_exactly_when_applying_fails_midway(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = parse(engine, tmp_path, kohya())
+    last = file.layers[-1].part
+    name = "delta" if mode is Mode.MERGED else "low_rank"
+    calls = []
+
+    def failing(self: object, *arguments: object) -> object:
+        calls.append(self)
+        if self is last and len(calls) > len(file.layers):
+            raise MemoryError
+        return original(self, *arguments)
+
+    original = getattr(type(last), name)
+    if mode is Mode.MERGED:
+        calls.extend(file.layers)  # count from the first call on
+    monkeypatch.setattr(type(last), name, failing)
+    with unchanged(unet), pytest.raises(MemoryError), engine.applied([LoraUse(file)], mode):
+        pytest.fail("the block must not be entered")
+    assert len(calls) > len(file.layers)
+
+
+def test_two_adapters_on_one_layer_add_up_and_are_restored(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path
+) -> None:
+    a, b = kohya(seed=0), loha(seed=5)
+    stack = [
+        LoraUse(parse(engine, tmp_path, a, "a"), 1.0),
+        LoraUse(parse(engine, tmp_path, b, "b"), 2.0),
+    ]
+    module = unet.get_submodule(SELF_ATTENTION)
+    stem = "lycoris_" + SELF_ATTENTION.replace(".", "_")
+    hadamard = (b[f"{stem}.hada_w1_a"] @ b[f"{stem}.hada_w1_b"]) * (
+        b[f"{stem}.hada_w2_a"] @ b[f"{stem}.hada_w2_b"]
+    )
+    first = expected_weight(
+        module.weight, a, "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", 1.0
+    )
+    expected = first + 2.0 * 0.5 * hadamard
+    x = randn(3, 64)
+    for mode in MODES:
+        with torch.no_grad(), unchanged(unet), engine.applied(stack, mode):
+            torch.testing.assert_close(
+                module(x), nn.functional.linear(x, expected), rtol=1e-4, atol=1e-3
+            )
+
+
+def test_tied_modules_share_one_weight_that_is_changed_once_per_part(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4, bias=False)
+            self.second = nn.Linear(4, 4, bias=False)
+            self.second.weight = self.first.weight
+
+    root = Tied()
+    engine = LoraEngine({"unet": root})
+    tensors = {}
+    for name in ("first", "second"):
+        tensors[f"unet.{name}.lora_A.weight"] = randn(1, 4, seed=1)
+        tensors[f"unet.{name}.lora_B.weight"] = randn(4, 1, seed=2)
+    file = parse(engine, tmp_path, tensors)
+    delta = randn(4, 1, seed=2) @ randn(1, 4, seed=1)
+    before = root.first.weight.detach().clone()
+    with unchanged(root), engine.applied([LoraUse(file)], Mode.MERGED):
+        torch.testing.assert_close(root.first.weight.data, before + 2 * delta)
+
+
+def test_an_instance_forward_that_was_there_before_is_put_back(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path
+) -> None:
+    module = unet.get_submodule(SELF_ATTENTION)
+    seen = []
+
+    def hooked(x: Tensor) -> Tensor:
+        seen.append(x.shape)
+        return nn.functional.linear(x, module.weight, module.bias)
+
+    module.__dict__["forward"] = hooked
+    file = parse(engine, tmp_path, kohya())
+    with engine.applied([LoraUse(file)], Mode.DYNAMIC), torch.no_grad():
+        module(randn(3, 64))
+    assert module.__dict__["forward"] is hooked
+    assert seen == [(3, 64)]
+
+
+def test_scale_zero_touches_nothing(engine: LoraEngine, unet: nn.Module, tmp_path: Path) -> None:
+    file = parse(engine, tmp_path, kohya())
+    for mode in MODES:
+        with engine.applied([LoraUse(file, 0.0)], mode) as applied:
+            assert applied.layers == 0
+            assert not any("forward" in m.__dict__ for m in unet.modules())
+
+
+def test_a_second_block_is_refused_and_harms_nothing(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path
+) -> None:
+    file = parse(engine, tmp_path, kohya())
+    errors: list[Exception] = []
+
+    def enter() -> None:
+        try:
+            with engine.applied([LoraUse(file)]):
+                pass
+        except EngineBusy as error:
+            errors.append(error)
+
+    with unchanged(unet), engine.applied([LoraUse(file)]):
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    assert len(errors) == 1
+    with engine.applied([LoraUse(file)]) as applied:
+        assert applied.layers == 3
+
+
+@pytest.mark.parametrize("options", [{"padding_mode": "circular"}, {"groups": 2}, {"stride": 2}])
+@pytest.mark.parametrize("mode", MODES)
+def test_convolutions_of_every_kind_equal_the_merged_weight(
+    tmp_path: Path, options: dict[str, Any], mode: Mode
+) -> None:
+    root = nn.Sequential(nn.Conv2d(4, 6, 3, padding=1, **options))
+    engine = LoraEngine({"unet": root})
+    down, up = randn(2, 4 // root[0].groups, 3, 3, seed=1), randn(6, 2, 1, 1, seed=2)
+    file = parse(engine, tmp_path, {"unet.0.lora_A.weight": down, "unet.0.lora_B.weight": up})
+    weight = root[0].weight.detach() + (up.flatten(1) @ down.flatten(1)).reshape(
+        root[0].weight.shape
+    )
+    expected = copy.deepcopy(root)
+    expected[0].weight.data = weight
+    x = randn(2, 4, 8, 8, seed=3)
+    with torch.no_grad(), unchanged(root), engine.applied([LoraUse(file)], mode):
+        torch.testing.assert_close(root(x), expected(x), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,124 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.engine import LoraEngine
+from lora.errors import LoraCorrupt, LoraIncompatible, LoraUnsupported
+from lora.files import load
+from tests.adapters import CROSS_SGM, SELF_ATTENTION, SELF_SGM, kohya, loha, randn, sd15, write
+
+
+def test_used_and_unused_keys_are_the_whole_file(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = kohya() | {
+        "lora_unet_no_such_layer.alpha": torch.tensor(1.0),
+        f"{SELF_SGM}.dora_scale": randn(64, 1),
+    }
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert file.keys + len(file.unused) == len(tensors)
+    reasons = {unused.key: unused.reason for unused in file.unused}
+    assert "no module of this model" in reasons["lora_unet_no_such_layer.alpha"]
+    # A tensor that we do not know makes its whole layer another algorithm's: none of it is applied.
+    for slot in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale"):
+        assert "no known algorithm" in reasons[f"{SELF_SGM}.{slot}"]
+    assert {str(layer.target.path) for layer in file.layers} & {SELF_ATTENTION} == set()
+
+
+def test_a_layer_of_the_wrong_shape_is_reported(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = kohya() | {f"{SELF_SGM}.lora_up.weight": randn(63, 4)}
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert len(file.layers) == 2
+    assert all("do not fit the layer [64, 64]" in unused.reason for unused in file.unused)
+
+
+def test_an_orphan_half_is_reported(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = kohya()
+    del tensors[f"{CROSS_SGM}.lora_up.weight"]
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert {unused.key for unused in file.unused} == {
+        f"{CROSS_SGM}.lora_down.weight",
+        f"{CROSS_SGM}.alpha",
+    }
+
+
+def test_two_names_for_one_tensor_are_reported(engine: LoraEngine, tmp_path: Path) -> None:
+    twin = f"unet.{SELF_ATTENTION}.lora_B.weight"
+    file = load(
+        write(tmp_path / "a.safetensors", kohya() | {twin: randn(64, 4)}), engine.key_map(), "x"
+    )
+    assert len(file.unused) == 1
+    assert "says the same as" in file.unused[0].reason
+
+
+def test_algorithms_and_rank_are_the_most_frequent(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = kohya(rank=4)
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert (file.algorithms, file.rank) == (("lora",), 4)
+    file = load(write(tmp_path / "b.safetensors", loha(rank=3)), engine.key_map(), "y")
+    assert (file.algorithms, file.rank) == (("loha",), 3)
+
+
+def test_diffusers_alpha_comes_from_the_metadata(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = {
+        f"unet.{SELF_ATTENTION}.lora_A.weight": randn(4, 64),
+        f"unet.{SELF_ATTENTION}.lora_B.weight": randn(64, 4),
+    }
+    for config, scaling in (
+        ({"unet.lora_alpha": 2.0}, 0.5),
+        ({"unet.lora_alpha": 2.0, "unet.alpha_pattern": {SELF_ATTENTION: 8.0}}, 2.0),
+        ({}, 1.0),
+    ):
+        metadata = {"lora_adapter_metadata": json.dumps(config)}
+        file = load(write(tmp_path / "a.safetensors", tensors, metadata), engine.key_map(), "x")
+        low_rank = file.layers[0].part.low_rank()
+        assert low_rank is not None
+        assert low_rank.scaling == scaling
+    for text in ("not json", "[1]"):
+        path = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})
+        with pytest.raises(LoraCorrupt):
+            load(path, engine.key_map(), "x")
+
+
+def test_an_sd15_file_is_refused_though_some_of_its_layers_might_fit(
+    engine: LoraEngine, tmp_path: Path
+) -> None:
+    with pytest.raises(LoraIncompatible) as caught:
+        load(write(tmp_path / "a.safetensors", sd15() | kohya()), engine.key_map(), "x")
+    assert "made for SD 1.5 (its cross attention reads 768" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "Flux"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
+        ("diffusion_model.blocks.0.cross_attn.q.lora_A.weight", "Wan"),
+        ("transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight", "Qwen-Image"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "language model"),
+    ],
+)
+def test_a_file_without_a_matching_key_is_refused_by_what_it_looks_like(
+    engine: LoraEngine, tmp_path: Path, key: str, family: str
+) -> None:
+    with pytest.raises(LoraIncompatible) as caught:
+        load(write(tmp_path / "a.safetensors", {key: randn(4, 8)}), engine.key_map(), "x")
+    assert f"made for {family}" in str(caught.value)
+
+
+def test_a_file_whose_modules_are_known_and_whose_algorithm_is_not_is_unsupported(
+    engine: LoraEngine, tmp_path: Path
+) -> None:
+    tensors = {f"{SELF_SGM}.oft_blocks": randn(4, 16, 16), f"{SELF_SGM}.alpha": torch.tensor(1.0)}
+    with pytest.raises(LoraUnsupported) as caught:
+        load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert "no known algorithm has exactly the tensors alpha, oft_blocks" in str(caught.value)
+
+
+def test_a_parsed_file_does_not_need_the_file_any_more(engine: LoraEngine, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", kohya())
+    file = load(path, engine.key_map(), "x")
+    path.write_bytes(b"")
+    part = next(layer.part for layer in file.layers if layer.target.path == SELF_ATTENTION)
+    expected = kohya()[f"{SELF_SGM}.lora_up.weight"] @ kohya()[f"{SELF_SGM}.lora_down.weight"] * 0.5
+    torch.testing.assert_close(part.delta(torch.zeros(64, 64)), expected)

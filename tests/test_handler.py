@@ -1,0 +1,376 @@
+"""The handler as a whole, on the demo model: its answers, its errors, and what it leaves behind."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+
+from handler import PHASES, Worker
+from tests.adapters import as_bytes, kohya, sd15
+from tests.conftest import ROOT
+from tests.lora.test_engine import State
+from tests.server import LoopbackServer
+
+FAST: dict[str, Any] = {"prompt": "a big red circle on a blue background", "num_inference_steps": 2}
+FAST |= {"seed": 7, "scheduler": "K_EULER"}
+SECRET_TEXT = "https://host/x?token=canary"
+SECRETS = ("canary", "Traceback")
+
+
+def job(**values: Any) -> dict[str, Any]:
+    return {"id": "test", "input": {**FAST, **values}}
+
+
+def picture(answer: dict[str, Any], index: int = 0) -> Image.Image:
+    assert "error" not in answer, answer
+    data = answer["images"][index].split(",", 1)[1]
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+def pixels(answer: dict[str, Any], index: int = 0) -> np.ndarray[Any, Any]:
+    return np.asarray(picture(answer, index))
+
+
+@contextmanager
+def pipeline_unchanged(worker: Worker) -> Iterator[None]:
+    components = worker.parts.pipeline.components
+    before = {name: State(module) for name, module in components.items()}
+    yield
+    for name, module in components.items():
+        before[name].assert_same(module)
+
+
+def data_uri(size: int = 64) -> str:
+    buffer = io.BytesIO()
+    Image.new("RGB", (size, size), (200, 30, 40)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_a_plain_request_is_answered_in_worker_sdxls_shape(demo_worker: Worker) -> None:
+    answer = demo_worker(job())
+    assert answer["image_url"] == answer["images"][0]
+    assert answer["image_url"].startswith("data:image/png;base64,")
+    assert answer["seed"] == 7
+    assert answer["model"] == "demo"
+    assert (answer["loras"], answer["warnings"]) == ([], [])
+    assert tuple(answer["timings"]) == PHASES
+    assert picture(answer).size == (64, 64)
+    json.dumps(answer, allow_nan=False)
+
+
+def test_a_lora_is_reported_and_changes_the_picture_and_nothing_else(demo_worker: Worker) -> None:
+    plain = pixels(demo_worker(job()))
+    with pipeline_unchanged(demo_worker):
+        answer = demo_worker(job(loras=[{"path": "demo-night", "scale": 0.9}]))
+    assert not np.array_equal(pixels(answer), plain)
+    report = answer["loras"][0]
+    assert report["source"] == "demo-night"
+    assert report["file"] == "demo-night.safetensors"
+    assert (report["algorithm"], report["origin"], report["status"]) == (
+        "loha",
+        "cached",
+        "applied",
+    )
+    assert (report["scale"], report["unused_keys"]) == (0.9, [])
+    assert report["layers"] > 50
+    assert len(report["sha256"]) == 64
+    for phase in ("apply", "restore", "denoise", "decode", "encode_prompt"):
+        assert answer["timings"][phase] > 0
+    np.testing.assert_array_equal(pixels(demo_worker(job())), plain)
+
+
+def test_every_demo_adapter_applies_wholly(demo_worker: Worker) -> None:
+    kinds = {"stripes": "lora", "outline": "lora", "night": "loha", "spiral": "lora"}
+    with pipeline_unchanged(demo_worker):
+        answer = demo_worker(job(loras=[f"demo-{name}" for name in kinds]))
+    assert [r["algorithm"] for r in answer["loras"]] == list(kinds.values())
+    assert all(r["unused_keys"] == [] for r in answer["loras"])
+    assert answer["warnings"] == []
+
+
+def test_a_lora_is_downloaded_once_and_then_cached(
+    demo_worker: Worker, server: LoopbackServer
+) -> None:
+    url = server.serve("/my.safetensors", as_bytes(kohya())) + "?token=canary"
+    first, second = demo_worker(job(loras=[url])), demo_worker(job(loras=[url]))
+    assert [a["loras"][0]["origin"] for a in (first, second)] == ["downloaded", "cached"]
+    assert server.hits["/my.safetensors"] == 1
+    assert "canary" not in json.dumps(first)
+    np.testing.assert_array_equal(pixels(first), pixels(second))
+
+
+def test_unused_tensors_are_listed_and_warned_of(
+    demo_worker: Worker, server: LoopbackServer
+) -> None:
+    tensors = kohya() | {"lora_unet_no_such_layer.alpha": torch.tensor(1.0)}
+    answer = demo_worker(job(loras=[server.serve("/odd.safetensors", as_bytes(tensors))]))
+    report = answer["loras"][0]
+    assert [unused["key"] for unused in report["unused_keys"]] == ["lora_unet_no_such_layer.alpha"]
+    assert report["used_keys"] + len(report["unused_keys"]) == len(tensors)
+    assert "1 of 10 tensors were not used" in answer["warnings"][0]
+
+
+def test_several_pictures_differ_and_a_seed_gives_them_again(demo_worker: Worker) -> None:
+    first, second = (demo_worker(job(num_images=3)) for _ in range(2))
+    assert len(first["images"]) == 3
+    assert not np.array_equal(pixels(first, 0), pixels(first, 1))
+    assert first["images"] == second["images"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("jpeg", "JPEG"), ("webp", "WEBP"), ("png", "PNG")])
+def test_output_formats(demo_worker: Worker, name: str, kind: str) -> None:
+    answer = demo_worker(job(output_format=name, output_quality=80))
+    assert picture(answer).format == kind
+    assert answer["image_url"].startswith(f"data:image/{name};base64,")
+
+
+def test_a_png_carries_its_parameters_as_web_uis_read_them(demo_worker: Worker) -> None:
+    answer = demo_worker(job(loras=[{"path": "demo-night", "scale": 0.5}], negative_prompt="red"))
+    lines = picture(answer).text["parameters"].splitlines()  # type: ignore[attr-defined]
+    assert lines[0] == f"{FAST['prompt']} <lora:demo-night:0.5>"
+    assert lines[1] == "Negative prompt: red"
+    start = "Steps: 2, Sampler: K_EULER, CFG scale: 7.5, Seed: 7, Size: 64x64, Model: demo, "
+    sha256 = answer["loras"][0]["sha256"]
+    assert lines[2] == start + f'Lora hashes: "demo-night: {sha256[:12]}"'
+
+
+def test_entries_that_name_no_lora_are_skipped_with_a_warning(demo_worker: Worker) -> None:
+    answer = demo_worker(job(loras=[5]))
+    assert "loras[0]" in answer["warnings"][0]
+    np.testing.assert_array_equal(pixels(answer), pixels(demo_worker(job())))
+
+
+def test_image_to_image_with_loras_uses_the_base(demo_worker: Worker) -> None:
+    with pipeline_unchanged(demo_worker):
+        answer = demo_worker(job(image_url=data_uri(), strength=0.9, loras=["demo-night"]))
+    assert picture(answer).size == (64, 64)
+    assert "refresh_worker" not in answer
+
+
+def test_worker_sdxls_published_test_runs_unchanged(demo_worker: Worker) -> None:
+    published = {
+        "prompt": "a majestic steampunk dragon soaring through a cloudy sky, intricate clockwork "
+        "details, golden hour lighting, highly detailed",
+        "negative_prompt": "blurry, very low quality, deformed, ugly, text, watermark, signature,",
+        "height": 1024, "width": 1024, "num_inference_steps": 1, "refiner_inference_steps": 4,
+        "guidance_scale": 7.5, "strength": 0.3, "high_noise_frac": 0.8, "seed": 1337,
+        "scheduler": "K_EULER", "num_images": 1, "image_url": None,
+    }  # fmt: skip
+    answer = demo_worker({"id": "basic_test", "input": published})
+    assert picture(answer).size == (1024, 1024)
+    assert answer["seed"] == 1337
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+Prepare = Callable[[LoopbackServer], Any]
+
+BAD_JOBS: dict[str, tuple[Prepare, str, str]] = {
+    "not an object": (lambda s: "text", "INVALID_INPUT", "the job is not an object"),
+    "no prompt": (lambda s: {"input": {}}, "INVALID_INPUT", "prompt is required"),
+    "unknown field": (lambda s: job(promt="x"), "INVALID_INPUT", "promt is not a field"),
+    "all at once": (lambda s: job(width=1023, num_images=0), "INVALID_INPUT", "2 faults"),
+    "width 1023": (lambda s: job(width=1023), "INVALID_INPUT", "not a multiple of 8"),
+    "num_images 0": (lambda s: job(num_images=0), "INVALID_INPUT", "less than 1"),
+    "num_images 100": (lambda s: job(num_images=100), "INVALID_INPUT", "more than 4"),
+    "unknown scheduler": (lambda s: job(scheduler="x"), "INVALID_INPUT", "K_EULER_ANCESTRAL"),
+    "scale big": (
+        lambda s: job(loras=[{"path": "demo-night", "scale": "big"}]),
+        "INVALID_INPUT",
+        "loras[0].scale",
+    ),
+    "404": (
+        lambda s: job(loras=["demo-night", s.url("/no.safetensors?token=canary")]),
+        "LORA_NOT_FOUND",
+        "/no.safetensors",
+    ),
+    "html": (
+        lambda s: job(loras=[s.serve("/login.safetensors", b"<!DOCTYPE html><html>canary")]),
+        "LORA_CORRUPT",
+        "web page",
+    ),
+    "truncated": (
+        lambda s: job(loras=[s.serve("/cut.safetensors", as_bytes(kohya())[:-50])]),
+        "LORA_CORRUPT",
+        "50 bytes are missing",
+    ),
+    "no such name": (
+        lambda s: job(loras=["demo-nigth"]),
+        "LORA_NOT_FOUND",
+        "Did you mean demo-night",
+    ),
+    "out of the cache": (
+        lambda s: job(loras=["../../etc/passwd"]),
+        "LORA_SOURCE_INVALID",
+        "leads out of the LoRA cache",
+    ),
+    "SD 1.5": (
+        lambda s: job(loras=[s.serve("/sd15.safetensors", as_bytes(sd15()))]),
+        "LORA_INCOMPATIBLE",
+        "made for SD 1.5",
+    ),
+    "wrong hash": (
+        lambda s: job(loras=[{"path": "demo-night", "sha256": "0" * 64}]),
+        "LORA_CORRUPT",
+        "has the sha256",
+    ),
+    "no picture": (
+        lambda s: job(image_url="data:image/png;base64,AAAA", strength=1),
+        "INVALID_INPUT",
+        "not a picture",
+    ),
+    "no steps left": (
+        lambda s: job(image_url=data_uri(), strength=0.1),
+        "INVALID_INPUT",
+        "less than one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("prepare", "code", "said"), BAD_JOBS.values(), ids=BAD_JOBS.keys())
+def test_a_bad_job_gets_its_sentence_and_leaves_the_worker_serving(
+    demo_worker: Worker,
+    server: LoopbackServer,
+    prepare: Prepare,
+    code: str,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bad = prepare(server)
+    with pipeline_unchanged(demo_worker):
+        answer = demo_worker(bad)
+    assert set(answer) == {"error"}
+    assert answer["error"].startswith(f"{code}: ")
+    assert said in answer["error"]
+    assert not any(secret in answer["error"] + caplog.text for secret in SECRETS)
+    assert "images" in demo_worker(job(num_inference_steps=1))
+
+
+@pytest.mark.parametrize("where", ["resolve", "apply", "generate", "encode"])
+def test_a_failure_anywhere_is_answered_and_leaves_no_trace(
+    demo_worker: Worker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    where: str,
+) -> None:
+    plain = pixels(demo_worker(job()))
+    targets = {
+        "resolve": "lora.cache.VolumeCache.resolve",
+        "apply": "lora.engine.dynamic_forward",
+        "generate": "diffusers.AutoencoderKL.decode",
+        "encode": "handler.encode",
+    }
+
+    def broken(*_: object, **__: object) -> object:
+        raise RuntimeError(SECRET_TEXT)
+
+    with monkeypatch.context() as patch, pipeline_unchanged(demo_worker):
+        patch.setattr(targets[where], broken)
+        answer = demo_worker(job(loras=["demo-stripes"]))
+    assert set(answer) == {"error"}
+    assert answer["error"].startswith("INTERNAL: ")
+    assert "canary" not in answer["error"] + caplog.text
+    np.testing.assert_array_equal(pixels(demo_worker(job())), plain)
+
+
+def test_merged_mode_draws_nearly_the_same_and_restores(demo_worker: Worker) -> None:
+    from dataclasses import replace
+
+    merged = Worker(replace(demo_worker.settings, lora_mode="merged")).setup()
+    merged(job())  # transformers notes things on its modules when they first run
+    asked = job(loras=["demo-stripes", {"path": "demo-night", "scale": 0.5}])
+    with pipeline_unchanged(merged):
+        ours = pixels(merged(asked)).astype(int)
+    theirs = pixels(demo_worker(asked)).astype(int)
+    assert np.abs(ours - theirs).max() <= 2
+
+
+def test_an_answer_over_the_limit_is_refused(demo_worker: Worker) -> None:
+    from dataclasses import replace
+
+    small = Worker(replace(demo_worker.settings, max_answer_mb=0.005)).setup()
+    answer = small(job())
+    assert answer["error"].startswith("OUTPUT_TOO_LARGE: ")
+
+
+# --- as a program --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    import os
+
+    own = {"WORKER_MODEL": "demo", "LORA_CACHE_DIR": str(tmp_path / "loras"), "HOME": str(tmp_path)}
+    return {**os.environ, **own, "RUNPOD_DEBUG_LEVEL": "INFO"}
+
+
+def test_importing_the_handler_loads_nothing_and_starts_nothing() -> None:
+    code = "import handler, sys; print('runpod' in sys.modules, handler.default_worker.cache_info().currsize)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "0"]
+
+
+def test_test_input_runs_one_job_through_the_sdk(environment: dict[str, str]) -> None:
+    command = [sys.executable, "handler.py", "--test_input", json.dumps(job(output_format="jpeg"))]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "data:image/jpeg;base64," in done.stdout
+    command[-1] = json.dumps({"input": {"promt": "x"}})
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "INVALID_INPUT: 2 faults" in done.stdout + done.stderr
+
+
+def test_rp_serve_api_answers_jobs(environment: dict[str, str], tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "handler.py", "--rp_serve_api", "--rp_api_port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}/runsync"
+        answer = _post_when_ready(url, job(), process)
+        assert answer["status"] == "COMPLETED"
+        assert answer["output"]["images"][0].startswith("data:image/png;base64,")
+        bad = requests.post(url, json={"input": {"prompt": "x", "width": 1023}}, timeout=60).json()
+        assert bad["error"].startswith("INVALID_INPUT: ")
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def _post_when_ready(url: str, body: Any, process: subprocess.Popen[bytes]) -> Any:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended"
+        try:
+            return requests.post(url, json=body, timeout=60).json()
+        except requests.ConnectionError:
+            time.sleep(0.3)
+    raise AssertionError("the server did not come up")

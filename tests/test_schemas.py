@@ -1,0 +1,132 @@
+import math
+from typing import Any
+
+import pytest
+
+from lora.sources import Reference
+from schemas import IMAGE_REQUEST, InvalidInput, LoraRequest, parse_job
+
+
+def parse(**values: Any) -> Any:
+    return parse_job({"input": {"prompt": "a red circle", **values}})
+
+
+def fault_of(job: object) -> str:
+    with pytest.raises(InvalidInput) as caught:
+        parse_job(job)
+    return str(caught.value)
+
+
+def test_defaults_are_those_of_worker_sdxl() -> None:
+    request = parse()
+    assert request.negative_prompt is None
+    assert (request.height, request.width) == (None, None)
+    assert request.scheduler == "DDIM"
+    assert (request.num_inference_steps, request.refiner_inference_steps) == (25, 50)
+    assert (request.guidance_scale, request.strength) == (7.5, 0.3)
+    assert (request.image_url, request.num_images, request.high_noise_frac) == (None, 1, None)
+
+
+def test_the_seed_is_drawn_if_none_is_given_and_kept_if_it_is() -> None:
+    assert parse(seed=2**64 - 1).seed == 2**64 - 1
+    assert parse(seed=0).seed == 0
+    assert len({parse().seed for _ in range(8)}) > 1
+
+
+def test_whole_floats_are_integers_and_two_calls_share_nothing() -> None:
+    request = parse(num_inference_steps=20.0, seed=3.0)
+    assert (request.num_inference_steps, request.seed) == (20, 3)
+    assert isinstance(request.num_inference_steps, int)
+    assert parse(loras=["a"]).loras != parse().loras == ()
+
+
+@pytest.mark.parametrize(
+    ("job", "said"),
+    [
+        ("text", "the job is not an object"),
+        (None, "the job is not an object"),
+        ({}, "input is not an object"),
+        ({"input": [1]}, "input is not an object"),
+        ({"input": {}}, "prompt is required"),
+        ({"input": {"prompt": ""}}, "prompt is required"),
+        (
+            {"input": {"prompt": "x", "promt": "y"}},
+            "promt is not a field (did you mean prompt or negative_prompt?)",
+        ),
+        ({"input": {"prompt": "x", "width": 1023}}, "width: 1023 is not a multiple of 8"),
+        ({"input": {"prompt": "x", "num_images": 0}}, "num_images: 0 is less than 1"),
+        ({"input": {"prompt": "x", "num_images": 100}}, "num_images: 100 is more than 4"),
+        ({"input": {"prompt": "x", "scheduler": "Foo"}}, "'Foo' is none of PNDM, KLMS, DDIM"),
+        ({"input": {"prompt": 5}}, "prompt: 5 is not a string or null"),
+        ({"input": {"prompt": "x", "seed": True}}, "seed: True is not an integer or null"),
+        ({"input": {"prompt": "x", "guidance_scale": math.nan}}, "nan is not a number"),
+        ({"input": {"prompt": "x", "strength": math.inf}}, "inf is not a number"),
+        (
+            {"input": {"image_url": "ftp://u:canary@h/x"}},
+            "image_url: the value does not look right",
+        ),
+        ({"input": {"prompt": "x", "loras": "a"}}, "loras: 'a' is not an array or null"),
+        ({"input": {"prompt": "x", "loras": ["a"] * 17}}, "loras: more than 16 entries"),
+        (
+            {"input": {"prompt": "x", "loras": [{"path": "a", "scale": "big"}]}},
+            "loras[0].scale: 'big' is not a number",
+        ),
+        (
+            {"input": {"prompt": "x", "loras": [{"path": "a", "scale": 11}]}},
+            "loras[0].scale: 11 is more than 10",
+        ),
+        (
+            {"input": {"prompt": "x", "loras": [{"path": "a", "weight": 1}]}},
+            "loras[0].weight is not a field (did you mean weight_name?)",
+        ),
+        (
+            {"input": {"prompt": "x", "loras": [{"path": "a", "sha256": "12"}]}},
+            "loras[0].sha256: '12' does not look right (64 hexadecimal digits)",
+        ),
+    ],
+)
+def test_a_fault_is_told_in_one_sentence_with_its_path(job: object, said: str) -> None:
+    text = fault_of(job)
+    assert text.startswith("INVALID_INPUT: ")
+    assert said in text
+    assert "canary" not in text
+
+
+def test_every_fault_is_told_at_once() -> None:
+    bad = {
+        "width": 1023,
+        "num_images": 0,
+        "scheduler": "x",
+        "extra": 1,
+        "loras": [{"path": "a", "scale": "b"}],
+    }
+    text = fault_of({"input": bad})
+    assert "6 faults" in text
+    for name in (*bad, "prompt"):
+        assert name in text
+
+
+def test_loras_are_strings_or_objects() -> None:
+    loras = parse(
+        loras=["a.safetensors", {"path": "u/r", "scale": 2, "weight_name": "w", "revision": "v"}]
+    ).loras
+    assert loras == (
+        LoraRequest(Reference("a.safetensors"), 1.0),
+        LoraRequest(Reference("u/r", "w", "v"), 2.0),
+    )
+
+
+def test_an_entry_that_names_no_lora_is_skipped_with_a_warning_or_strictly_refused() -> None:
+    entries = [5, None, {"scale": 1}, "a", ""]
+    request = parse(loras=entries)
+    assert [lora.reference.path for lora in request.loras] == ["a"]
+    assert len(request.warnings) == 4
+    assert "loras[0]" in request.warnings[0]
+    text = fault_of({"input": {"prompt": "x", "loras": entries, "strict_loras": True}})
+    assert "4 faults" in text
+
+
+def test_every_field_has_a_default_and_a_description() -> None:
+    for name, rule in IMAGE_REQUEST["properties"].items():
+        assert "default" in rule, name
+        assert rule["description"], name

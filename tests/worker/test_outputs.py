@@ -1,0 +1,107 @@
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from settings import Settings
+from worker.outputs import (
+    Encoded,
+    OutputTooLarge,
+    UploadFailed,
+    deliver,
+    encode,
+    guard_size,
+    open_bucket,
+    parameters_text,
+)
+
+VALUES: dict[str, Any] = {
+    "prompt": "a cat", "negative_prompt": None, "steps": 20, "scheduler": "DDIM",
+    "guidance_scale": 7.5, "seed": 3, "size": "64x32", "model": "demo",
+}  # fmt: skip
+
+
+class FakeBucket:
+    def __init__(self, *, broken: bool = False) -> None:
+        self.objects: dict[str, dict[str, Any]] = {}
+        self.broken = broken
+
+    def put_object(self, **arguments: Any) -> None:
+        if self.broken:
+            from botocore.exceptions import EndpointConnectionError
+
+            raise EndpointConnectionError(endpoint_url="https://canary")
+        self.objects[arguments["Key"]] = arguments
+
+    def generate_presigned_url(self, operation: str, **arguments: Any) -> str:
+        return f"https://bucket/{arguments['Params']['Key']}?{operation}"
+
+
+def test_png_is_lossless_and_carries_the_text() -> None:
+    picture = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    encoded = encode(picture, "png", 95, "a cat\nSteps: 20")
+    again = Image.open(io.BytesIO(encoded.data))
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(picture))
+    assert again.text["parameters"] == "a cat\nSteps: 20"  # type: ignore[attr-defined]
+    head, body = encoded.data_uri.split(",")
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(body) == encoded.data
+
+
+def test_quality_makes_smaller_files() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    for kind in ("jpeg", "webp"):
+        low, high = (encode(picture, kind, quality, "") for quality in (10, 95))
+        assert len(low.data) < len(high.data)
+        assert low.media_type == f"image/{kind}"
+
+
+def test_parameters_text_without_and_with_loras() -> None:
+    pairs = "Steps: 20, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 64x32, Model: demo"
+    assert parameters_text(VALUES, []) == f"a cat\n{pairs}"
+    text = parameters_text(VALUES | {"negative_prompt": "dog"}, [("x", 0.5, "ab" * 32)])
+    assert text == (
+        f'a cat <lora:x:0.5>\nNegative prompt: dog\n{pairs}, Lora hashes: "x: abababababab"'
+    )
+
+
+def test_with_a_bucket_the_answer_holds_urls() -> None:
+    bucket = FakeBucket()
+    urls = deliver(
+        [Encoded(b"1", "image/png"), Encoded(b"2", "image/webp")], "job-1", bucket, "pictures"
+    )
+    assert len(urls) == len(bucket.objects) == 2
+    for url, (key, stored) in zip(urls, bucket.objects.items(), strict=True):
+        assert url == f"https://bucket/{key}?get_object"
+        assert key.startswith("job-1/")
+        assert stored["Bucket"] == "pictures"
+    assert [o["ContentType"] for o in bucket.objects.values()] == ["image/png", "image/webp"]
+
+
+def test_a_bucket_that_refuses_is_told_without_its_address() -> None:
+    with pytest.raises(UploadFailed) as caught:
+        deliver([Encoded(b"1", "image/png")], "job-1", FakeBucket(broken=True), "pictures")
+    assert "EndpointConnectionError" in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+def test_no_bucket_without_an_endpoint() -> None:
+    assert open_bucket(Settings()) is None
+    settings = Settings(
+        bucket_endpoint_url="http://127.0.0.1:9",
+        bucket_access_key_id="a",
+        bucket_secret_access_key="b",
+    )
+    assert open_bucket(settings) is not None
+
+
+def test_the_size_guard_counts_the_json() -> None:
+    answer = {"images": ["x" * 2_000_000]}
+    guard_size(answer, 2.1)
+    with pytest.raises(OutputTooLarge) as caught:
+        guard_size(answer, 1.5)
+    assert "2.0 MB, over the limit of 1.5 MB" in str(caught.value)
