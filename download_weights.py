@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from lora.cache import open_cache
+from lora.download import quiet_libraries
 from lora.errors import CodedError
 from lora.sources import CachedName, Reference
 from pipelines.weights import (
@@ -50,7 +51,7 @@ def download_lora(source: str) -> Path:
 def main() -> int:
     """Does what the command line says; 0 if all of it worked."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the hub client's; it logs whole URLs
+    quiet_libraries()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

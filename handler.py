@@ -6,8 +6,10 @@ ends in an answer, and after every job the pipeline is bit for bit what it was b
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -19,7 +21,8 @@ import torch
 from PIL import Image
 
 from lora.cache import open_cache
-from lora.engine import LoraEngine, LoraUse, Mode
+from lora.download import quiet_libraries
+from lora.engine import LoraEngine, LoraUse, Mode, RestoreFailed
 from lora.errors import CodedError
 from lora.library import Loaded, LoraLibrary
 from pipelines.image import ImagePipeline, Route, Timings, choose_route
@@ -76,6 +79,7 @@ class Worker:
         self.settings = settings
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
         self._parts: Parts | None = None
+        self._drawing = threading.Lock()
 
     def setup(self) -> Worker:
         """Loads the models and opens the cache; once, before the first job.
@@ -102,25 +106,27 @@ class Worker:
         return self._parts
 
     def __call__(self, job: Job) -> Answer:
-        """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises."""
+        """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises.
+
+        `refresh_worker` is in it where the process must not go on: weights that could not be put back,
+        memory that did not suffice, a device that failed.
+        """
         try:
             return self._answer(job)
+        except RestoreFailed as error:
+            return _failure(error, refresh=True)
         except CodedError as error:
-            log.info("job failed: %s", error)
-            return {"error": str(error)}
-        except torch.OutOfMemoryError:
-            log.warning("out of memory")
-            torch.cuda.empty_cache()
-            hint = "Ask for fewer or smaller pictures."
-            return {"error": f"OUT_OF_MEMORY: the device's memory did not suffice. {hint}"}
+            return _failure(error)
+        except torch.OutOfMemoryError as error:
+            log.warning("out of memory: %s", type(error).__name__)
+        except torch.AcceleratorError as error:
+            return _failure(_unexpected(error), refresh=True)
         except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer
-            # The places only: the exceptions' texts may hold a URL or a token.
-            where = "".join(traceback.format_tb(error.__traceback__))
-            log.error("job failed with %s\n%s", type(error).__name__, where)
-            hint = "This is a fault of the worker; its log has the place."
-            return {
-                "error": f"INTERNAL: the job failed unexpectedly ({type(error).__name__}). {hint}"
-            }
+            return _failure(_unexpected(error))
+        # Here, and not in the clause above: there the error still holds the job's tensors.
+        gc.collect()
+        torch.cuda.empty_cache()
+        return _failure(OutOfMemory("the device's memory did not suffice", OOM_HINT), refresh=True)
 
     def _answer(self, job: Job) -> Answer:
         parts = self.parts
@@ -130,7 +136,7 @@ class Worker:
         progress = Progress(lambda update: self._send(job, update))
         loaded = [_load(parts.library, lora, timings, progress) for lora in request.loras]
         picture = load_picture(request.image_url) if request.image_url else None
-        images = self._generate(parts, request, route, picture, loaded, timings, progress)
+        images = self._generate(request, route, picture, loaded, timings, progress)
         with timings.measure("encode"):
             text = _parameters(parts.pipeline, request, images[0], loaded)
             encoded = [
@@ -154,7 +160,6 @@ class Worker:
 
     def _generate(
         self,
-        parts: Parts,
         request: ImageRequest,
         route: Route,
         picture: Image.Image | None,
@@ -163,18 +168,45 @@ class Worker:
         progress: Progress,
     ) -> list[Image.Image]:
         """Draws with the LoRAs applied; a request without LoRAs does not touch the engine."""
-        draw = parts.pipeline.generate
-        if not loaded:
-            return draw(request, route, picture, timings, progress.step)
-        scales = [lora.scale for lora in request.loras]
-        stack = [LoraUse(found.file, s) for found, s in zip(loaded, scales, strict=True)]
-        drawn = time.perf_counter()
-        with parts.engine.applied(stack, Mode(self.settings.lora_mode)) as applied:
-            timings.add("apply", applied.seconds)
-            images = draw(request, route, picture, timings, progress.step)
-            drawn = time.perf_counter()
-        timings.add("restore", time.perf_counter() - drawn)
+        pipeline, engine = self.parts.pipeline, self.parts.engine
+        with self._drawing:  # no job may draw while another's LoRAs are applied
+            if not loaded:
+                return pipeline.generate(request, route, picture, timings, progress.step)
+            scales = [lora.scale for lora in request.loras]
+            stack = [LoraUse(found.file, s) for found, s in zip(loaded, scales, strict=True)]
+            with engine.applied(stack, Mode(self.settings.lora_mode)) as applied:
+                timings.add("apply", applied.seconds)
+                images = pipeline.generate(request, route, picture, timings, progress.step)
+                drawn = time.perf_counter()
+            timings.add("restore", time.perf_counter() - drawn)
         return images
+
+
+class OutOfMemory(CodedError):
+    """The device's memory did not suffice for the job."""
+
+    code = "OUT_OF_MEMORY"
+
+
+OOM_HINT = "Ask for fewer or smaller pictures."
+
+
+class Unexpected(CodedError):
+    """Anything that nobody foresaw: a fault of the worker."""
+
+    code = "INTERNAL"
+
+
+def _unexpected(error: Exception) -> Unexpected:
+    """Logs where it happened, and not what it said: exceptions' texts may hold a URL or a token."""
+    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    words = f"the job failed unexpectedly ({type(error).__name__})"
+    return Unexpected(words, "This is a fault of the worker; its log has the place.")
+
+
+def _failure(error: CodedError, *, refresh: bool = False) -> Answer:
+    log.info("job failed: %s", error)
+    return {"error": str(error), "refresh_worker": True} if refresh else {"error": str(error)}
 
 
 def _load(library: LoraLibrary, lora: LoraRequest, timings: Timings, progress: Progress) -> Loaded:
@@ -196,11 +228,11 @@ def _report(use: LoraRequest, loaded: Loaded) -> dict[str, Any]:
         "origin": "downloaded" if loaded.entry.downloaded else "cached",
         "algorithm": "+".join(file.algorithms),
         "rank": file.rank,
-        "layers": len(file.layers),
+        "layers": len(file.layers) if use.scale else 0,
         "used_keys": file.keys,
         "unused_keys": [{"key": unused.key, "reason": unused.reason} for unused in file.unused],
         "scale": use.scale,
-        "status": "applied",
+        "status": "applied" if use.scale else "scale is 0",
     }
 
 
@@ -240,7 +272,10 @@ def default_worker() -> Worker:
 
 
 def generate_image(job: Job) -> Answer:
-    """The handler function: a job in, its answer out. See `Worker.__call__`."""
+    """The handler function: a job in, its answer out. See `Worker.__call__`.
+
+    The first call loads the models, and raises what keeps them from loading.
+    """
     return default_worker()(job)
 
 
@@ -249,7 +284,7 @@ def main() -> None:
     import runpod
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # the hub client's; it logs whole URLs
+    quiet_libraries()
     default_worker()
     runpod.serverless.start({"handler": generate_image})
 

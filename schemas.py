@@ -6,6 +6,7 @@ Field names, defaults and meaning are those of RunPod's worker-sdxl; what is our
 from __future__ import annotations
 
 import math
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ SCHEDULERS = (
     "TCD",
 )
 """worker-sdxl's seven, then others under the names that web UIs use (classes: `pipelines.schedulers`)."""
+
+DISTILLED, DISTILLED_STEPS = ("LCM", "TCD"), 50
+"""Samplers of distilled models, and how many steps they were distilled from: no more can be asked for."""
 
 MAX_LORAS = 16
 
@@ -246,6 +250,9 @@ def parse_job(job: object) -> ImageRequest:
     faults = list(_faults(IMAGE_REQUEST, values, ""))
     if not values.get("prompt") and not values.get("image_url"):
         faults.append("prompt is required (unless image_url is given)")
+    name, steps = values.get("scheduler"), values.get("num_inference_steps")
+    if name in DISTILLED and isinstance(steps, int) and steps > DISTILLED_STEPS:
+        faults.append(f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}")
     loras, warnings, lora_faults = _read_loras(
         values.get("loras"), bool(values.get("strict_loras"))
     )
@@ -301,6 +308,8 @@ def _faults(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> It
     for name, value in values.items():
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{where}{name}: {value} is not a number that JSON knows"
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            yield f"{where}{name}: the text holds half a surrogate pair, which is no character"
     errors = Draft202012Validator(schema).iter_errors(values)
     for error in sorted(errors, key=lambda e: [str(step) for step in e.absolute_path]):
         yield from _words(error, schema, where)
@@ -347,8 +356,10 @@ def _lower(text: str) -> str:
 
 
 def _short(value: object) -> str:
-    """A value as it may be repeated in an error: short, and no URL, which may carry a secret."""
-    text = repr(value)
-    if "://" in text or text.startswith(("'data:", '"data:')):
-        return "the value"
-    return text if len(text) <= 60 else text[:57] + "…"
+    """A value as an error may repeat it: numbers and plain words; all else may carry a secret."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    if isinstance(value, str) and re.fullmatch(r"[\w +-]{0,40}", value):
+        return repr(value)
+    kinds = {"str": "the text", "list": "the list", "dict": "the object"}
+    return kinds.get(type(value).__name__, "the value")

@@ -67,7 +67,7 @@ class Settings:
         10.0,
         "Largest answer in MB; a larger one fails with OUTPUT_TOO_LARGE (RunPod carries 10 for /run, "
         "20 for /runsync)",
-        minimum=0.1,
+        minimum=0.001,
     )
     lora_cache_dir: Path = _setting(
         "LORA_CACHE_DIR",
@@ -101,13 +101,29 @@ class Settings:
     bucket_endpoint_url: str = _setting(
         "BUCKET_ENDPOINT_URL", "", "S3 endpoint; if set, pictures are uploaded and answered as URLs"
     )
-    bucket_name: str = _setting("BUCKET_NAME", "worker-lora", "S3 bucket for the pictures")
+    bucket_name: str = _setting(
+        "BUCKET_NAME",
+        "",
+        "S3 bucket for the pictures; if empty, the month as the SDK names it: `11-26`",
+    )
     bucket_access_key_id: str = _setting(
         "BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True
     )
     bucket_secret_access_key: str = _setting(
         "BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key", secret=True
     )
+
+    def __post_init__(self) -> None:
+        faults = []
+        for setting in fields(self):
+            about, value = setting.metadata, getattr(self, setting.name)
+            if "options" in about and value not in about["options"]:
+                faults.append(f"{about['env']}: {value!r} is none of {', '.join(about['options'])}")
+            if "minimum" in about and not about["minimum"] <= value < float("inf"):
+                least = about["minimum"]
+                faults.append(f"{about['env']}: {value:g} is not a number of at least {least}")
+        if faults:
+            raise SettingsError("; ".join(faults))
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -124,15 +140,20 @@ class Settings:
         values: dict[str, Any] = {}
         for env, setting in known.items():
             text = environ.get(env, "").strip()
-            if not text:
-                continue
-            try:
-                values[setting.name] = _read(text, setting.default, setting.metadata)
-            except ValueError as error:
-                faults.append(f"{env}: {error}")
+            if isinstance(setting.default, float) and text:
+                try:
+                    values[setting.name] = float(text)
+                except ValueError:
+                    faults.append(f"{env}: {text!r} is not a number")
+            elif text:
+                values[setting.name] = Path(text) if setting.name == "lora_cache_dir" else text
+        try:
+            settings = cls(**values)
+        except SettingsError as error:
+            faults.append(str(error))
         if faults:
             raise SettingsError("; ".join(faults))
-        return cls(**values)
+        return settings
 
     @property
     def refiner_source(self) -> str | None:
@@ -159,24 +180,6 @@ class Settings:
         if value == "auto":
             return stock if self.model == STOCK_MODEL else None
         return None if value == "none" else value
-
-
-def _read(text: str, default: Any, limits: Mapping[str, Any]) -> Any:
-    """One variable's text in the type of its default; ValueError says what is wrong with it."""
-    if isinstance(default, Path):
-        return Path(text)
-    if isinstance(default, float):
-        try:
-            number = float(text)
-        except ValueError as error:
-            raise ValueError(f"{text!r} is not a number") from error
-        if not limits["minimum"] <= number < float("inf"):
-            raise ValueError(f"{text} is not a number of at least {limits['minimum']}")
-        return number
-    options = limits.get("options")
-    if options and text not in options:
-        raise ValueError(f"{text!r} is none of {', '.join(options)}")
-    return text
 
 
 def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:

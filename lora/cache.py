@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +28,7 @@ from weakref import WeakValueDictionary
 
 import requests
 
+from lora.download import open_url
 from lora.errors import (
     AccessDenied,
     CacheFull,
@@ -44,7 +45,6 @@ from lora.sources import EXTENSIONS, CachedName, Hub, HubFile, Reference, Remote
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 20
 STALE_AFTER = 3600.0
 """Seconds without a write after which a download under way counts as left over by a dead worker."""
 
@@ -64,7 +64,8 @@ class Record:
     size: int
     mtime_ns: int
     """The adapter file's own time when it was hashed: another time means another file."""
-    fetched: float
+    fetched: float | None
+    """When it was downloaded, in seconds since 1970; None for a file that was put here by hand."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,9 @@ class VolumeCache:
         probe.write_bytes(b"")
         probe.unlink()
         for part in self._incoming.iterdir():
-            if time.time() - part.stat().st_mtime > STALE_AFTER:
-                part.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # another worker finished or swept it just now
+                if time.time() - part.stat().st_mtime > STALE_AFTER:
+                    part.unlink()
 
     def resolve(self, reference: Reference) -> RemoteFile | CachedName:
         """Where the reference's file is: in the cache by name, or at a URL.
@@ -128,7 +130,8 @@ class VolumeCache:
         """
         place = parse(reference)
         if isinstance(place, HubFile):
-            if self._existing(reference.path):
+            asks_for_more = reference.weight_name or reference.revision
+            if not asks_for_more and self._existing(reference.path):
                 return CachedName(reference.path, reference.sha256)
             return self._hub.ask(place, reference.sha256)
         return place
@@ -145,7 +148,7 @@ class VolumeCache:
         """Where this source's file is, or will be: the same on every worker and in every run."""
         digest = hashlib.sha256(remote.identity.encode()).hexdigest()[:16]
         name = PurePosixPath(remote.file_name)
-        stem = re.sub(r"[^\w.-]+", "_", name.stem).strip("._")[:80] or "lora"
+        stem = re.sub(r"[^A-Za-z0-9.-]+", "_", name.stem).strip("._")[:80] or "lora"
         return self.root / f"{stem}-{digest}{EXTENSIONS[0]}"
 
     def find(self, cached: CachedName) -> CacheEntry:
@@ -201,7 +204,7 @@ class VolumeCache:
             sha256=sha256_of(path),
             size=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
-            fetched=time.time(),
+            fetched=None,
         )
         try:
             self._write_json(beside, asdict(record))
@@ -232,14 +235,24 @@ class VolumeCache:
         """
         path = self.path_for(remote)
         with self._only_one(path.name):
-            if path.is_file():
-                entry = self._entry(path, downloaded=False, source=remote.shown)
-            else:
+            entry = self._kept(path, remote)
+            if entry is None:
                 if remote.size:
                     self._check_size(remote.size, remote)
                 self._download(remote, path, progress or (lambda done, total: None))
                 entry = self._entry(path, downloaded=True, source=remote.shown)
-        _check_sha256(remote.sha256, entry.record.sha256, remote.shown)
+        return entry
+
+    def _kept(self, path: Path, remote: RemoteFile) -> CacheEntry | None:
+        """The source's file if it is here, whole, and the one that is asked for."""
+        try:
+            entry = self._entry(path, downloaded=False, source=remote.shown)
+            _check_sha256(remote.sha256, entry.record.sha256, remote.shown)
+        except FileNotFoundError:
+            return None
+        except LoraError as error:
+            log.warning("%s is fetched again: %s", path.name, error.sentence)
+            return None
         return entry
 
     @contextmanager
@@ -274,13 +287,12 @@ class VolumeCache:
                     break
                 except requests.RequestException as error:
                     # Only the kind of error: its text holds the whole URL, tokens and all.
-                    log.warning("%s: %s (try %d)", remote.shown, type(error).__name__, attempt)
+                    kind = _kind(error)
+                    log.warning("%s: %s (try %d)", remote.shown, kind, attempt)
                     pause = 0.5 * 2 ** (attempt - 1)
                     if attempt == self.limits.tries or time.monotonic() + pause > deadline:
-                        raise DownloadFailed(
-                            f"{remote.shown} could not be downloaded ({_kind(error)})",
-                            "Try again later.",
-                        ) from None
+                        words = f"{remote.shown} could not be downloaded ({kind})"
+                        raise DownloadFailed(words, "Try again later.") from None
                     time.sleep(pause)
             self._publish(remote, part, path, digest)
         except OSError as error:
@@ -290,31 +302,22 @@ class VolumeCache:
 
     def _stream(self, remote: RemoteFile, part: Path, progress: Progress, deadline: float) -> str:
         """One try: the whole body into `part`. Returns its sha256."""
-        digest, done = hashlib.sha256(), 0
-        timeout = (min(10.0, self.limits.stall), self.limits.stall)
-        with requests.get(
-            remote.url, headers=remote.headers, stream=True, timeout=timeout
-        ) as response:
-            _refuse_status(response, remote.shown)
-            length = response.headers.get("Content-Length", "")
-            encoded = "Content-Encoding" in response.headers
-            total = int(length) if length.isdigit() and not encoded else remote.size
+        digest, done, stall = hashlib.sha256(), 0, self.limits.stall
+        with open_url(remote.url, remote.headers, stall=stall, deadline=deadline) as body:
+            _refuse_status(body.response, remote.shown)
+            total = body.length or remote.size
             if total:
                 self._check_size(total, remote)
                 self._make_room(total)
             with part.open("wb") as stream:
-                for chunk in response.iter_content(CHUNK):
-                    done += len(chunk)
+                for piece in body.pieces():
+                    done += len(piece)
                     self._check_size(done, remote)
-                    if time.monotonic() > deadline:
-                        raise requests.Timeout
-                    stream.write(chunk)
-                    digest.update(chunk)
+                    stream.write(piece)
+                    digest.update(piece)
                     progress(done, total)
                 stream.flush()
                 os.fsync(stream.fileno())
-        if total is not None and done != total:
-            raise requests.ConnectionError
         return digest.hexdigest()
 
     def _publish(self, remote: RemoteFile, part: Path, path: Path, digest: str) -> None:
@@ -325,6 +328,7 @@ class VolumeCache:
         except LoraError as error:
             raise type(error)(f"{remote.shown}: {error.sentence}", error.hint) from error
         stat = part.stat()
+        self._make_room(stat.st_size)  # again: the server may not have told the size beforehand
         record = Record(remote.shown, digest, stat.st_size, stat.st_mtime_ns, time.time())
         self._write_json(record_path(path), asdict(record))
         part.replace(path)
@@ -350,15 +354,16 @@ class VolumeCache:
             record_path(path).unlink(missing_ok=True)
 
     def _by_last_use(self) -> list[tuple[Path, int]]:
-        """(file, bytes), the one used longest ago first."""
+        """(file, bytes) of what was downloaded, the one used longest ago first.
+
+        Files without a record of their download are an operator's: they are neither counted nor removed.
+        """
         used = []
         for path in self.files():
-            try:
+            with suppress(OSError, ValueError, TypeError):  # no record, or evicted just now
                 beside = record_path(path)
-                moment = (beside if beside.exists() else path).stat().st_mtime
-                used.append((moment, path, path.stat().st_size))
-            except FileNotFoundError:  # another worker evicted it just now
-                continue
+                if Record(**json.loads(beside.read_text())).fetched is not None:
+                    used.append((beside.stat().st_mtime, path, path.stat().st_size))
         return [(path, size) for _, path, size in sorted(used)]
 
 
@@ -406,7 +411,7 @@ def sha256_of(path: Path) -> str:
     """The file's sha256 in hex, read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
+        while chunk := stream.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 

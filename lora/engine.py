@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora.errors import CodedError
 from lora.files import Layer, LoraFile
 from lora.keys import KeyMap, Shape
 
@@ -47,7 +48,6 @@ class LoraUse:
 class Applied:
     """What a block got."""
 
-    mode: Mode
     layers: int
     """How many modules were changed, by all adapters together."""
     seconds: float
@@ -67,6 +67,12 @@ class _LayerPlan:
         if isinstance(conv, nn.Conv2d) and (conv.groups > 1 or conv.padding_mode != "zeros"):
             return False
         return all(layer.part.low_rank() is not None for layer, _ in self.parts)
+
+
+class RestoreFailed(CodedError):
+    """A weight could not be put back: the pipeline must not draw again. The process should end."""
+
+    code = "INTERNAL"
 
 
 class EngineBusy(RuntimeError):
@@ -108,7 +114,7 @@ class LoraEngine:
             begun = time.perf_counter()
             plans = self._plan(stack)
             _apply(plans, mode, undo)
-            yield Applied(mode, len(plans), time.perf_counter() - begun)
+            yield Applied(len(plans), time.perf_counter() - begun)
         finally:
             try:
                 undo.run()
@@ -144,14 +150,23 @@ class _Undo:
 
     @torch.no_grad()
     def run(self) -> None:
-        """Puts everything back."""
+        """Puts everything back, each on its own. Raises: RestoreFailed if any of it failed."""
         for module, previous in self._forwards:
             if previous is None:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = previous
+        failed: list[Exception] = []
         for weight, original in self._originals.items():
-            weight.copy_(original)
+            try:
+                weight.copy_(original)
+            except RuntimeError as error:  # a device that has failed
+                failed.append(error)
+        if failed:
+            raise RestoreFailed(
+                f"{len(failed)} weights could not be restored after a LoRA",
+                "The worker asks to be replaced.",
+            ) from failed[0]
 
 
 @torch.no_grad()

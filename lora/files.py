@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,6 +85,9 @@ def load(path: Path, key_map: KeyMap, sha256: str) -> LoraFile:
         tensors = load_tensors(path.read_bytes())
     except (SafetensorError, OSError) as error:
         raise LoraCorrupt("the file's tensors cannot be read") from error
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise LoraCorrupt(f"the tensor {key} holds NaN or infinity")
     layers, unused = _bind(tensors, key_map, Alphas.of(header.metadata))
     _refuse_other_models(header, layers, unused, key_map)
     return LoraFile(sha256, tuple(layers), tuple(unused), header.metadata)
@@ -93,27 +97,35 @@ def load(path: Path, key_map: KeyMap, sha256: str) -> LoraFile:
 class Alphas:
     """The alphas that diffusers keeps in a file's metadata instead of in tensors.
 
-    `lora_adapter_metadata` is JSON: `unet.lora_alpha` and, by module, `unet.alpha_pattern`.
+    `lora_adapter_metadata` is JSON with, by component, `lora_alpha`, `use_rslora` and, by module,
+    `alpha_pattern`, as peft's LoraConfig names them.
     """
 
     fields: Mapping[str, Any]
 
     @classmethod
     def of(cls, metadata: Mapping[str, str]) -> Alphas:
-        """Raises: LoraCorrupt if the metadata has the entry and it is not a JSON object."""
+        """Raises: LoraCorrupt if the entry is there and is not what peft writes."""
         try:
             fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except ValueError as error:
-            raise LoraCorrupt("the file's lora_adapter_metadata is not JSON") from error
-        if not isinstance(fields, dict):
-            raise LoraCorrupt("the file's lora_adapter_metadata is not a JSON object")
+            for name, value in fields.items():
+                if name.endswith(".lora_alpha"):
+                    float(value)
+                elif name.endswith(".alpha_pattern"):
+                    [float(alpha) for alpha in (value or {}).values()]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise LoraCorrupt("the file's lora_adapter_metadata is malformed") from error
         return cls(fields)
 
-    def find(self, target: Target) -> Tensor | None:
-        """The module's alpha; None if the metadata does not tell."""
+    def find(self, target: Target, rank: int) -> Tensor | None:
+        """The module's alpha such that alpha / rank is its scaling; None if the metadata has none."""
         pattern = self.fields.get(f"{target.component}.alpha_pattern") or {}
         alpha = pattern.get(target.path, self.fields.get(f"{target.component}.lora_alpha"))
-        return None if alpha is None else torch.tensor(float(alpha))
+        if alpha is None:
+            return None
+        # rsLoRA (arXiv 2312.03732): scaling = alpha / sqrt(rank).
+        rs_lora = bool(self.fields.get(f"{target.component}.use_rslora"))
+        return torch.tensor(float(alpha) * (math.sqrt(rank) if rs_lora else 1.0))
 
 
 def _bind(
@@ -133,8 +145,10 @@ def _bind(
     layers: list[Layer] = []
     for target, keys in grouped.items():
         slots = {slot: tensors[key] for slot, key in keys.items()}
-        if "alpha" not in slots and (alpha := alphas.find(target)) is not None:
-            slots["alpha"] = alpha
+        down = slots.get("lora_down")
+        if "alpha" not in slots and down is not None and down.dim():
+            alpha = alphas.find(target, down.shape[0])
+            slots |= {} if alpha is None else {"alpha": alpha}
         part, reason = _part(target, slots)
         if part is None:
             unused += [UnusedKey(key, reason) for key in keys.values()]
@@ -145,6 +159,11 @@ def _bind(
 
 def _part(target: Target, slots: dict[str, Tensor]) -> tuple[Algorithm | None, str]:
     """The algorithm that these tensors of one module are, or the reason why they are none."""
+    alpha = slots.get("alpha")
+    if alpha is not None and alpha.numel() != 1:
+        return None, "alpha is not one number"
+    if any(0 in tensor.shape for tensor in slots.values()):
+        return None, "a tensor is empty"
     for algorithm in ALGORITHMS:
         if takes(algorithm, slots):
             part = algorithm(**slots)

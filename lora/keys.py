@@ -85,9 +85,6 @@ class KeyMap:
                         other = self._targets[name]
                         raise ValueError(f"{name!r} would mean both {other} and {target}")
 
-    def __len__(self) -> int:
-        return len(self._targets)
-
     @cached_property
     def targets(self) -> frozenset[Target]:
         """Every module that has a name."""
@@ -110,6 +107,8 @@ def _names(component: str, path: str, siblings: Mapping[str, Shape]) -> Iterator
     """Every stem that means this module."""
     paths = {path}
     if component == "unet":
+        # PEFT's own saving; for the text encoders it would be the same name twice.
+        yield f"base_model.model.{path}"
         sgm = sgm_path(path, siblings)
         paths.update({sgm} if sgm else ())
     else:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import httpx2
 from huggingface_hub import HfApi, hf_hub_url
@@ -91,19 +91,31 @@ def parse(reference: Reference) -> RemoteFile | HubFile | CachedName:
     its cache first. Raises SourceInvalid.
     """
     path = reference.path.strip()
-    if not path or "\0" in path or "\\" in path:
-        raise SourceInvalid(f"{reference.shown!r} is not a LoRA reference", GRAMMAR_HINT)
     if "://" in path:
+        _only_for_repos(reference, reference.weight_name, reference.revision)
         return _parse_url(path, reference)
+    # What is no plain name may be a URL gone wrong, with a token in it: it is not repeated.
+    if not path or not path.isprintable() or set(path) & set("?#:@\\") or len(path.encode()) > 240:
+        raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
     parts = PurePosixPath(path).parts
     if path.startswith(("/", "~")) or ".." in parts:
         raise SourceInvalid(f"{path!r} leads out of the LoRA cache", GRAMMAR_HINT)
     is_file = path.endswith(EXTENSIONS)
     if len(parts) > 2 and is_file and _HUB_REPO.fullmatch("/".join(parts[:2])):
+        _only_for_repos(reference, reference.weight_name)
         return HubFile("/".join(parts[:2]), "/".join(parts[2:]), reference.revision)
     if len(parts) == 2 and not is_file and _HUB_REPO.fullmatch(path):
         return HubFile(path, reference.weight_name, reference.revision)
+    _only_for_repos(reference, reference.weight_name, reference.revision)
     return CachedName(path, reference.sha256)
+
+
+def _only_for_repos(reference: Reference, *given: str | None) -> None:
+    if any(given):
+        raise SourceInvalid(
+            f"weight_name and revision say nothing of {reference.shown}",
+            "They choose a file and a version of a Hugging Face repo (user/repo).",
+        )
 
 
 GRAMMAR_HINT = "Give an http(s) URL, a Hugging Face repo (user/repo), or the name of a cached file."
@@ -189,13 +201,13 @@ def _choose(siblings: list[RepoSibling], hub_file: HubFile) -> RepoSibling:
 
 
 def redact_url(text: str) -> str:
-    """A URL without user, password, query and fragment, which may carry secrets; other text as it is."""
-    if "://" not in text:
-        return text
-    try:
-        parts = urlsplit(text)
-        host = parts.hostname or ""
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return text.split("://", 1)[0] + "://…"
-    return urlunsplit((parts.scheme, host + port, parts.path, "", ""))
+    """A URL without user, password, query and fragment, which may carry secrets.
+
+    Text that is no URL, but may have been meant as one, loses them too.
+    """
+    scheme, separator, rest = text.rpartition("://")
+    bare = re.split(r"[?#]", rest)[0]
+    host, slash, path = bare.partition("/")
+    if not separator and "@" in bare:
+        return bare.rpartition("@")[2]
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

@@ -53,7 +53,7 @@ def choose_route(request: ImageRequest, *, has_refiner: bool) -> tuple[Route, li
         route = Route.REFINER_IMAGE
     elif request.image_url:
         route = Route.BASE_IMAGE
-        if has_refiner and request.loras:
+        if request.loras:
             warnings.append(
                 "image_url with loras: the base model draws it, since SDXL LoRAs do not fit the refiner"
             )
@@ -70,7 +70,13 @@ def choose_route(request: ImageRequest, *, has_refiner: bool) -> tuple[Route, li
 
 
 def _check_steps(request: ImageRequest, route: Route) -> None:
-    """diffusers does int(steps * strength) steps of image to image, and fails on none."""
+    """diffusers does int(steps * strength) steps of image to image, and fails on none; an ensemble
+    that is not split does all steps in the base.
+    """
+    if route is Route.ENSEMBLE and request.high_noise_frac in (0, 1):
+        raise InvalidInput(
+            "high_noise_frac: an ensemble is split between 0 and 1, not at them", HINT
+        )
     by_route = {
         Route.REFINED: ("refiner_inference_steps", request.refiner_inference_steps),
         Route.REFINER_IMAGE: ("refiner_inference_steps", request.refiner_inference_steps),
@@ -146,7 +152,7 @@ class ImagePipeline:
         draw = _Drawing(
             request, torch.Generator(self.device).manual_seed(request.seed), timings, on_step
         )
-        with self._with_schedulers(request, route):
+        with self._as_they_were(request, route):
             if route is Route.REFINER_IMAGE:
                 return self._refine(draw, image=picture)
             if route is Route.BASE_IMAGE:
@@ -205,8 +211,14 @@ class ImagePipeline:
         return {"height": request.height or side, "width": request.width or side}
 
     @contextmanager
-    def _with_schedulers(self, request: ImageRequest, route: Route) -> Iterator[None]:
-        """Gives the pipelines the request's sampler, and their own back afterwards."""
+    def _as_they_were(self, request: ImageRequest, route: Route) -> Iterator[None]:
+        """Gives the pipelines the request's sampler, and their own back afterwards.
+
+        diffusers also turns a half precision VAE to float32 to decode, and leaves it so if that fails.
+        """
+        vaes = {
+            pipeline.vae: pipeline.vae.dtype for pipeline in (self._base, self._refiner) if pipeline
+        }
         chosen = [self._base, self._base_image]
         if route is Route.ENSEMBLE:  # both halves of one denoising must count alike
             chosen.append(self._refiner)
@@ -218,6 +230,9 @@ class ImagePipeline:
         finally:
             for pipeline, scheduler in zip(chosen, own, strict=True):
                 pipeline.scheduler = scheduler
+            for vae, precision in vaes.items():
+                if vae.dtype is not precision:
+                    vae.to(precision)
 
 
 @dataclass
@@ -242,14 +257,7 @@ class _Drawing:
         The prompt is encoded first and on its own; diffusers does the same inside the call.
         """
         with self.timings.measure("encode_prompt"), torch.no_grad():
-            encoded = pipeline.encode_prompt(
-                prompt=self.request.prompt,
-                negative_prompt=negative_prompt,
-                device=pipeline._execution_device,
-                do_classifier_free_guidance=guidance_scale > 1
-                and pipeline.unet.config.time_cond_proj_dim is None,
-            )
-        conditions = dict(zip(ENCODED, encoded, strict=True))
+            conditions = self._encode(pipeline, negative_prompt, guidance_scale)
         begun = time.perf_counter()
         denoised = begun
 
@@ -272,3 +280,16 @@ class _Drawing:
         self.timings.add("denoise", denoised - begun)
         self.timings.add("decode", time.perf_counter() - denoised)
         return images
+
+    def _encode(
+        self, pipeline: Any, negative_prompt: str | None, guidance_scale: float
+    ) -> dict[str, Any]:
+        """The prompt as the pipeline's call takes it."""
+        guided = guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
+        encoded = pipeline.encode_prompt(
+            prompt=self.request.prompt,
+            negative_prompt=negative_prompt,
+            device=pipeline._execution_device,
+            do_classifier_free_guidance=guided,
+        )
+        return dict(zip(ENCODED, encoded, strict=True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
+import httpx2
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
@@ -65,10 +67,10 @@ def bake(repo: str, token: str | None, pause: Callable[[float], None] = time.sle
             siblings = HfApi(token=token or False).model_info(repo).siblings or []
             files = files_to_bake(sibling.rfilename for sibling in siblings)
             return Path(snapshot_download(repo, allow_patterns=files, token=token or False))
-        except RepositoryNotFoundError as error:
+        except (RepositoryNotFoundError, HFValidationError) as error:
             hint = "check the name, or set HF_TOKEN if it is private"
             raise WeightsMissing(f"there is no repo {repo} on the hub; {hint}") from error
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
             kind = type(error).__name__
             log.warning("%s: %s (try %d of %d)", repo, kind, attempt, TRIES)
             if attempt < TRIES:
@@ -77,15 +79,27 @@ def bake(repo: str, token: str | None, pause: Callable[[float], None] = time.sle
 
 
 def check(folder: Path) -> None:
-    """Raises WeightsIncomplete unless the folder has weights and each weight file is whole."""
+    """Raises WeightsIncomplete unless every network has weights and each weight file is whole.
+
+    The networks are those that `model_index.json` names; without one, the folder itself is one.
+    """
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text()) if index.exists() else {}
+    networks = [n for n, kind in parts.items() if isinstance(kind, list) and _is_network(kind)]
+    for part in [folder / name for name in networks] or [folder]:
+        if not any(part.rglob(f"*{WEIGHTS}")):
+            raise WeightsIncomplete(f"{part.name} holds no {WEIGHTS} file")
     files = sorted(folder.rglob(f"*{WEIGHTS}"))
-    if not files:
-        raise WeightsIncomplete(f"{folder.name} holds no {WEIGHTS} file")
     for file in files:
         try:
             read_header(file)
         except CodedError as error:
             raise WeightsIncomplete(f"{file.relative_to(folder)}: {error.sentence}") from error
+
+
+def _is_network(kind: list[str | None]) -> bool:
+    """Whether a part of a pipeline, as (library, class), has weights."""
+    return str(kind[1]).endswith(("Model", "AutoencoderKL", "CLIPTextModelWithProjection"))
 
 
 def repos_to_bake(settings: Settings) -> list[str]:
@@ -107,7 +121,9 @@ def find_weights(source: str) -> Path:
     if path.exists():
         return path
     try:
-        return Path(snapshot_download(source, local_files_only=True))
+        # Only part of a repo is baked, and without patterns the client asks for all of it.
+        index = ["model_index.json", "config.json"]
+        return Path(snapshot_download(source, allow_patterns=index, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise WeightsMissing(
             f"{source} is neither a folder or file here nor a baked repo; "

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -27,6 +28,8 @@ class Reply:
     """Answer 500 so many times before answering well."""
     pause: float = 0.0
     """Seconds before the body."""
+    drip: float = 0.0
+    """Seconds between the body's bytes."""
 
 
 class LoopbackServer:
@@ -131,6 +134,17 @@ class LoopbackServer:
         if not send_body:
             return
         time.sleep(reply.pause)
+        if reply.drip:
+            self._drip(request, reply)
+            return
         request.wfile.write(reply.body[: reply.cut_after])
         if reply.cut_after is not None:
             request.close_connection = True
+
+    @staticmethod
+    def _drip(request: BaseHTTPRequestHandler, reply: Reply) -> None:
+        with suppress(OSError):  # the client hangs up
+            for byte in reply.body[:200]:
+                request.wfile.write(bytes([byte]))
+                time.sleep(reply.drip)
+        request.close_connection = True

@@ -37,7 +37,7 @@ def test_bake_then_check_without_the_network(
     environment: dict[str, str], server: LoopbackServer
 ) -> None:
     files = {
-        "model_index.json": b"{}",
+        "model_index.json": b'{"unet": ["diffusers", "UNet2DConditionModel"]}',
         "unet/config.json": b"{}",
         "unet/diffusion_pytorch_model.fp16.safetensors": ADAPTER,
         "unet/diffusion_pytorch_model.safetensors": ADAPTER,

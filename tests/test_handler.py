@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from handler import PHASES, Worker
+from lora.engine import RestoreFailed
 from tests.adapters import as_bytes, kohya, sd15
 from tests.conftest import ROOT
 from tests.lora.test_engine import State
@@ -47,11 +48,12 @@ def pixels(answer: dict[str, Any], index: int = 0) -> np.ndarray[Any, Any]:
 
 @contextmanager
 def pipeline_unchanged(worker: Worker) -> Iterator[None]:
-    components = worker.parts.pipeline.components
-    before = {name: State(module) for name, module in components.items()}
+    pipeline = worker.parts.pipeline
+    networks = [*pipeline.components.values(), pipeline._base.vae]
+    before = [State(network) for network in networks]
     yield
-    for name, module in components.items():
-        before[name].assert_same(module)
+    for state, network in zip(before, networks, strict=True):
+        state.assert_same(network)
 
 
 def data_uri(size: int = 64) -> str:
@@ -164,18 +166,62 @@ def test_image_to_image_with_loras_uses_the_base(demo_worker: Worker) -> None:
     assert "refresh_worker" not in answer
 
 
-def test_worker_sdxls_published_test_runs_unchanged(demo_worker: Worker) -> None:
-    published = {
+PUBLISHED = {
+    ".runpod/tests.json": {
         "prompt": "a majestic steampunk dragon soaring through a cloudy sky, intricate clockwork "
         "details, golden hour lighting, highly detailed",
         "negative_prompt": "blurry, very low quality, deformed, ugly, text, watermark, signature,",
+        "seed": 1337,
+    },
+    "test_input.json": {
+        "prompt": "A majestic steampunk dragon soaring through a cloudy sky, intricate clockwork "
+        "details, golden hour lighting, highly detailed",
+        "negative_prompt": "blurry, low quality, deformed, ugly, text, watermark, signature",
+        "seed": 42,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("values", PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_worker_sdxls_published_inputs_run_unchanged(
+    demo_worker: Worker, values: dict[str, Any]
+) -> None:
+    shared = {
         "height": 1024, "width": 1024, "num_inference_steps": 1, "refiner_inference_steps": 4,
-        "guidance_scale": 7.5, "strength": 0.3, "high_noise_frac": 0.8, "seed": 1337,
-        "scheduler": "K_EULER", "num_images": 1, "image_url": None,
+        "guidance_scale": 7.5, "strength": 0.3, "high_noise_frac": 0.8, "scheduler": "K_EULER",
+        "num_images": 1, "image_url": None,
     }  # fmt: skip
-    answer = demo_worker({"id": "basic_test", "input": published})
+    answer = demo_worker({"id": "published", "input": {**shared, **values}})
     assert picture(answer).size == (1024, 1024)
-    assert answer["seed"] == 1337
+    assert answer["seed"] == values["seed"]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "refresh"),
+    [
+        (torch.OutOfMemoryError("canary"), "OUT_OF_MEMORY", True),
+        (RestoreFailed("1 weights"), "INTERNAL", True),
+        (torch.AcceleratorError("canary"), "INTERNAL", True),
+        (KeyError("canary"), "INTERNAL", False),
+    ],
+)
+def test_the_worker_asks_to_be_replaced_only_where_it_must_not_go_on(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, refresh: bool
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(demo_worker.parts.pipeline, "generate", fail)
+    answer = demo_worker(job())
+    assert answer["error"].startswith(f"{code}: ")
+    assert answer.get("refresh_worker", False) is refresh
+    assert "canary" not in answer["error"]
+
+
+def test_a_scale_of_zero_is_reported_as_what_it_is(demo_worker: Worker) -> None:
+    answer = demo_worker(job(loras=[{"path": "demo-night", "scale": 0}]))
+    assert (answer["loras"][0]["layers"], answer["loras"][0]["status"]) == (0, "scale is 0")
+    np.testing.assert_array_equal(pixels(answer), pixels(demo_worker(job())))
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -234,7 +280,7 @@ BAD_JOBS: dict[str, tuple[Prepare, str, str]] = {
     "no picture": (
         lambda s: job(image_url="data:image/png;base64,AAAA", strength=1),
         "INVALID_INPUT",
-        "not a picture",
+        "not a whole picture",
     ),
     "no steps left": (
         lambda s: job(image_url=data_uri(), strength=0.1),

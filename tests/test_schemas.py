@@ -63,7 +63,7 @@ def test_whole_floats_are_integers_and_two_calls_share_nothing() -> None:
         ({"input": {"prompt": "x", "strength": math.inf}}, "inf is not a number"),
         (
             {"input": {"image_url": "ftp://u:canary@h/x"}},
-            "image_url: the value does not look right",
+            "image_url: the text does not look right",
         ),
         ({"input": {"prompt": "x", "loras": "a"}}, "loras: 'a' is not an array or null"),
         ({"input": {"prompt": "x", "loras": ["a"] * 17}}, "loras: more than 16 entries"),
@@ -104,6 +104,30 @@ def test_every_fault_is_told_at_once() -> None:
     assert "6 faults" in text
     for name in (*bad, "prompt"):
         assert name in text
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"loras": {"path": "a/b", "token": "hf_canary"}},
+        {"image_url": "example.com/x?token=canary"},
+        {"scheduler": "https://h/?canary"},
+        {"loras": [{"path": ["canary://x"]}]},
+    ],
+)
+def test_what_may_be_a_secret_is_not_repeated(values: dict[str, Any]) -> None:
+    assert "canary" not in fault_of({"input": {"prompt": "x", **values}})
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    assert "prompt: the text holds half a surrogate" in fault_of({"input": {"prompt": "a\ud800"}})
+
+
+@pytest.mark.parametrize("name", ["LCM", "TCD"])
+def test_distilled_samplers_take_no_more_steps_than_they_were_made_for(name: str) -> None:
+    assert parse(scheduler=name, num_inference_steps=50).num_inference_steps == 50
+    text = fault_of({"input": {"prompt": "x", "scheduler": name, "num_inference_steps": 51}})
+    assert f"num_inference_steps: {name} takes at most 50" in text
 
 
 def test_loras_are_strings_or_objects() -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 import time
 
 import requests
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from lora.download import open_url
 from lora.sources import redact_url
 from schemas import InvalidInput
 
 MAX_BYTES = 30_000_000
 MAX_PIXELS = 40_000_000
+MIN_SIDE = 64
 TIMEOUT = 60.0
 """Seconds that fetching a picture may take."""
 
@@ -22,17 +23,21 @@ TIMEOUT = 60.0
 def load_picture(url: str) -> Image.Image:
     """The picture as RGB, turned upright by its EXIF orientation.
 
-    Raises: InvalidInput if it cannot be fetched, is no picture, or is over 30 MB or 40 megapixels.
+    Raises: InvalidInput if it cannot be fetched, is no picture, is over 30 MB or 40 megapixels, or is
+    smaller than 64 pixels on a side.
     """
     data = _from_data_uri(url) if url.startswith("data:") else _download(url)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MAX_PIXELS:
-            raise InvalidInput(f"image_url: the picture is over {MAX_PIXELS // 10**6} megapixels")
-        picture.load()
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidInput("image_url: what is there is not a picture") from error
-    return ImageOps.exif_transpose(picture).convert("RGB")
+            raise InvalidInput(f"image_url: the picture is over {MAX_PIXELS / 1e6:g} megapixels")
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        # SyntaxError is what Pillow raises for broken PNG chunks and EXIF.
+        raise InvalidInput("image_url: what is there is not a whole picture") from error
+    if min(upright.size) < MIN_SIDE:
+        raise InvalidInput(f"image_url: the picture is smaller than {MIN_SIDE} pixels on a side")
+    return upright
 
 
 def _from_data_uri(url: str) -> bytes:
@@ -43,7 +48,7 @@ def _from_data_uri(url: str) -> bytes:
         raise InvalidInput(f"image_url: the picture is over {MAX_BYTES // 10**6} MB")
     try:
         return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise InvalidInput("image_url: the data URI is not valid base64") from error
 
 
@@ -51,15 +56,13 @@ def _download(url: str) -> bytes:
     shown, deadline = redact_url(url), time.monotonic() + TIMEOUT
     data = bytearray()
     try:
-        with requests.get(url, stream=True, timeout=(10, 30)) as response:
-            if response.status_code != 200:
-                raise InvalidInput(f"image_url: {shown} answered HTTP {response.status_code}")
-            for chunk in response.iter_content(1 << 16):
-                data += chunk
+        with open_url(url, {}, stall=30.0, deadline=deadline) as body:
+            if body.status != 200:
+                raise InvalidInput(f"image_url: {shown} answered HTTP {body.status}")
+            for piece in body.pieces():
+                data += piece
                 if len(data) > MAX_BYTES:
-                    raise InvalidInput(f"image_url: the picture is over {MAX_BYTES // 10**6} MB")
-                if time.monotonic() > deadline:
-                    raise requests.Timeout
+                    raise InvalidInput(f"image_url: the picture is over {MAX_BYTES / 1e6:g} MB")
     except requests.RequestException as error:
         raise InvalidInput(f"image_url: {shown} could not be fetched") from error
     return bytes(data)

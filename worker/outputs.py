@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class OutputTooLarge(CodedError):
 class UploadFailed(CodedError):
     """The bucket did not take a picture."""
 
-    code = "INTERNAL"
+    code = "UPLOAD_FAILED"
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ def open_bucket(settings: Settings) -> Bucket | None:
         return None
     import boto3
     from botocore.config import Config
+    from runpod.serverless.utils.rp_upload import extract_region_from_url
 
     # boto3's new default checksums are refused by some S3-compatible stores.
     config = Config(
@@ -107,6 +109,7 @@ def open_bucket(settings: Settings) -> Bucket | None:
         endpoint_url=settings.bucket_endpoint_url,
         aws_access_key_id=settings.bucket_access_key_id,
         aws_secret_access_key=settings.bucket_secret_access_key,
+        region_name=extract_region_from_url(settings.bucket_endpoint_url) or None,
         config=config,
     )
     return client
@@ -117,13 +120,14 @@ def deliver(
 ) -> list[str]:
     """Where the answer's reader finds each picture: a data URI, or a URL good for a week.
 
-    Raises: UploadFailed.
+    An empty bucket name is the month's (`11-26`), as the SDK's own upload has it. Raises: UploadFailed.
     """
     if bucket is None:
         return [picture.data_uri for picture in pictures]
     from botocore.exceptions import BotoCoreError, ClientError
 
     urls = []
+    bucket_name = bucket_name or time.strftime("%m-%y")
     for index, picture in enumerate(pictures):
         ending = picture.media_type.removeprefix("image/")
         name = {"Bucket": bucket_name, "Key": f"{job_id}/{index}-{uuid.uuid4().hex[:8]}.{ending}"}

@@ -1,4 +1,4 @@
-"""Tells the platform how far a job is: throttled, in order, and never after the answer."""
+"""How far a job is: throttled, in order, and handed to whoever shows it."""
 
 from __future__ import annotations
 

@@ -45,6 +45,8 @@ class LoHa(Algorithm):
             (self.hada_w1_a, self.hada_w1_b, self.hada_t1),
             (self.hada_w2_a, self.hada_w2_b, self.hada_t2),
         )
+        if any(t.dim() < 2 for pair in pairs for t in pair if t is not None):
+            return "a factor has less than two dimensions"
         if (self.hada_t1 is None) != (self.hada_t2 is None):
             return "only one of hada_t1 and hada_t2 is there"
         for a, b, core in pairs:

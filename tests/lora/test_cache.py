@@ -4,6 +4,7 @@ import stat
 import threading
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -221,3 +222,65 @@ def test_a_folder_that_cannot_be_written_falls_back_with_a_warning(
     assert cache.root == tmp_path / "fallback"
     assert stat.S_ISDIR(cache.root.stat().st_mode)
     assert "cannot be written" in warnings[0]
+
+
+def test_a_file_put_there_by_hand_is_never_evicted(tmp_path: Path, server: LoopbackServer) -> None:
+    cache = VolumeCache(tmp_path, Limits(total_bytes=int(1.5 * len(ADAPTER))))
+    (tmp_path / "checkpoint.safetensors").write_bytes(ADAPTER)
+    mine = cache.find(CachedName("checkpoint"))
+    first = get(cache, server.serve("/1.safetensors", as_bytes(kohya(seed=1))))
+    second = get(cache, server.serve("/2.safetensors", as_bytes(kohya(seed=2))))
+    assert sorted(cache.files()) == sorted([mine.path, second.path])
+    assert not first.path.exists()
+
+
+def test_a_file_that_was_damaged_on_the_volume_is_fetched_again(
+    cache: VolumeCache, server: LoopbackServer
+) -> None:
+    url = server.serve("/lora.safetensors", ADAPTER)
+    get(cache, url).path.write_bytes(ADAPTER[:-20])
+    again = get(cache, url)
+    assert again.downloaded
+    assert again.path.read_bytes() == ADAPTER
+
+
+def test_a_url_whose_content_changed_is_fetched_again_when_its_hash_is_asked_for(
+    cache: VolumeCache, server: LoopbackServer
+) -> None:
+    url = server.serve("/lora.safetensors", ADAPTER)
+    get(cache, url)
+    changed = as_bytes(kohya(seed=3))
+    server.serve("/lora.safetensors", changed)
+    assert get(cache, url).path.read_bytes() == ADAPTER
+    assert get(cache, url, sha256=hashlib.sha256(changed).hexdigest()).path.read_bytes() == changed
+
+
+def test_a_server_that_drips_is_cut_off_at_the_deadline(
+    tmp_path: Path, server: LoopbackServer
+) -> None:
+    cache = VolumeCache(tmp_path, Limits(timeout=0.6, stall=5))
+    url = server.serve("/lora.safetensors", ADAPTER, drip=0.1)
+    begun = time.monotonic()
+    with pytest.raises(LoraError) as caught:
+        get(cache, url)
+    assert caught.value.code == "LORA_DOWNLOAD_FAILED"
+    assert time.monotonic() - begun < 2
+    assert leftovers(cache) == []
+
+
+def test_a_part_that_vanishes_during_the_sweep_is_no_fault(
+    cache: VolumeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghost = cache.root / ".incoming" / "ghost.part"
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([ghost]))
+    cache.prepare()
+
+
+def test_a_very_long_name_in_any_script_is_kept_short(
+    cache: VolumeCache, server: LoopbackServer
+) -> None:
+    name = "画" * 90
+    server.serve("/" + quote(name) + ".safetensors", ADAPTER)
+    entry = get(cache, server.url(f"/{name}.safetensors"))
+    assert entry.path.read_bytes() == ADAPTER
+    assert len(entry.path.name.encode()) < 128

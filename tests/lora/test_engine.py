@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lora.engine import EngineBusy, LoraEngine, LoraUse, Mode
+from lora.engine import EngineBusy, LoraEngine, LoraUse, Mode, RestoreFailed
 from lora.files import LoraFile, load
 from tests.adapters import CONVOLUTION, CROSS_ATTENTION, SELF_ATTENTION, kohya, loha, randn, write
 
@@ -26,23 +26,60 @@ def parse(
     return load(path, engine.key_map(), sha256=name)
 
 
+def remember(value: object) -> object:
+    """What must stay of an attribute: the same object, and in a dict (hooks, parameters) the same entries."""
+    return [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else id(value)
+
+
 class State:
     """Everything about a module tree that a LoRA could leave behind."""
 
     def __init__(self, root: nn.Module) -> None:
-        self.tensors = {name: value.clone() for name, value in root.state_dict().items()}
-        self.pointers = {name: value.data_ptr() for name, value in root.state_dict().items()}
-        self.attributes = {name: list(m.__dict__) for name, m in root.named_modules()}
-        self.types = {name: type(m) for name, m in root.named_modules()}
+        named = [*root.named_parameters(), *root.named_buffers()]
+        self.objects = dict(named)
+        self.values = {name: value.detach().clone() for name, value in named}
+        self.pointers = {name: value.data_ptr() for name, value in named}
+        self.keys = list(root.state_dict())
+        self.modules = dict(root.named_modules())
+        self.attributes = {
+            name: {key: remember(value) for key, value in module.__dict__.items()}
+            for name, module in self.modules.items()
+        }
 
     def assert_same(self, root: nn.Module) -> None:
         other = State(root)
-        assert list(self.tensors) == list(other.tensors)
-        changed = [n for n, v in self.tensors.items() if not torch.equal(v, other.tensors[n])]
+        changed = [n for n, v in self.values.items() if not torch.equal(v, other.values[n])]
         assert changed == []
+        assert self.keys == other.keys
         assert self.pointers == other.pointers
+        assert all(self.objects[name] is value for name, value in other.objects.items())
+        assert all(self.modules[name] is module for name, module in other.modules.items())
         assert self.attributes == other.attributes
-        assert self.types == other.types
+
+
+def test_state_sees_hooks_values_wrappers_and_attributes() -> None:
+    def with_hook(root: nn.Sequential) -> None:
+        root[0].register_forward_hook(lambda *_: None)
+
+    def with_value(root: nn.Sequential) -> None:
+        root[0].weight.data[0, 0] += 1e-6
+
+    def with_attribute(root: nn.Sequential) -> None:
+        root[0].scale = 1.0
+
+    def with_wrapper(root: nn.Sequential) -> None:
+        root[0] = nn.Sequential(root[0])
+
+    def with_other_parameter(root: nn.Sequential) -> None:
+        root[0].weight = nn.Parameter(root[0].weight.detach().clone())
+
+    for change in (with_hook, with_value, with_attribute, with_wrapper, with_other_parameter):
+        root = nn.Sequential(nn.Linear(2, 2))
+        before = State(root)
+        before.assert_same(root)
+        change(root)
+        with pytest.raises((AssertionError, KeyError)):
+            before.assert_same(root)
 
 
 @contextmanager
@@ -257,3 +294,16 @@ def test_convolutions_of_every_kind_equal_the_merged_weight(
     x = randn(2, 4, 8, 8, seed=3)
     with torch.no_grad(), unchanged(root), engine.applied([LoraUse(file)], mode):
         torch.testing.assert_close(root(x), expected(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_cannot_be_put_back_is_told_and_the_others_are(
+    engine: LoraEngine, unet: nn.Module, tmp_path: Path
+) -> None:
+    file = parse(engine, tmp_path, kohya())
+    other = unet.get_submodule(CONVOLUTION).weight
+    before = other.detach().clone()
+    with pytest.raises(RestoreFailed) as caught, engine.applied([LoraUse(file)], Mode.MERGED):
+        weight = unet.get_submodule(SELF_ATTENTION).weight
+        weight.data = torch.zeros(3, 3)  # stands for a device that fails: the copy back cannot work
+    assert "1 weights could not be restored" in str(caught.value)
+    assert torch.equal(other, before)

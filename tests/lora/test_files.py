@@ -67,6 +67,8 @@ def test_diffusers_alpha_comes_from_the_metadata(engine: LoraEngine, tmp_path: P
     for config, scaling in (
         ({"unet.lora_alpha": 2.0}, 0.5),
         ({"unet.lora_alpha": 2.0, "unet.alpha_pattern": {SELF_ATTENTION: 8.0}}, 2.0),
+        ({"unet.lora_alpha": 2.0, "unet.use_rslora": True}, 1.0),
+        ({"text_encoder.lora_alpha": 2.0}, 1.0),
         ({}, 1.0),
     ):
         metadata = {"lora_adapter_metadata": json.dumps(config)}
@@ -74,7 +76,7 @@ def test_diffusers_alpha_comes_from_the_metadata(engine: LoraEngine, tmp_path: P
         low_rank = file.layers[0].part.low_rank()
         assert low_rank is not None
         assert low_rank.scaling == scaling
-    for text in ("not json", "[1]"):
+    for text in ("not json", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": [1]}'):
         path = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})
         with pytest.raises(LoraCorrupt):
             load(path, engine.key_map(), "x")
@@ -122,3 +124,41 @@ def test_a_parsed_file_does_not_need_the_file_any_more(engine: LoraEngine, tmp_p
     part = next(layer.part for layer in file.layers if layer.target.path == SELF_ATTENTION)
     expected = kohya()[f"{SELF_SGM}.lora_up.weight"] @ kohya()[f"{SELF_SGM}.lora_down.weight"] * 0.5
     torch.testing.assert_close(part.delta(torch.zeros(64, 64)), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_file_with_nan_or_infinity_is_refused(
+    engine: LoraEngine, tmp_path: Path, bad: float
+) -> None:
+    tensors = kohya()
+    tensors[f"{SELF_SGM}.lora_up.weight"][3, 1] = bad
+    with pytest.raises(LoraCorrupt) as caught:
+        load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert f"{SELF_SGM}.lora_up.weight holds NaN or infinity" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({"lora_up.weight": randn(64, 0), "lora_down.weight": randn(0, 64)}, "a tensor is empty"),
+        ({"alpha": torch.ones(2)}, "alpha is not one number"),
+        ({"lora_up.weight": torch.tensor(1.0)}, "do not fit together"),
+        ({"lora_down.weight": torch.ones(4)}, "do not fit together"),
+    ],
+)
+def test_malformed_layers_are_reported_before_anything_is_applied(
+    engine: LoraEngine, tmp_path: Path, tensors: dict[str, torch.Tensor], reason: str
+) -> None:
+    broken = kohya() | {f"{SELF_SGM}.{name}": tensor for name, tensor in tensors.items()}
+    file = load(write(tmp_path / "a.safetensors", broken), engine.key_map(), "x")
+    assert len(file.layers) == 2
+    assert all(reason in unused.reason for unused in file.unused)
+
+
+def test_flat_loha_factors_are_reported(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = loha() | kohya()
+    stem = "lycoris_" + SELF_ATTENTION.replace(".", "_")
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(SELF_SGM)}
+    tensors[f"{stem}.hada_w1_b"] = torch.tensor(1.0)
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    assert {unused.reason for unused in file.unused} == {"a factor has less than two dimensions"}

@@ -43,6 +43,7 @@ STEMS = {
         "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_out.0"
     ),
     "unet.mid_block.attentions.0.proj_in": "mid_block.attentions.0.proj_in",
+    "base_model.model.mid_block.attentions.0.proj_in": "mid_block.attentions.0.proj_in",
     "lora_unet_add_embedding_linear_1": "add_embedding.linear_1",
     "lora_unet_label_emb_0_0": "add_embedding.linear_1",
 }

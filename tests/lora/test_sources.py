@@ -31,17 +31,28 @@ def test_a_url_is_a_remote_file_named_by_its_path() -> None:
 @pytest.mark.parametrize(
     "path",
     ["", " ", "../../etc/passwd", "/etc/passwd", "~/x", "a/../b.safetensors", "ftp://host/x",
-     "file:///etc/passwd", "https://", "http://[bad", "a\\b", "a\0b"],
+     "file:///etc/passwd", "https://", "http://[bad", "a\\b", "a\0b", "a" * 300, "x\ud800",
+     "host.com/a/x.safetensors?token=canary", "https:/h/x?token=canary", "//u:canary@h/x"],
 )  # fmt: skip
 def test_what_cannot_be_meant_is_refused(path: str) -> None:
-    with pytest.raises(SourceInvalid):
+    with pytest.raises(SourceInvalid) as caught:
         parse(Reference(path))
+    assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["https://h/x.safetensors", "name", "u/r/file.safetensors"])
+def test_weight_name_goes_with_a_repo_alone(path: str) -> None:
+    with pytest.raises(SourceInvalid) as caught:
+        parse(Reference(path, weight_name="w.safetensors"))
+    assert "weight_name and revision say nothing of" in str(caught.value)
 
 
 def test_redacted_urls_keep_host_port_and_path_alone() -> None:
     assert redact_url("https://a:b@h.example:8/p/f.bin?x=1#y") == "https://h.example:8/p/f.bin"
     assert redact_url("user/repo") == "user/repo"
-    assert redact_url("http://[bad?token=1") == "http://…"
+    assert redact_url("http://[bad?token=1") == "http://[bad"
+    assert redact_url("https:/h/x?token=1") == "https:/h/x"
+    assert redact_url("//u:pw@h/x") == "h/x"
 
 
 def test_hub_chooses_the_file(server: LoopbackServer) -> None:

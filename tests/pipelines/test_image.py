@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from diffusers import (
 from PIL import Image
 
 from demo.networks import initialise
+from lora.engine import LoraEngine, LoraUse, Mode
+from lora.files import load
 from pipelines.image import ImagePipeline, Route, Timings, choose_route
 from pipelines.loading import LoadedModels, load_models
 from pipelines.schedulers import SCHEDULER_CLASSES, make_scheduler
 from schemas import SCHEDULERS, ImageRequest, InvalidInput, parse_job
 from settings import Settings
+from tests.adapters import kohya, write
 from tests.test_handler import data_uri
 
 PROMPT = "a big red circle on a blue background"
@@ -251,6 +255,51 @@ def test_strength_that_leaves_no_step_is_refused_before_anything_is_drawn() -> N
     with pytest.raises(InvalidInput) as caught:
         choose_route(request(refiner_inference_steps=2, strength=0.3), has_refiner=True)
     assert "strength: 0.3 of 2 refiner_inference_steps" in str(caught.value)
+
+
+def test_an_ensemble_that_splits_nothing_is_refused() -> None:
+    for fraction in (0, 1):
+        with pytest.raises(InvalidInput):
+            choose_route(
+                request(refiner_mode="ensemble", high_noise_frac=fraction), has_refiner=True
+            )
+
+
+def test_a_failed_decode_leaves_the_vae_as_it_was(
+    models: LoadedModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vae = models.base.vae
+    vae.to(torch.bfloat16)
+    try:
+
+        def upcast_and_fail(*_: object, **__: object) -> None:
+            vae.to(torch.float32)
+            raise torch.OutOfMemoryError
+
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(vae, "decode", upcast_and_fail)
+            ours(models, request())
+        assert vae.dtype is torch.bfloat16
+    finally:
+        vae.to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "values", [{}, {"image_url": data_uri(), "strength": 0.5}], ids=["text", "image"]
+)
+def test_a_lora_before_changes_nothing_with_a_refiner(
+    refined: LoadedModels, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    asked = request(**values)
+    picture = Image.new("RGB", (64, 64), (30, 60, 200)) if values else None
+    before = ours(refined, asked, picture)
+    engine = LoraEngine(ImagePipeline(refined).components)
+    file = load(write(tmp_path / "a.safetensors", kohya()), engine.key_map(), "a")
+    for mode in Mode:
+        with engine.applied([LoraUse(file)], mode):
+            assert not np.array_equal(ours(refined, request()), before)
+    np.testing.assert_array_equal(ours(refined, asked, picture), before)
+    np.testing.assert_array_equal(worker_sdxls(refined, asked, picture), before)
 
 
 def test_timings_tell_the_phases(models: LoadedModels) -> None:

@@ -1,11 +1,14 @@
+import json
 from pathlib import Path
 
+import httpx2
 import pytest
 
 from pipelines.weights import (
     DEMO_MODEL,
     WeightsIncomplete,
     WeightsMissing,
+    bake,
     check,
     files_to_bake,
     find_weights,
@@ -65,3 +68,30 @@ def test_check_names_the_file_that_is_not_whole(tmp_path: Path) -> None:
     with pytest.raises(WeightsIncomplete) as caught:
         check(tmp_path)
     assert "unet/model.safetensors" in str(caught.value)
+
+
+def test_check_wants_weights_for_every_network_of_the_index(tmp_path: Path) -> None:
+    index = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "image_encoder": [None, None]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "model.safetensors").write_bytes(as_bytes(kohya()))
+    with pytest.raises(WeightsIncomplete) as caught:
+        check(tmp_path)
+    assert "unet holds no" in str(caught.value)
+    check(DEMO_MODEL)
+
+
+def test_bake_tries_again_when_the_hub_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str] = []
+
+    def refuse(self: object, repo: str) -> None:
+        tries.append(repo)
+        raise httpx2.ConnectError("no")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    pauses: list[float] = []
+    with pytest.raises(WeightsMissing):
+        bake("a/b", None, pauses.append)
+    assert tries == ["a/b"] * 4
+    assert pauses == [5.0, 10.0, 20.0]

@@ -10,7 +10,7 @@ from worker import inputs
 from worker.inputs import load_picture
 
 
-def png(mode: str = "RGB", size: tuple[int, int] = (8, 6), **options: object) -> bytes:
+def png(mode: str = "RGB", size: tuple[int, int] = (80, 64), **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.new(mode, size, "red" if mode != "P" else 1).save(buffer, "PNG", **options)
     return buffer.getvalue()
@@ -23,17 +23,17 @@ def uri(data: bytes) -> str:
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_every_mode_comes_back_as_rgb(mode: str) -> None:
     picture = load_picture(uri(png(mode)))
-    assert (picture.mode, picture.size) == ("RGB", (8, 6))
+    assert (picture.mode, picture.size) == ("RGB", (80, 64))
 
 
 def test_a_picture_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert load_picture(uri(png(exif=exif))).size == (6, 8)
+    assert load_picture(uri(png(exif=exif))).size == (64, 80)
 
 
 def test_a_url_is_fetched(server: LoopbackServer) -> None:
-    assert load_picture(server.serve("/a.png", png())).size == (8, 6)
+    assert load_picture(server.serve("/a.png", png())).size == (80, 64)
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,10 @@ def test_a_url_is_fetched(server: LoopbackServer) -> None:
     [
         ("data:image/png,raw", "must be base64"),
         ("data:image/png;base64,%%%", "not valid base64"),
-        (uri(b"no picture"), "not a picture"),
-        (uri(png()[:40]), "not a picture"),
+        ("data:image/png;base64,é", "not valid base64"),
+        (uri(png(size=(100, 8))), "smaller than 64 pixels"),
+        (uri(b"no picture"), "not a whole picture"),
+        (uri(png()[:40]), "not a whole picture"),
     ],
 )
 def test_bad_data_uris_are_refused(url: str, said: str) -> None:
