@@ -7,9 +7,9 @@
 
 Each stage writes what it made into `demo/model/` or `demo/loras/` when it is done, logs a line with the
 time left every 50 steps, and keeps a checkpoint under `build/train/` from which it goes on when it is
-started again. The weights in the repo: `vae --steps 900` (still without the weight on edges), `vae
---again --steps 650`, `base --steps 2800`, `adapters --steps 250`, `decoder --steps 500`; two CPU cores,
-about 80 minutes.
+started again. The weights in the repo were made in this order: `vae --steps 900` (still without the
+weight on edges), `vae --again --steps 650`, `base --steps 2800`, `decoder --steps 700`, `base --again
+--steps 650`, `adapters --steps 200`; two CPU cores, about 90 minutes.
 """
 
 from __future__ import annotations
@@ -159,10 +159,10 @@ def main() -> None:
     elif options.stage == "base":
         train_base(options.steps or 2800, again=options.again)
     elif options.stage == "decoder":
-        polish_decoder(options.steps or 500)
+        polish_decoder(options.steps or 700)
     else:
         for name in options.only:
-            train_adapter(ADAPTERS[name], options.steps or 250)
+            train_adapter(ADAPTERS[name], options.steps or 200)
 
 
 if __name__ == "__main__":
