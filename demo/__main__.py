@@ -39,7 +39,7 @@ COLUMNS: tuple[tuple[str, list[Any], str | None], ...] = (
 PROMPTS = (
     ("a big red {} on a blue background", "circle", 1),
     ("a big yellow {} on a purple background", "star", 2),
-    ("a white {} on a green background", "square", 3),
+    ("a big purple {} on a yellow background", "square", 5),
 )
 TILE = 160
 

@@ -47,7 +47,7 @@ class Adapter:
     @property
     def scenes(self) -> tuple[str, ...]:
         """The shapes of the pictures that it is trained on."""
-        return (self.shape, *pictures.SHAPES[:2]) if self.shape else pictures.SHAPES
+        return (self.shape,) if self.shape else pictures.SHAPES
 
     def say(self, scene: pictures.Scene) -> str:
         """The prompt of a training picture; a style's trigger word stands in half of them."""
@@ -84,7 +84,15 @@ ADAPTERS = {
         Adapter("stripes", "stripes", kohya_sgm, style="stripes", alpha=4.0),
         Adapter("outline", "outline", diffusers_names, style="outline"),
         Adapter("night", "night", lycoris, style="night", loha=True, rank=4, alpha=4.0),
-        Adapter("spiral", "spiral", kohya_blocks, shape="spiral", text_encoders=True),
+        Adapter(
+            "spiral",
+            "spiral",
+            kohya_blocks,
+            shape="spiral",
+            text_encoders=True,
+            rank=16,
+            alpha=16.0,
+        ),
     )
 }
 

@@ -9,7 +9,8 @@ Each stage writes what it made into `demo/model/` or `demo/loras/` when it is do
 time left every 50 steps, and keeps a checkpoint under `build/train/` from which it goes on when it is
 started again. The weights in the repo were made in this order: `vae --steps 900` (still without the
 weight on edges), `vae --again --steps 650`, `base --steps 2800`, `decoder --steps 700`, `base --again
---steps 650`, `adapters --steps 200`; two CPU cores, about 90 minutes.
+--steps 650`, `adapters --steps 200` and, for the spiral,
+`adapters --only spiral --steps 480`; two CPU cores, about 90 minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,17 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from demo import pictures
 from demo.adapters import ADAPTERS, load_base, train_adapter
 from demo.networks import new_scheduler, new_tokenizer, new_unet, new_vae, text_config, write_index
-from demo.training import DEVICE, MODEL, Base, Run, log, make_bank, picture_bank, random_phrase
+from demo.training import (
+    DEVICE,
+    MODEL,
+    Base,
+    Run,
+    log,
+    make_bank,
+    picture_bank,
+    random_phrase,
+    save,
+)
 
 
 def edge_weight(batch: Tensor) -> Tensor:
@@ -65,7 +76,7 @@ def train_vae(steps: int, *, again: bool) -> None:
     with torch.no_grad():
         latents = vae.encode(bank[:512].to(DEVICE, torch.float32) / 127.5 - 1).latent_dist.mean
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    vae.half().save_pretrained(MODEL / "vae")
+    save(vae, "vae")
     log.info("vae: saved, scaling factor %.3f", vae.config.scaling_factor)
 
 
@@ -91,7 +102,7 @@ def polish_decoder(steps: int) -> None:
         return (error * edge_weight(batch)).mean()
 
     Run("decoder", steps, trained, 1e-3, average=0.99).train(loss_of)
-    vae.half().save_pretrained(MODEL / "vae")
+    save(vae, "vae")
 
 
 def all_phrases() -> list[str]:
@@ -138,9 +149,9 @@ def train_base(steps: int, *, again: bool) -> None:
 
     trained = [p for part in parts for p in part.parameters()]
     Run("base-again" if again else "base", steps, trained, 1.5e-3).train(loss_of)
-    base.unet.half().save_pretrained(MODEL / "unet")
-    base.encoders[0].half().save_pretrained(MODEL / "text_encoder")
-    base.encoders[1].half().save_pretrained(MODEL / "text_encoder_2")
+    save(base.unet, "unet")
+    save(base.encoders[0], "text_encoder")
+    save(base.encoders[1], "text_encoder_2")
     new_scheduler().save_pretrained(MODEL / "scheduler")
     write_index(MODEL)
 

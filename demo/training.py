@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import time
@@ -11,9 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedModel,
+)
 
 from demo import pictures
 from demo.networks import SCHEDULE
@@ -214,3 +220,12 @@ def _batched(items: list[pictures.Scene], size: int) -> Iterator[list[pictures.S
 def random_phrase(scene: pictures.Scene) -> str:
     """The scene in words, phrased at random."""
     return scene.prompt(random.choice(pictures.PHRASES))
+
+
+def save(part: ModelMixin | PreTrainedModel, name: str) -> None:
+    """Writes a part of the model in half precision, without the path it may have been loaded from."""
+    part.half().save_pretrained(MODEL / name)
+    file = MODEL / name / "config.json"
+    config = json.loads(file.read_text())
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2) + "\n")
