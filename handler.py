@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -73,37 +73,30 @@ class Parts:
 
 
 class Worker:
-    """Serves jobs, one at a time. All state is in here: the parts that `setup` makes."""
+    """Serves jobs, one at a time. All state is in `parts`."""
 
     def __init__(self, settings: Settings, send_progress: SendProgress | None = None) -> None:
         self.settings = settings
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
-        self._parts: Parts | None = None
         self._drawing = threading.Lock()
 
     def setup(self) -> Worker:
-        """Loads the models and opens the cache; once, before the first job.
+        """Loads the models and opens the cache, so that the first job finds them; returns itself.
 
         Raises: WeightsMissing, or whatever keeps the models from loading: then no job can be served.
         """
         begun = time.perf_counter()
+        log.info("%s is ready after %.1f s", self.parts.pipeline.name, time.perf_counter() - begun)
+        return self
+
+    @cached_property
+    def parts(self) -> Parts:
+        """What every job uses; made when it is first asked for."""
         pipeline = ImagePipeline(load_models(self.settings))
         engine = LoraEngine(pipeline.components)
         lora_cache, warnings = open_cache(*self.settings.lora_cache)
         library = LoraLibrary(lora_cache, engine.key_map())
-        bucket = open_bucket(self.settings)
-        self._parts = Parts(pipeline, engine, library, bucket, warnings)
-        log.info("%s is ready after %.1f s", pipeline.name, time.perf_counter() - begun)
-        return self
-
-    @property
-    def parts(self) -> Parts:
-        """What `setup` made; makes it if nobody did."""
-        if self._parts is None:
-            self.setup()
-        if self._parts is None:
-            raise RuntimeError("setup left no parts")
-        return self._parts
+        return Parts(pipeline, engine, library, open_bucket(self.settings), warnings)
 
     def __call__(self, job: Job) -> Answer:
         """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises.
@@ -117,8 +110,8 @@ class Worker:
             return _failure(error, refresh=True)
         except CodedError as error:
             return _failure(error)
-        except torch.OutOfMemoryError as error:
-            log.warning("out of memory: %s", type(error).__name__)
+        except torch.OutOfMemoryError:
+            log.warning("out of memory")
         except torch.AcceleratorError as error:
             return _failure(_unexpected(error), refresh=True)
         except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer

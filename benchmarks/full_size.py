@@ -26,7 +26,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from benchmarks.report import write_result
-from demo.networks import new_scheduler, new_tokenizer, write_index
+from demo.networks import TOPOLOGY, new_scheduler, new_tokenizer, write_index
 from handler import Worker
 from lora.keys import sgm_path
 from settings import Settings
@@ -49,16 +49,12 @@ def make_model(folder: Path) -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
         unet = UNet2DConditionModel(
+            **TOPOLOGY,
             sample_size=128,
             block_out_channels=(320, 640, 1280),
-            layers_per_block=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 10),
             attention_head_dim=(5, 10, 20),
             cross_attention_dim=2048,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
             addition_time_embed_dim=256,
             projection_class_embeddings_input_dim=2816,
         )

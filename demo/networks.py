@@ -125,20 +125,26 @@ def text_config(tokenizer: CLIPTokenizer, width: int, heads: int, act: str) -> C
     )
 
 
+TOPOLOGY: dict[str, Any] = {
+    "layers_per_block": 2,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+"""What SDXL's UNet is at every width."""
+
+
 def new_unet() -> UNet2DConditionModel:
     """SDXL's topology, narrow: the same levels, blocks and names; transformer depths 1, 1, 2 for 0, 2, 10."""
     unet = UNet2DConditionModel(
+        **TOPOLOGY,
         sample_size=pictures.SIDE // 8,
         block_out_channels=(32, 64, 96),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(1, 2, 3),
         cross_attention_dim=96,
-        use_linear_projection=True,
         norm_num_groups=8,
-        addition_embed_type="text_time",
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=6 * 32 + 64,
     )

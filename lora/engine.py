@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lora.algorithms import LowRank
 from lora.errors import CodedError
 from lora.files import Layer, LoraFile
 from lora.keys import KeyMap, Shape
@@ -60,13 +61,14 @@ class _LayerPlan:
     module: nn.Linear | nn.Conv2d
     parts: tuple[tuple[Layer, float], ...]
 
-    @property
-    def low_rank(self) -> bool:
-        """Whether all of it can be added to the module's output by two plain products."""
+    def factors(self) -> list[tuple[LowRank, float]] | None:
+        """All of it as factors that two plain products add to the module's output; None if it is not so."""
         conv = self.module
         if isinstance(conv, nn.Conv2d) and (conv.groups > 1 or conv.padding_mode != "zeros"):
-            return False
-        return all(layer.part.low_rank() is not None for layer, _ in self.parts)
+            return None
+        found = [(layer.part.low_rank(), scale) for layer, scale in self.parts]
+        low_rank = [(factor, scale) for factor, scale in found if factor is not None]
+        return low_rank if len(low_rank) == len(found) else None
 
 
 class RestoreFailed(CodedError):
@@ -173,11 +175,12 @@ class _Undo:
 def _apply(plans: Sequence[_LayerPlan], mode: Mode, undo: _Undo) -> None:
     to_merge: dict[Tensor, list[tuple[Layer, float]]] = defaultdict(list)
     for plan in plans:
-        if mode is Mode.MERGED or not plan.low_rank:
+        factors = plan.factors() if mode is Mode.DYNAMIC else None
+        if factors is None:
             # By weight, not by module: tied modules share one, and it must be rounded once.
             to_merge[plan.module.weight] += plan.parts
         else:
-            undo.replace_forward(plan.module, dynamic_forward(plan.module, plan.parts))
+            undo.replace_forward(plan.module, dynamic_forward(plan.module, factors))
     for weight, parts in to_merge.items():
         weight.copy_(merged_weight(undo.keep_weight(weight), parts))
 
@@ -193,15 +196,14 @@ def merged_weight(weight: Tensor, parts: Sequence[tuple[Layer, float]]) -> Tenso
 
 
 def dynamic_forward(
-    module: nn.Linear | nn.Conv2d, parts: Sequence[tuple[Layer, float]]
+    module: nn.Linear | nn.Conv2d, factors: Sequence[tuple[LowRank, float]]
 ) -> Callable[[Tensor], Tensor]:
-    """A `forward` for the module that adds the parts to its output, in the module's own dtype.
+    """A `forward` for the module that adds scaled factors to its output, in the module's own dtype.
 
     The factors are concatenated: down [R, in(, kh, kw)], up [R, out], R the sum of the ranks; the
     scales multiply the R values in between.
     """
     weight = module.weight
-    factors = [(factor, scale) for layer, scale in parts if (factor := layer.part.low_rank())]
     down = torch.cat([f.down.flatten(1).to(weight) for f, _ in factors])
     up = torch.cat([f.up.to(weight) for f, _ in factors], dim=1).t()
     scales = torch.cat(
