@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The CPU build of torch serves demo, tests and checks; the image installs its own CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check format evaluate clean
+.PHONY: demo test check format evaluate bench-lora clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -25,6 +25,9 @@ format: $(VENV)/ready-dev
 
 evaluate: $(VENV)/ready
 	$(RUN) -m demo.evaluate
+
+bench-lora: $(VENV)/ready
+	$(RUN) -m benchmarks.lora_engine
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -22,10 +22,11 @@ from PIL import Image
 
 from lora.cache import open_cache
 from lora.download import quiet_libraries
-from lora.engine import LoraEngine, LoraUse, Mode, RestoreFailed
-from lora.errors import CodedError
+from lora.engine import Block, Budgets, LoraEngine, RestoreFailed
+from lora.errors import CodedError, LoraUnsupported
 from lora.library import Loaded, LoraLibrary
-from pipelines.image import ImagePipeline, Route, Timings, choose_route
+from lora.stack import LoraUse, Mode
+from pipelines.image import ImagePipeline, Route, StepCallback, Timings, choose_route
 from pipelines.loading import load_models
 from schemas import ImageRequest, LoraRequest, parse_job
 from settings import Settings
@@ -93,9 +94,13 @@ class Worker:
     def parts(self) -> Parts:
         """What every job uses; made when it is first asked for."""
         pipeline = ImagePipeline(load_models(self.settings))
-        engine = LoraEngine(pipeline.components)
-        lora_cache, warnings = open_cache(*self.settings.lora_cache)
-        library = LoraLibrary(lora_cache, engine.key_map())
+        settings = self.settings
+        budgets = Budgets(
+            int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
+        )
+        engine = LoraEngine(pipeline.components, budgets)
+        lora_cache, warnings = open_cache(*settings.lora_cache)
+        library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
         return Parts(pipeline, engine, library, open_bucket(self.settings), warnings)
 
     def __call__(self, job: Job) -> Answer:
@@ -128,12 +133,14 @@ class Worker:
         timings = Timings(dict.fromkeys(PHASES, 0.0))
         progress = Progress(lambda update: self._send(job, update))
         loaded = [_load(parts.library, lora, timings, progress) for lora in request.loras]
+        if request.strict_loras:
+            _refuse_unused(loaded)
         picture = load_picture(request.image_url) if request.image_url else None
-        images = self._generate(request, route, picture, loaded, timings, progress)
+        drawn = self._generate(request, route, picture, loaded, timings, progress)
         with timings.measure("encode"):
-            text = _parameters(parts.pipeline, request, images[0], loaded)
+            text = _parameters(parts.pipeline, request, drawn.images[0], loaded)
             encoded = [
-                encode(i, request.output_format, request.output_quality, text) for i in images
+                encode(i, request.output_format, request.output_quality, text) for i in drawn.images
             ]
             name = self.settings.bucket_name
             urls = deliver(encoded, str(job.get("id", "job")), parts.bucket, name)
@@ -143,10 +150,17 @@ class Worker:
             "seed": request.seed,
             "model": parts.pipeline.name,
             "loras": [
-                _report(use, found) for use, found in zip(request.loras, loaded, strict=True)
+                _report(use, found, drawn.mode)
+                for use, found in zip(request.loras, loaded, strict=True)
             ],
             "timings": {phase: round(s, 4) for phase, s in timings.seconds.items()},
-            "warnings": [*parts.warnings, *request.warnings, *warnings, *_unused_warnings(loaded)],
+            "warnings": [
+                *parts.warnings,
+                *request.warnings,
+                *warnings,
+                *drawn.warnings,
+                *_unused_warnings(loaded),
+            ],
         }
         guard_size(answer, self.settings.max_answer_mb)
         return answer
@@ -159,20 +173,66 @@ class Worker:
         loaded: list[Loaded],
         timings: Timings,
         progress: Progress,
-    ) -> list[Image.Image]:
+    ) -> Drawn:
         """Draws with the LoRAs applied; a request without LoRAs does not touch the engine."""
         pipeline, engine = self.parts.pipeline, self.parts.engine
         with self._drawing:  # no job may draw while another's LoRAs are applied
             if not loaded:
-                return pipeline.generate(request, route, picture, timings, progress.step)
-            scales = [lora.scale for lora in request.loras]
-            stack = [LoraUse(found.file, s) for found, s in zip(loaded, scales, strict=True)]
-            with engine.applied(stack, Mode(self.settings.lora_mode)) as applied:
-                timings.add("apply", applied.seconds)
-                images = pipeline.generate(request, route, picture, timings, progress.step)
+                return Drawn(pipeline.generate(request, route, picture, timings, progress.step))
+            stack = [_use(lora, found) for lora, found in zip(request.loras, loaded, strict=True)]
+            words = [
+                word
+                for use, found in zip(stack, loaded, strict=True)
+                if use.scale
+                for word in found.embeddings
+            ]
+            with (
+                pipeline.tokens(words) as warnings,
+                engine.applied(stack, self._mode(request), request.num_inference_steps) as block,
+            ):
+                timings.add("apply", block.seconds)
+                images = pipeline.generate(
+                    request, route, picture, timings, _steps(block, progress)
+                )
                 drawn = time.perf_counter()
             timings.add("restore", time.perf_counter() - drawn)
-        return images
+        return Drawn(images, block.mode, (*warnings, *block.warnings))
+
+    def _mode(self, request: ImageRequest) -> Mode:
+        if request.lora_mode is None and any(lora.ranged for lora in request.loras):
+            return (
+                Mode.DYNAMIC
+            )  # the worker's setting is no reason to refuse what only dynamic can do
+        return Mode(request.lora_mode or self.settings.lora_mode)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A job's pictures, and how its LoRAs were applied."""
+
+    images: list[Image.Image]
+    mode: Mode | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _use(lora: LoraRequest, found: Loaded) -> LoraUse:
+    return LoraUse(
+        found.file, lora.scale, lora.components, lora.blocks, start=lora.start, end=lora.end
+    )
+
+
+def _steps(block: Block, progress: Progress) -> StepCallback:
+    """Tells the LoRAs and the client how far the drawing is. A refiner's steps come after the base's."""
+    reached = 0.0
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal reached
+        if done < total and done / total > reached:
+            reached = done / total
+            block.at(reached)
+        progress.step(done, total)
+
+    return on_step
 
 
 class OutOfMemory(CodedError):
@@ -211,22 +271,37 @@ def _load(library: LoraLibrary, lora: LoraRequest, timings: Timings, progress: P
     return loaded
 
 
-def _report(use: LoraRequest, loaded: Loaded) -> dict[str, Any]:
+def _report(lora: LoraRequest, loaded: Loaded, mode: Mode | None) -> dict[str, Any]:
     """What the answer says of one LoRA."""
-    file = loaded.file
+    file, use = loaded.file, _use(lora, loaded)
+    layers = len({layer.target for layer in file.layers if use.scale_of(layer.target)})
+    words = sorted({word.word for word in loaded.embeddings}) if lora.scale else []
     return {
-        "source": use.reference.shown,
+        "source": lora.reference.shown,
         "file": loaded.entry.name,
         "sha256": file.sha256,
         "origin": "downloaded" if loaded.entry.downloaded else "cached",
         "algorithm": "+".join(file.algorithms),
         "rank": file.rank,
-        "layers": len(file.layers) if use.scale else 0,
+        "layers": layers,
+        "words": words,
         "used_keys": file.keys,
         "unused_keys": [{"key": unused.key, "reason": unused.reason} for unused in file.unused],
-        "scale": use.scale,
-        "status": "applied" if use.scale else "scale is 0",
+        "scale": {"all": lora.scale, **lora.components} if lora.components else lora.scale,
+        "mode": mode,
+        "status": "applied" if layers or words else "scale is 0",
     }
+
+
+def _refuse_unused(loaded: list[Loaded]) -> None:
+    """Raises: LoraUnsupported if a file has a tensor that cannot be used."""
+    for one in loaded:
+        if unused := one.file.unused:
+            raise LoraUnsupported(
+                f"{one.reference.shown}: {len(unused)} of {one.file.keys + len(unused)} tensors cannot be "
+                f"used ({unused[0].key[:200]}: {unused[0].reason})",
+                "Leave out strict_loras to use the others.",
+            )
 
 
 def _unused_warnings(loaded: list[Loaded]) -> list[str]:

@@ -9,12 +9,13 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
+from lora.blocks import LARGEST, parse_blocks
 from lora.errors import CodedError, nearest
 from lora.sources import Reference
 
@@ -40,6 +41,9 @@ DISTILLED, DISTILLED_STEPS = ("LCM", "TCD"), 50
 """Samplers of distilled models, and how many steps they were distilled from: no more can be asked for."""
 
 MAX_LORAS = 16
+
+LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+"""The parts of SDXL that a LoRA can change."""
 
 IMAGE_REQUEST: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -149,7 +153,14 @@ IMAGE_REQUEST: dict[str, Any] = {
         "strict_loras": {
             "type": "boolean",
             "default": False,
-            "description": "Fail on an entry of `loras` that names no LoRA, instead of skipping it",
+            "description": "Fail on an entry of `loras` that names no LoRA, instead of skipping it, and on a "
+            "LoRA with tensors that cannot be used, instead of warning",
+        },
+        "lora_mode": {
+            "type": ["string", "null"],
+            "enum": ["auto", "dynamic", "merged", None],
+            "default": None,
+            "description": "How to apply `loras`, in place of the worker's `LORA_MODE`",
         },
         "output_format": {
             "type": "string",
@@ -174,11 +185,35 @@ LORA_ENTRY: dict[str, Any] = {
     "properties": {
         "path": {"type": "string", "minLength": 1, "description": "The source"},
         "scale": {
-            "type": "number",
-            "minimum": -10,
-            "maximum": 10,
+            "type": ["number", "object"],
+            "minimum": -LARGEST,
+            "maximum": LARGEST,
+            "propertyNames": {"enum": list(LORA_COMPONENTS)},
+            "additionalProperties": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
             "default": 1.0,
-            "description": "How strongly; 1 as trained, 0 not at all, negative the reverse",
+            "description": "How strongly; 1 as trained, 0 not at all, negative the reverse. An object "
+            "gives each component its own: `unet`, `text_encoder`, `text_encoder_2` (1 where not named)",
+        },
+        "blocks": {
+            "type": ["array", "string", "object", "null"],
+            "default": None,
+            "description": "A further factor per block of the UNet: 12 or 20 values as in web UIs, as a list "
+            "or as text, or an object of names (`BASE`, `IN04`, `MID`, `OUT01`, `IN`, `OUT`)",
+        },
+        "start": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1,
+            "default": 0.0,
+            "description": "When it begins, as a fraction of the base model's denoising; in text encoders it "
+            "always is",
+        },
+        "end": {
+            "type": "number",
+            "minimum": 0,
+            "maximum": 1,
+            "default": 1.0,
+            "description": "When it ends",
         },
         "weight_name": {
             "type": ["string", "null"],
@@ -212,6 +247,17 @@ class LoraRequest:
 
     reference: Reference
     scale: float = 1.0
+    components: Mapping[str, float] = field(default_factory=dict)
+    """A further factor for each component that is named."""
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    """A further factor for each block of the UNet that is named."""
+    start: float = 0.0
+    end: float = 1.0
+
+    @property
+    def ranged(self) -> bool:
+        """Whether it is there for a part of the denoising only."""
+        return self.start > 0.0 or self.end < 1.0
 
 
 @dataclass(frozen=True)
@@ -234,6 +280,7 @@ class ImageRequest:
     refiner_mode: str
     loras: tuple[LoraRequest, ...]
     strict_loras: bool
+    lora_mode: str | None
     output_format: str
     output_quality: int
     warnings: tuple[str, ...] = ()
@@ -256,6 +303,8 @@ def parse_job(job: object) -> ImageRequest:
     loras, warnings, lora_faults = _read_loras(
         values.get("loras"), bool(values.get("strict_loras"))
     )
+    if values.get("lora_mode") == "merged" and any(lora.ranged for lora in loras):
+        faults.append("lora_mode: a LoRA with start or end cannot be merged")
     if faults + lora_faults:
         count = len(faults + lora_faults)
         start = "" if count == 1 else f"{count} faults: "
@@ -285,12 +334,34 @@ def _read_loras(
             (faults if strict else warnings).append(words if strict else f"{words} and was skipped")
             continue
         found = list(_faults(LORA_ENTRY, entry, f"{where}."))
-        faults += found
         if not found:
-            values = _filled(LORA_ENTRY, entry)
-            scale = values.pop("scale")
-            loras.append(LoraRequest(Reference(**values), float(scale)))
+            try:
+                loras.append(_lora(_filled(LORA_ENTRY, entry)))
+            except ValueError as error:
+                found = [f"{where}.{error}"]
+        faults += found
     return tuple(loras), warnings, faults
+
+
+def _lora(values: dict[str, Any]) -> LoraRequest:
+    """An entry that fits the schema. Raises: ValueError, with the field's name first."""
+    scale, blocks = values.pop("scale"), values.pop("blocks")
+    start, end = float(values.pop("start")), float(values.pop("end"))
+    if start >= end:
+        raise ValueError("start is not before end")
+    try:
+        factors = {} if blocks is None else parse_blocks(blocks)
+    except ValueError as error:
+        raise ValueError(f"blocks: {error}") from None
+    whole = not isinstance(scale, Mapping)
+    return LoraRequest(
+        Reference(**values),
+        scale=float(scale) if whole else 1.0,
+        components={} if whole else {name: float(one) for name, one in scale.items()},
+        blocks=factors,
+        start=start,
+        end=end,
+    )
 
 
 def _filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -305,7 +376,7 @@ def _filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
 
 def _faults(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> Iterator[str]:
     """Every breach of the schema, as `path: what is wrong`, in a fixed order."""
-    for name, value in values.items():
+    for name, value in _leaves(values):
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{where}{name}: {value} is not a number that JSON knows"
         if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
@@ -313,6 +384,19 @@ def _faults(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> It
     errors = Draft202012Validator(schema).iter_errors(values)
     for error in sorted(errors, key=lambda e: [str(step) for step in e.absolute_path]):
         yield from _words(error, schema, where)
+
+
+def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
+    """Every field and, of a field that is an object, each of its own."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            for inner, one in value.items():
+                yield f"{name}.{inner if re.fullmatch(NAME, str(inner)) else 'a field'}", one
+        else:
+            yield name, value
+
+
+NAME = r"\w{1,40}"
 
 
 def _words(error: ValidationError, schema: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -335,7 +419,7 @@ _PATTERNS: Mapping[str, str] = {
 
 _SENTENCES: Mapping[str, Callable[[str, Any], str]] = {
     "type": lambda value, limit: f"{value} is not {_kinds(limit)}",
-    "enum": lambda value, limit: f"{value} is none of {', '.join(limit)}",
+    "enum": lambda value, limit: f"{value} is none of {', '.join(filter(None, limit))}",
     "minimum": lambda value, limit: f"{value} is less than {limit}",
     "maximum": lambda value, limit: f"{value} is more than {limit}",
     "multipleOf": lambda value, limit: f"{value} is not a multiple of {limit}",

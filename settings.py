@@ -15,6 +15,9 @@ STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 STOCK_VAE = "madebyollin/sdxl-vae-fp16-fix"
 
+MODES = ("auto", "dynamic", "merged")
+"""The values of LORA_MODE and of a request's `lora_mode`."""
+
 OWN_PREFIXES = ("LORA_", "WORKER_")
 """An unknown variable with one of these is refused: it is a misspelt setting."""
 
@@ -89,10 +92,28 @@ class Settings:
     )
     lora_mode: str = _setting(
         "LORA_MODE",
-        "dynamic",
+        "auto",
         "How LoRAs are applied: `dynamic` adds them in each layer's forward, ready in milliseconds; "
-        "`merged` writes them into the weights, no cost per step",
-        options=("dynamic", "merged"),
+        "`merged` writes them into the weights, no cost per step; `auto` merges where steps and memory "
+        "make it pay",
+        options=MODES,
+    )
+    lora_warm_gb: float = _setting(
+        "LORA_WARM_GB", 2.0, "Memory in GB for parsed LoRA files of earlier jobs", minimum=0
+    )
+    lora_prepared_gb: float = _setting(
+        "LORA_PREPARED_GB",
+        2.0,
+        "Memory in GB, on the device, for stacks of earlier jobs that are kept ready: coming back to one "
+        "rebuilds nothing (merged, one that covers all of SDXL takes 4.4)",
+        minimum=0,
+    )
+    lora_originals_gb: float = _setting(
+        "LORA_ORIGINALS_GB",
+        5.0,
+        "Memory in GB, on the device, for the originals of merged weights between jobs (4.4 for all of "
+        "SDXL); beyond it they are copied anew",
+        minimum=0,
     )
     hf_token: str = _setting(
         "HF_TOKEN", "", "Hugging Face token for gated and private repos", secret=True

@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from benchmarks.report import write_result
 from demo.networks import TOPOLOGY, new_scheduler, new_tokenizer, write_index
 from handler import Worker
-from lora.keys import sgm_path
+from lora.sgm import sgm_path
 from settings import Settings
 
 log = logging.getLogger("full_size")
@@ -42,22 +42,24 @@ JOB: dict[str, Any] = {
     "seed": 1,
 }
 
+CONFIG: dict[str, Any] = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+"""What makes SDXL's topology full size."""
+
 
 def make_model(folder: Path) -> None:
     """SDXL base's own configuration with random weights, in diffusers layout and bfloat16."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        unet = UNet2DConditionModel(
-            **TOPOLOGY,
-            sample_size=128,
-            block_out_channels=(320, 640, 1280),
-            transformer_layers_per_block=(1, 2, 10),
-            attention_head_dim=(5, 10, 20),
-            cross_attention_dim=2048,
-            addition_time_embed_dim=256,
-            projection_class_embeddings_input_dim=2816,
-        )
+        unet = UNet2DConditionModel(**TOPOLOGY, **CONFIG)
         unet.save_pretrained(folder / "unet")
         del unet
         AutoencoderKL(
@@ -98,25 +100,35 @@ def _text(
     )
 
 
-def make_lora(unet: nn.Module, path: Path) -> int:
-    """A kohya LoRA with SGM names over every linear layer of the attention blocks; how many."""
-    generator = torch.Generator().manual_seed(7)
+def linear_layers(unet: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """Every linear layer of the attention blocks: 722 of them at full size."""
+    return [
+        (path, module)
+        for path, module in unet.named_modules()
+        if isinstance(module, nn.Linear) and ".attentions." in path
+    ]
+
+
+def write_lora(
+    unet: nn.Module, folder: Path, rank: int, dtype: str = "float16", seed: int = 7
+) -> Path:
+    """A kohya LoRA with SGM names over all of them, alpha = rank / 2; made if it is not there yet."""
+    path = folder / f"full-size-rank{rank}-{dtype}-{seed}.safetensors"
+    if path.exists():
+        return path
+    generator = torch.Generator().manual_seed(seed)
     paths = [name for name, _ in unet.named_modules()]
     tensors: dict[str, torch.Tensor] = {}
-    count = 0
-    for name, module in unet.named_modules():
-        if isinstance(module, nn.Linear) and ".attentions." in name:
-            stem = "lora_unet_" + str(sgm_path(name, paths)).replace(".", "_")
-            down = torch.randn(RANK, module.in_features, generator=generator) / RANK
-            up = torch.randn(module.out_features, RANK, generator=generator) / 100
-            tensors[f"{stem}.lora_down.weight"] = down.half()
-            tensors[f"{stem}.lora_up.weight"] = up.half()
-            tensors[f"{stem}.alpha"] = torch.tensor(RANK / 2).half()
-            count += 1
-    save_file(
-        tensors, path, {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": str(RANK)}
-    )
-    return count
+    for name, module in linear_layers(unet):
+        stem = "lora_unet_" + str(sgm_path(name, paths)).replace(".", "_")
+        down = torch.randn(rank, module.in_features, generator=generator) / rank
+        up = torch.randn(module.out_features, rank, generator=generator) / 100
+        tensors[f"{stem}.lora_down.weight"] = down
+        tensors[f"{stem}.lora_up.weight"] = up
+        tensors[f"{stem}.alpha"] = torch.tensor(rank / 2)
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0", "ss_network_dim": str(rank)}
+    save_file({k: t.to(getattr(torch, dtype)) for k, t in tensors.items()}, path, metadata)
+    return path
 
 
 def _measure(folder: str, results: Any) -> None:
@@ -128,9 +140,7 @@ def _measure(folder: str, results: Any) -> None:
     worker = Worker(settings).setup()
     figures: dict[str, Any] = {"setup_s": round(time.perf_counter() - begun, 2)}
     parts = worker.parts
-    file = cache / "full-size-rank16.safetensors"
-    if not file.exists():
-        make_lora(parts.pipeline.components["unet"], file)
+    file = write_lora(parts.pipeline.components["unet"], cache, RANK)
     figures["lora_mb"] = round(file.stat().st_size / 1e6, 1)
     before = {n: p.clone() for n, p in _sample(parts.pipeline.components["unet"])}
     for name, loras in (("plain", None), ("lora", [file.name]), ("lora_again", [file.name])):

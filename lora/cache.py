@@ -41,6 +41,7 @@ from lora.errors import (
     nearest,
 )
 from lora.header import read_header
+from lora.mounts import on_local_disk
 from lora.sources import EXTENSIONS, CachedName, Hub, HubFile, Reference, RemoteFile, parse
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,9 @@ class CacheEntry:
     record: Record
     downloaded: bool
     """True where this call fetched it, False where it was there already."""
+    mappable: bool
+    """Whether its bytes may be used as they lie on the disk: a local one, and a file that only the cache
+    writes, by renaming. An operator's file may be changed in place, and a volume's vanish."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class VolumeCache:
         self.root = root
         self.limits = limits or Limits()
         self._hub = hub or Hub()
+        self._local = on_local_disk(root)
         self._incoming = root / ".incoming"
         self._guard = threading.Lock()
         self._locks: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
@@ -185,7 +190,8 @@ class VolumeCache:
     def _entry(self, path: Path, *, downloaded: bool, source: str | None = None) -> CacheEntry:
         record = self._record(path, source)
         name = str(path.relative_to(self.root))
-        return CacheEntry(path, name, record, downloaded)
+        ours = record.fetched is not None
+        return CacheEntry(path, name, record, downloaded, mappable=ours and self._local)
 
     def _record(self, path: Path, source: str | None) -> Record:
         """The file's record; hashed anew if there is none or the file was changed by hand."""

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter, defaultdict
+import hashlib
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from torch import Tensor
 
-from lora.algorithms import ALGORITHMS, Algorithm
-from lora.algorithms.base import takes
-from lora.errors import LoraCorrupt, LoraIncompatible, LoraUnsupported
+from lora.algorithms import Algorithm, recipes
+from lora.alphas import Alphas
+from lora.embeddings import TokenEmbedding, is_embedding, read_embedding
+from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.families import cross_attention_width, identify
 from lora.header import Header, read_header
-from lora.keys import KeyMap, Target
+from lora.keys import REFUSED, SLOTS, KeyMap, Target
+from lora.tensors import read_tensors
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
+KNOWN_SLOTS = frozenset(SLOTS.values())
 
-@dataclass(frozen=True)
+NOT_FLOATING = ("bias_indices", "bias_size", "on_input", "neumann_terms", "alpha")
+"""The slots that may hold whole numbers."""
+
+
+@dataclass(frozen=True, eq=False)
 class Layer:
-    """One module's part of a file."""
+    """What a file does to one parameter of one module."""
 
     target: Target
+    parameter: str
+    """The module's own name for it: weight, bias, ..."""
     part: Algorithm
     keys: int
     """How many tensors of the file it is made of."""
@@ -44,149 +49,208 @@ class UnusedKey:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoraFile:
     """A parsed adapter, bound to the modules of one pipeline, its tensors still on the CPU.
 
-    The tensors of its layers and its unused keys together are the whole file.
+    The tensors of its layers, its embeddings and its unused keys together are the whole file.
     """
 
     sha256: str
     layers: tuple[Layer, ...]
     unused: tuple[UnusedKey, ...]
     metadata: Mapping[str, str]
+    embeddings: tuple[TokenEmbedding, ...] = ()
+    identity: str = ""
+    """What the file does, as a hash: its bytes, and its config's where it has one."""
+    size: int = 0
+    """Bytes that its tensors take."""
 
     @cached_property
     def algorithms(self) -> tuple[str, ...]:
         """The algorithms that occur, the most frequent first."""
-        return tuple(n for n, _ in Counter(layer.part.name for layer in self.layers).most_common())
+        found = Counter(layer.part.name for layer in self.layers)
+        found["textual inversion"] = len(self.embeddings)
+        return tuple(name for name, count in found.most_common() if count)
 
     @cached_property
-    def rank(self) -> int:
-        """The most frequent rank of its layers."""
-        return Counter(layer.part.rank for layer in self.layers).most_common(1)[0][0]
+    def rank(self) -> int | None:
+        """The most frequent rank of its layers; None if none has one."""
+        ranks = Counter(layer.part.rank for layer in self.layers if layer.part.rank)
+        return ranks.most_common(1)[0][0] if ranks else None
+
+    @cached_property
+    def modules(self) -> int:
+        """How many modules it changes."""
+        return len({layer.target for layer in self.layers})
 
     @property
     def keys(self) -> int:
-        """How many tensors its layers are made of."""
-        return sum(layer.keys for layer in self.layers)
+        """How many tensors are used."""
+        return sum(layer.keys for layer in self.layers) + len(self.embeddings)
 
 
-def load(path: Path, key_map: KeyMap, sha256: str) -> LoraFile:
+def load(
+    path: Path, key_map: KeyMap, sha256: str, *, config: str | None = None, mapped: bool = False
+) -> LoraFile:
     """Reads a .safetensors adapter and binds it to the pipeline that `key_map` describes.
 
-    Touches no weight. Raises: LoraCorrupt if the file is not whole; LoraIncompatible if none of its
-    tensors has a place in this pipeline, or its cross attention is another model's; LoraUnsupported if
-    they have, and none can be applied.
+    `config` is the text of a PEFT adapter's adapter_config.json; `mapped`: see `read_tensors`.
+    Touches no weight. Raises: LoraCorrupt if the file is not whole, or holds NaN or infinity;
+    LoraIncompatible if none of its tensors has a place in this pipeline, or its cross attention is
+    another model's; LoraUnsupported if they have, and none can be applied.
     """
     header = read_header(path)
-    try:
-        # Not by memory map: on a shared volume another worker may remove the file under it.
-        tensors = load_tensors(path.read_bytes())
-    except (SafetensorError, OSError) as error:
-        raise LoraCorrupt("the file's tensors cannot be read") from error
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise LoraCorrupt(f"the tensor {key} holds NaN or infinity")
-    layers, unused = _bind(tensors, key_map, Alphas.of(header.metadata))
-    _refuse_other_models(header, layers, unused, key_map)
-    return LoraFile(sha256, tuple(layers), tuple(unused), header.metadata)
+    alphas = Alphas.of(header.metadata, config)
+    with ThreadPoolExecutor(1) as thread:  # the bytes come while the names are looked up
+        reading = thread.submit(read_tensors, path, header, mapped=mapped)
+        names = _by_module(header, key_map)
+        tensors = reading.result()
+    bound = _bind(names, tensors, alphas, key_map)
+    if not bound.embeddings:
+        _refuse_other_models(header, bound, key_map)
+    identity = hashlib.sha256(config.encode()).hexdigest()[:16] if config is not None else ""
+    return LoraFile(
+        sha256,
+        tuple(bound.layers),
+        tuple(bound.unused),
+        header.metadata,
+        tuple(bound.embeddings),
+        f"{sha256}{identity}",
+        sum(info.end - info.start for info in header.tensors.values()),
+    )
 
 
-@dataclass(frozen=True)
-class Alphas:
-    """The alphas that diffusers keeps in a file's metadata instead of in tensors.
+@dataclass
+class _Names:
+    """The file's keys by what they mean, before any tensor is looked at."""
 
-    `lora_adapter_metadata` is JSON with, by component, `lora_alpha`, `use_rslora` and, by module,
-    `alpha_pattern`, as peft's LoraConfig names them.
-    """
-
-    fields: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, metadata: Mapping[str, str]) -> Alphas:
-        """Raises: LoraCorrupt if the entry is there and is not what peft writes."""
-        try:
-            fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-            for name, value in fields.items():
-                if name.endswith(".lora_alpha"):
-                    float(value)
-                elif name.endswith(".alpha_pattern"):
-                    [float(alpha) for alpha in (value or {}).values()]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise LoraCorrupt("the file's lora_adapter_metadata is malformed") from error
-        return cls(fields)
-
-    def find(self, target: Target, rank: int) -> Tensor | None:
-        """The module's alpha such that alpha / rank is its scaling; None if the metadata has none."""
-        pattern = self.fields.get(f"{target.component}.alpha_pattern") or {}
-        alpha = pattern.get(target.path, self.fields.get(f"{target.component}.lora_alpha"))
-        if alpha is None:
-            return None
-        # rsLoRA (arXiv 2312.03732): scaling = alpha / sqrt(rank).
-        rs_lora = bool(self.fields.get(f"{target.component}.use_rslora"))
-        return torch.tensor(float(alpha) * (math.sqrt(rank) if rs_lora else 1.0))
+    layers: dict[Target, dict[str, str]] = field(default_factory=dict)
+    """Module -> slot -> key."""
+    stems: dict[Target, str] = field(default_factory=dict)
+    """Module -> its name in the file."""
+    embeddings: list[str] = field(default_factory=list)
+    unused: list[UnusedKey] = field(default_factory=list)
 
 
-def _bind(
-    tensors: Mapping[str, Tensor], key_map: KeyMap, alphas: Alphas
-) -> tuple[list[Layer], list[UnusedKey]]:
-    grouped: dict[Target, dict[str, str]] = defaultdict(dict)
-    unused: list[UnusedKey] = []
-    for key in tensors:
+def _by_module(header: Header, key_map: KeyMap) -> _Names:
+    names, adapter = _Names(), False
+    for key in header.tensors:
         match = key_map.match(key)
+        if match is None and is_embedding(key):
+            names.embeddings.append(key)
+            continue
         if match is None:
-            unused.append(UnusedKey(key, UNKNOWN_MODULE))
-        elif match.slot in grouped[match.target]:
-            twin = grouped[match.target][match.slot]
-            unused.append(UnusedKey(key, f"says the same as {twin}"))
+            missing = key_map.missing_component(key)
+            reason = f"this model has no {missing}" if missing else UNKNOWN_MODULE
+            names.unused.append(UnusedKey(key, reason))
+            continue
+        adapter = adapter or key[len(match.stem) + 1 :] not in ("weight", "bias")
+        slots = names.layers.setdefault(match.target, {})
+        twin = slots.setdefault(match.slot, key)
+        if twin is not key:
+            names.unused.append(UnusedKey(key, f"says the same as {twin}"))
+        names.stems.setdefault(match.target, match.stem)
+    if names.layers and not adapter:
+        raise LoraUnsupported(
+            "the file holds a model's own weights, and none of an adapter",
+            "Extract a LoRA from it first.",
+        )
+    return names
+
+
+@dataclass
+class _Bound:
+    layers: list[Layer] = field(default_factory=list)
+    embeddings: list[TokenEmbedding] = field(default_factory=list)
+    unused: list[UnusedKey] = field(default_factory=list)
+
+
+def _bind(names: _Names, tensors: Mapping[str, Tensor], alphas: Alphas, key_map: KeyMap) -> _Bound:
+    bound = _Bound(unused=names.unused)
+    for key in names.embeddings:
+        found = read_embedding(key, tensors[key], key_map)
+        if isinstance(found, str):
+            bound.unused.append(UnusedKey(key, found))
         else:
-            grouped[match.target][match.slot] = key
-    layers: list[Layer] = []
-    for target, keys in grouped.items():
+            bound.embeddings.append(found)
+    for target, keys in names.layers.items():
         slots = {slot: tensors[key] for slot, key in keys.items()}
-        down = slots.get("lora_down")
-        if "alpha" not in slots and down is not None and down.dim():
-            alpha = alphas.find(target, down.shape[0])
-            slots |= {} if alpha is None else {"alpha": alpha}
-        part, reason = _part(target, slots)
-        if part is None:
-            unused += [UnusedKey(key, reason) for key in keys.values()]
-        else:
-            layers.append(Layer(target, part, len(keys)))
-    return layers, unused
+        alphas.complete(slots, target.component, names.stems[target])
+        layers, reasons = _read_layer(target, slots, keys)
+        bound.layers += layers
+        bound.unused += [
+            UnusedKey(keys[slot], why) for slot, why in reasons.items() if slot in keys
+        ]
+    return bound
 
 
-def _part(target: Target, slots: dict[str, Tensor]) -> tuple[Algorithm | None, str]:
-    """The algorithm that these tensors of one module are, or the reason why they are none."""
+def _read_layer(
+    target: Target, slots: Mapping[str, Tensor], keys: Mapping[str, str]
+) -> tuple[list[Layer], Mapping[str, str]]:
+    """The layers that one module's tensors make up, and a reason for each slot that is not used.
+
+    A module is changed as a whole or not at all: half of it would be another adapter than the one trained.
+    """
+    if trouble := _trouble(slots):
+        return [], dict.fromkeys(slots, trouble)
+    found = recipes(frozenset(slots))
+    left = set(slots).difference(*(recipe.used for recipe in found))
+    alone = {"alpha": "there is nothing for it to scale"} if found and left == {"alpha"} else {}
+    if left and not alone:
+        known = left <= KNOWN_SLOTS
+        words = "a part is missing" if known else "no known algorithm has such tensors"
+        why = f"{words} (the layer has {', '.join(sorted(slots))})"
+        return [], dict.fromkeys(slots, why)
+    layers = []
+    for recipe in found:
+        part = recipe.make(slots)
+        parameter = target.parameter(part.parameter)
+        if parameter is None:
+            return [], dict.fromkeys(slots, f"the module has no {part.parameter}")
+        if misfit := part.misfit(target.parameters[parameter]):
+            return [], dict.fromkeys(slots, misfit)
+        layers.append(Layer(target, parameter, part, len(recipe.used & keys.keys())))
+        for more in part.companions(target.parameters[parameter]):
+            if name := target.parameter(more.parameter):
+                layers.append(Layer(target, name, more, 0))
+    return layers, alone
+
+
+def _trouble(slots: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a layer's tensors, whatever algorithm they are."""
     alpha = slots.get("alpha")
     if alpha is not None and alpha.numel() != 1:
-        return None, "alpha is not one number"
-    if any(0 in tensor.shape for tensor in slots.values()):
-        return None, "a tensor is empty"
-    for algorithm in ALGORITHMS:
-        if takes(algorithm, slots):
-            part = algorithm(**slots)
-            misfit = part.misfit(target.shape)
-            return (None, misfit) if misfit else (part, "")
-    return None, f"no known algorithm has exactly the tensors {', '.join(sorted(slots))}"
+        return "alpha is not one number"
+    for slot, tensor in slots.items():
+        if slot in REFUSED:
+            return REFUSED[slot]
+        if 0 in tensor.shape:
+            return "a tensor is empty"
+        if not tensor.dtype.is_floating_point and slot not in NOT_FLOATING:
+            return (
+                f"{slot} is {str(tensor.dtype).removeprefix('torch.')}, not a floating point number"
+            )
+    return None
 
 
-def _refuse_other_models(
-    header: Header, layers: list[Layer], unused: list[UnusedKey], key_map: KeyMap
-) -> None:
+HINT = "Choose a LoRA for the model that this worker runs."
+
+
+def _refuse_other_models(header: Header, bound: _Bound, key_map: KeyMap) -> None:
     """Some layers of another family's file may fit by chance, so its cross attention must fit too."""
     width, ours = cross_attention_width(header), _cross_attention_of(key_map)
-    family = identify(header)
+    fits = not (width and ours) or width == ours
+    if bound.layers and fits:
+        return
+    family, unused = identify(header), bound.unused
     what = f"the file was made for {family}" if family else "the file is for an unknown model"
-    if width and ours and width != ours:
+    if not fits:
         raise LoraIncompatible(
             f"{what} (its cross attention reads {width} values per token, this model's {ours})",
-            "Choose a LoRA for the model that this worker runs.",
+            HINT,
         )
-    if layers:
-        return
-    known = [u for u in unused if u.reason != UNKNOWN_MODULE]
+    known = [u for u in unused if u.reason != UNKNOWN_MODULE and "has no" not in u.reason]
     if known:
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
@@ -196,10 +260,10 @@ def _refuse_other_models(
     raise LoraIncompatible(
         f"{what}, and none of its {len(unused)} tensors fits this model "
         f"({unused[0].key}: {unused[0].reason})",
-        "Choose a LoRA for the model that this worker runs.",
+        HINT,
     )
 
 
 def _cross_attention_of(key_map: KeyMap) -> int | None:
-    widths = {t.shape[1] for t in key_map.targets if t.path.endswith(".attn2.to_k")}
+    widths = {t.parameters["weight"][1] for t in key_map.targets if t.path.endswith(".attn2.to_k")}
     return widths.pop() if len(widths) == 1 else None

@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lora.errors import LoraCorrupt, LoraError, LoraUnsupported
 
@@ -26,12 +26,14 @@ DTYPE_BYTES: Mapping[str, int] = {
 }
 
 
-@dataclass(frozen=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """What the header says of one tensor."""
 
     dtype: str
     shape: tuple[int, ...]
+    start: int
+    """Where its bytes begin, from the file's first byte."""
+    end: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,10 @@ def read_header(path: Path) -> Header:
         raise _not_safetensors(start + text[:512], size) from error
     if not isinstance(fields, dict):
         raise LoraCorrupt("the file's safetensors header is not a JSON object")
-    return _checked(fields, size - 8 - length)
+    return _checked(fields, 8 + length, size)
 
 
-def _checked(fields: dict[str, Any], data_bytes: int) -> Header:
+def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise LoraCorrupt("the file's metadata is not a JSON object")
@@ -74,19 +76,21 @@ def _checked(fields: dict[str, Any], data_bytes: int) -> Header:
     end_of_data = 0
     for name, info in fields.items():
         try:
-            dtype, shape = str(info["dtype"]), tuple(int(n) for n in info["shape"])
-            start, end = (int(n) for n in info["data_offsets"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise LoraCorrupt(f"the header's entry for {name[:80]!r} is malformed") from error
-        if dtype not in DTYPE_BYTES:
-            raise LoraCorrupt(f"tensor {name[:80]!r} has the unknown dtype {dtype[:20]!r}")
+            dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+            whole = {*map(type, shape), type(start), type(end)} == {int}
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole:
+            raise LoraCorrupt(f"the header's entry for {name[:80]!r} is malformed")
+        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+            raise LoraCorrupt(f"tensor {name[:80]!r} has the unknown dtype {str(dtype)[:20]!r}")
         needed = DTYPE_BYTES[dtype] * math.prod(shape)
-        if min(shape, default=0) < 0 or start < 0 or end - start != needed:
+        if start < 0 or end - start != needed or min(shape, default=0) < 0:
             raise LoraCorrupt(f"tensor {name[:80]!r} has a byte range that its shape does not fill")
         end_of_data = max(end_of_data, end)
-        tensors[name] = TensorInfo(dtype, shape)
-    if end_of_data != data_bytes:
-        missing = end_of_data - data_bytes
+        tensors[name] = TensorInfo(dtype, shape, data_start + start, data_start + end)
+    if end_of_data != size - data_start:
+        missing = end_of_data - (size - data_start)
         trouble = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
         raise LoraCorrupt(
             f"the file does not have the length that its header tells ({trouble})",

@@ -9,9 +9,12 @@ parsed, and a key either means exactly one module or is reported as unknown.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+from lora.sgm import sgm_path
 
 Shape = tuple[int, ...]
 
@@ -21,67 +24,181 @@ SLOTS: Mapping[str, str] = {
     "lora_down.weight": "lora_down",
     "lora_mid.weight": "lora_mid",
     "alpha": "alpha",
+    "bias_indices": "bias_indices",
+    "bias_values": "bias_values",
+    "bias_size": "bias_size",
     # diffusers and PEFT
     "lora_B.weight": "lora_up",
     "lora_A.weight": "lora_down",
-    "lora_B.default.weight": "lora_up",
-    "lora_A.default.weight": "lora_down",
+    "lora_B.bias": "lora_up_bias",
     "lora.up.weight": "lora_up",
     "lora.down.weight": "lora_down",
-    # LyCORIS LoHa
+    "lora_linear_layer.up.weight": "lora_up",
+    "lora_linear_layer.down.weight": "lora_down",
+    "up.weight": "lora_up",  # behind `processor.to_q_lora`
+    "down.weight": "lora_down",
+    # LyCORIS LoHa; PEFT's has the same names
     "hada_w1_a": "hada_w1_a",
     "hada_w1_b": "hada_w1_b",
     "hada_w2_a": "hada_w2_a",
     "hada_w2_b": "hada_w2_b",
     "hada_t1": "hada_t1",
     "hada_t2": "hada_t2",
+    # LyCORIS LoKr; PEFT's has the same names
+    "lokr_w1": "lokr_w1",
+    "lokr_w1_a": "lokr_w1_a",
+    "lokr_w1_b": "lokr_w1_b",
+    "lokr_w2": "lokr_w2",
+    "lokr_w2_a": "lokr_w2_a",
+    "lokr_w2_b": "lokr_w2_b",
+    "lokr_t2": "lokr_t2",
+    # DoRA
+    "dora_scale": "dora_scale",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    # OFT, BOFT
+    "oft_blocks": "oft_blocks",
+    "rescale": "rescale",
+    "oft_R": "oft_r",
+    "oft_R.weight": "oft_r",
+    # GLoRA
+    "a1.weight": "a1",
+    "a2.weight": "a2",
+    "b1.weight": "b1",
+    "b2.weight": "b2",
+    "bm.weight": "bm",
+    # IA3; LyCORIS' own factors are called `weight`
+    "on_input": "on_input",
+    "ia3_l": "ia3_l",
+    # parameters given whole
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "diff_m": "diff_m",
+    "w_norm": "diff",
+    "b_norm": "diff_b",
+    "set_weight": "weight",
+    "weight": "weight",
+    "bias": "bias",
+    "base_layer.bias": "bias",  # PEFT's `bias="all"` and "lora_only"
+    "modules_to_save.weight": "weight",
+    "modules_to_save.bias": "bias",
+    # known, and refused with their reason: see `REFUSED`
+    "q_layer.weight": "q_layer",
+    "p_layer.weight": "p_layer",
+    "lambda_layer": "lambda_layer",
+    "reshape_weight": "reshape_weight",
 }
 """What follows a module's name in a key -> slot: the field of an algorithm that takes the tensor."""
 
-COMPONENT_PREFIXES: Mapping[str, tuple[str, ...]] = {
-    "unet": ("lora_unet_", "lycoris_"),
-    "text_encoder": ("lora_te1_", "lycoris_te1_"),
-    "text_encoder_2": ("lora_te2_", "lycoris_te2_"),
+_T_LORA = (
+    "T-LoRA: the file lacks the base part that its trainer subtracts, and its rank changes with the "
+    "timestep; LyCORIS can export it as a LoRA"
+)
+REFUSED: Mapping[str, str] = {
+    "q_layer": _T_LORA,
+    "p_layer": _T_LORA,
+    "lambda_layer": _T_LORA,
+    "reshape_weight": "reshape_weight would change the layer's shape",
 }
-"""What stands before a module's path with underscores, by component."""
+"""Slots of forms that cannot be applied, and why."""
+
+_ADAPTER_NAME = re.compile(
+    r"^(lora_[AB]|lora_magnitude_vector|oft_R|ia3_l|hada_\w+|lokr_\w+|modules_to_save)\.[^.]+(?=\.|$)"
+)
+"""PEFT puts the adapter's name behind its own (`lora_A.default.weight`) where it is not taken out."""
+
+
+def slot_of(suffix: str) -> str:
+    """The slot that a suffix means; the suffix itself if it is not known."""
+    slot = SLOTS.get(suffix)
+    return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), suffix)
 
 
 @dataclass(frozen=True)
+class _Prefixes:
+    """What stands before a module's path in a key: dotted, or with underscores for dots."""
+
+    dotted: tuple[str, ...]
+    underscored: tuple[str, ...]
+
+
+COMPONENTS: Mapping[str, _Prefixes] = {
+    "unet": _Prefixes(
+        ("unet.", "diffusion_model.", "model.diffusion_model."),
+        ("lora_unet_", "lycoris_", "oft_unet_"),
+    ),
+    "transformer": _Prefixes(
+        ("transformer.", "diffusion_model.", "model.diffusion_model."),
+        ("lora_transformer_", "lora_unet_", "lycoris_"),
+    ),
+    "text_encoder": _Prefixes(
+        ("text_encoder.", "clip_l.", "text_encoders.clip_l.transformer."),
+        ("lora_te1_", "lora_te_", "lycoris_te1_"),
+    ),
+    "text_encoder_2": _Prefixes(
+        ("text_encoder_2.", "clip_g.", "text_encoders.clip_g.transformer."),
+        ("lora_te2_", "lycoris_te2_"),
+    ),
+    "text_encoder_3": _Prefixes(
+        ("text_encoder_3.", "t5.", "text_encoders.t5xxl.transformer."), ("lora_te3_",)
+    ),
+}
+"""The prefixes of each component that pipelines have."""
+
+_MAIN_PREFIXES = ("", "base_model.model.", "transformer.")
+"""For the first component, which bare names mean: PEFT's own saving, diffusers' for models that draw."""
+
+MODULATIONS = ("modulation", "scale_shift_table")
+"""What models call the table that `diff_m` changes."""
+
+
+@dataclass(frozen=True, eq=False)
 class Target:
-    """One module of the pipeline that an adapter can change."""
+    """One module of the pipeline that an adapter can change. One object per module of a `KeyMap`."""
 
     component: str
     path: str
-    shape: Shape
-    """The weight's shape: [out, in] or [out, in, kh, kw]."""
+    parameters: Mapping[str, Shape]
+    """Its own parameters' shapes; a weight's is [out, in(, kh, kw)], however the module stores it."""
+    block: str
+    """Which block of a UNet it is in: IN00 to IN08, MID, OUT00 to OUT08, else BASE."""
+
+    def parameter(self, wanted: str) -> str | None:
+        """The module's own name for what an algorithm changes; None if it has no such parameter."""
+        names = MODULATIONS if wanted == "modulation" else (wanted,)
+        return next((name for name in names if name in self.parameters), None)
 
     def __str__(self) -> str:
         return f"{self.component}.{self.path}"
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """What a key means."""
 
     target: Target
     slot: str
     """One of the values of `SLOTS`, or the key's own ending if it is not known."""
+    stem: str
+    """The module's name in the file."""
 
 
 class KeyMap:
     """Every name that a trainer may give to a module of this pipeline. Built once, never changed."""
 
-    def __init__(self, targets: Mapping[str, Mapping[str, Shape]]) -> None:
-        """`targets`: component -> module path -> weight shape.
+    def __init__(self, modules: Mapping[str, Mapping[str, Mapping[str, Shape]]]) -> None:
+        """`modules`: component -> module path -> parameter -> shape, the component that draws first.
 
         Raises: ValueError if two modules share a name; then no key with it could be trusted.
         """
         self._targets: dict[str, Target] = {}
-        for component, shapes in targets.items():
-            for path, shape in shapes.items():
-                target = Target(component, path, tuple(shape))
-                for name in _names(component, path, shapes):
-                    if self._targets.setdefault(name, target) != target:
+        self.components = tuple(modules)
+        for component, found in modules.items():
+            main = component == self.components[0]
+            for path, parameters in found.items():
+                sgm = sgm_path(path, found) if component == "unet" else None
+                target = Target(component, path, parameters, _block(sgm))
+                for name in _names(component, _paths(component, path, sgm, found), main=main):
+                    if self._targets.setdefault(name, target) is not target:
                         other = self._targets[name]
                         raise ValueError(f"{name!r} would mean both {other} and {target}")
 
@@ -90,6 +207,10 @@ class KeyMap:
         """Every module that has a name."""
         return frozenset(self._targets.values())
 
+    def find(self, name: str) -> Target | None:
+        """The module that a trainer calls so."""
+        return self._targets.get(name)
+
     def match(self, key: str) -> Match | None:
         """What a tensor's key means in this pipeline: its longest beginning that is a module's name,
         and the slot; None if no beginning is.
@@ -97,96 +218,104 @@ class KeyMap:
         stem, dot, suffix = key.rpartition(".")
         while dot:
             if target := self._targets.get(stem):
-                return Match(target, SLOTS.get(suffix, suffix))
+                return Match(target, slot_of(suffix), stem)
             stem, dot, more = stem.rpartition(".")
             suffix = f"{more}.{suffix}"
         return None
 
+    def missing_component(self, key: str) -> str | None:
+        """The component that a key is for, if this pipeline has none of that name."""
+        meant = [
+            component
+            for component, prefixes in COMPONENTS.items()
+            if key.startswith((*prefixes.dotted, *prefixes.underscored))
+        ]
+        return None if set(meant) & set(self.components) else next(iter(meant), None)
 
-def _names(component: str, path: str, siblings: Mapping[str, Shape]) -> Iterator[str]:
-    """Every stem that means this module."""
-    paths = {path}
-    if component == "unet":
-        # PEFT's own saving; for the text encoders it would be the same name twice.
-        yield f"base_model.model.{path}"
-        sgm = sgm_path(path, siblings)
-        paths.update({sgm} if sgm else ())
-    else:
+
+def _block(sgm: str | None) -> str:
+    found = re.match(r"(input|middle|output)_blocks?\.(\d+)", sgm or "")
+    if not found:
+        return "BASE"
+    side, number = found.groups()
+    return "MID" if side == "middle" else f"{'IN' if side == 'input' else 'OUT'}{int(number):02}"
+
+
+def _names(component: str, paths: Iterable[str], *, main: bool) -> Iterator[str]:
+    """Every stem that means a module which trainers know under these paths."""
+    prefixes = COMPONENTS.get(component, _Prefixes((f"{component}.",), ()))
+    dotted = {*prefixes.dotted, *(_MAIN_PREFIXES if main else ())}
+    for path in paths:
+        for prefix in dotted:
+            yield prefix + path
+        if path:
+            for prefix in prefixes.underscored:
+                yield prefix + path.replace(".", "_")
+
+
+_OLD_ATTENTION = re.compile(r"(.*attn\d?)\.to_(q|k|v|out)(\.0)?")
+_OLD_CLIP = re.compile(r"(.*self_attn)\.(q|k|v|out)_proj")
+
+
+def _paths(
+    component: str, path: str, sgm: str | None, siblings: Mapping[str, object]
+) -> Iterator[str]:
+    """Every dotted path that trainers use for a module."""
+    if component.startswith("text_encoder"):
         # transformers 5 dropped `text_model.` from CLIPTextModel, and trainers still write it.
         bare = path.removeprefix("text_model.")
-        paths = {bare, f"text_model.{bare}"} if bare != "text_projection" else {bare}
-    for name in sorted(paths):
-        yield f"{component}.{name}"
-        for prefix in COMPONENT_PREFIXES.get(component, ()):
-            yield prefix + name.replace(".", "_")
+        both = {bare, f"text_model.{bare}"} if bare != "text_projection" else {bare}
+        yield from sorted(both)
+        if old := _OLD_CLIP.fullmatch(bare):
+            yield f"text_model.{old[1]}.to_{old[2]}_lora"
+        return
+    yield path
+    if sgm and sgm != path:
+        yield sgm
+    if old := _OLD_ATTENTION.fullmatch(path):
+        yield f"{old[1]}.processor.to_{old[2]}_lora"
+        yield f"{old[1]}.to_{old[2]}_lora"
+    if "condition_embedder.time_proj" in siblings:
+        wan = wan_path(path)
+        if wan != path:
+            yield wan
 
 
-# --- SGM names ------------------------------------------------------------------------------------
-
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_WHOLE = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-_BLOCK = re.compile(
-    r"(down|up)_blocks\.(\d+)\."
-    r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+_WAN = (
+    ("attn1.to_out.0", "self_attn.o"),
+    ("attn2.to_out.0", "cross_attn.o"),
+    ("attn1.to_", "self_attn."),
+    ("attn2.to_", "cross_attn."),
+    ("attn2.add_k_proj", "cross_attn.k_img"),
+    ("attn2.add_v_proj", "cross_attn.v_img"),
+    ("attn2.norm_added_k", "cross_attn.norm_k_img"),
+    ("attn1.norm_", "self_attn.norm_"),
+    ("attn2.norm_", "cross_attn.norm_"),
+    ("ffn.net.0.proj", "ffn.0"),
+    ("ffn.net.2", "ffn.2"),
+    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
+    ("norm2", "norm3"),
+    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+    ("condition_embedder.time_proj", "time_projection.1"),
+    ("proj_out", "head.head"),
+    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
+    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
+    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
 )
-_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
-def sgm_path(path: str, siblings: Container[str]) -> str | None:
-    """The name that the original Stable Diffusion code (sgm) gives to a module of diffusers' UNet.
+def wan_path(path: str) -> str:
+    """The name that Wan's own code gives to a module of diffusers' WanTransformer3DModel.
 
-    `siblings` are all module paths of that UNet; they tell its number of resnets in a down block, n
-    (2 in SD 1.5, SD 2 and SDXL). Down block i, layer j is input block 1 + i (n + 1) + j; up block i,
-    layer j is output block i (n + 1) + j. None: the module has no such name.
+    The table is diffusers' `convert_wan_to_diffusers.py`, read backwards; the root is Wan's `head`, whose
+    modulation it holds.
     """
-    if path in _WHOLE:
-        return _WHOLE[path]
-    if middle := _MIDDLE.fullmatch(path):
-        kind, index, rest = middle.groups()
-        place = 1 if kind == "attentions" else 2 * int(index)
-        return _inside(f"middle_block.{place}", kind, rest)
-    block = _BLOCK.fullmatch(path)
-    if not block:
-        return None
-    side, number, kind, index, rest = block.groups()
-    start = int(number) * (_resnets_per_down_block(siblings) + 1)
-    if kind == "downsamplers":
-        return f"input_blocks.{start + _resnets_per_down_block(siblings) + 1}.0.op"
-    if kind == "upsamplers":
-        # It stands behind the resnet and, where the block has one, the attention.
-        behind = 2 if f"up_blocks.{number}.attentions.0.proj_in" in siblings else 1
-        return f"output_blocks.{start + _resnets_per_down_block(siblings)}.{behind}.conv"
-    place = 1 if kind == "attentions" else 0
-    place_of = {
-        "down": f"input_blocks.{start + 1 + int(index)}",
-        "up": f"output_blocks.{start + int(index)}",
-    }
-    return _inside(f"{place_of[side]}.{place}", kind, rest)
-
-
-def _resnets_per_down_block(siblings: Container[str]) -> int:
-    count = 0
-    while f"down_blocks.0.resnets.{count}.conv1" in siblings:
-        count += 1
-    return count
-
-
-def _inside(where: str, kind: str, rest: str) -> str | None:
-    if kind == "attentions":
-        return f"{where}.{rest}"
-    return f"{where}.{_RESNET[rest]}" if rest in _RESNET else None
+    if not path:
+        return "head"
+    for ours, theirs in _WAN:
+        if ours in path:
+            return path.replace(ours, theirs)
+    return path

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
-from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora.cache import CacheEntry, Progress, VolumeCache
+from lora.embeddings import TokenEmbedding, word_of
 from lora.errors import LoraCorrupt, LoraError
 from lora.files import LoraFile, load
 from lora.keys import KeyMap
+from lora.lru import ByteLru
 from lora.sources import Reference
 
-WARM_BYTES = 2 << 30
-"""How many bytes of parsed files are kept; the last one always is."""
+WARM_BYTES = 2_000_000_000
+"""How many bytes of parsed files are kept."""
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""A folder that PEFT saved: the tensors, and beside them the numbers that scale them."""
+
+CONFIG_BYTES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,12 @@ class Loaded:
     download_seconds: float
     parse_seconds: float
 
+    @property
+    def embeddings(self) -> tuple[TokenEmbedding, ...]:
+        """The file's new words; one that has no name of its own has the file's."""
+        word = word_of(self.entry.path.stem)
+        return tuple(replace(one, word=one.word or word) for one in self.file.embeddings)
+
 
 class LoraLibrary:
     """Finds, fetches and parses adapters for one pipeline. Changes no weight."""
@@ -35,8 +48,7 @@ class LoraLibrary:
     def __init__(self, cache: VolumeCache, key_map: KeyMap, warm_bytes: int = WARM_BYTES) -> None:
         self.cache = cache
         self._key_map = key_map
-        self._warm_bytes = warm_bytes
-        self._warm: OrderedDict[str, tuple[LoraFile, int]] = OrderedDict()
+        self._warm: ByteLru[LoraFile] = ByteLru(warm_bytes)
         self._guard = threading.Lock()
 
     def load(self, reference: Reference, progress: Progress | None = None) -> Loaded:
@@ -77,14 +89,17 @@ class LoraLibrary:
 
         Raises: LoraError; FileNotFoundError if the file is not the one of the record any more.
         """
-        record = entry.record
+        record, config = entry.record, _config(entry)
+        key = record.sha256, hashlib.sha256((config or "").encode()).hexdigest()
         with self._guard:
-            if record.sha256 in self._warm:
-                self._warm.move_to_end(record.sha256)
-                return self._warm[record.sha256][0]
+            warm = self._warm.get(key)
+        if warm is not None:
+            return warm
         try:
             with self.cache.in_use(entry.path):
-                file = load(entry.path, self._key_map, record.sha256)
+                file = load(
+                    entry.path, self._key_map, record.sha256, config=config, mapped=entry.mappable
+                )
                 stat = entry.path.stat()
         except FileNotFoundError:
             raise
@@ -92,11 +107,24 @@ class LoraLibrary:
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
         if (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns):
             raise FileNotFoundError(entry.path)
-        self._keep_warm(record.sha256, file, record.size)
+        with self._guard:
+            self._warm.put(key, file, record.size)
         return file
 
-    def _keep_warm(self, sha256: str, file: LoraFile, size: int) -> None:
+    def free(self) -> None:
+        """Forgets what is kept warm."""
         with self._guard:
-            self._warm[sha256] = file, size
-            while len(self._warm) > 1 and sum(s for _, s in self._warm.values()) > self._warm_bytes:
-                self._warm.popitem(last=False)
+            self._warm.clear()
+
+
+def _config(entry: CacheEntry) -> str | None:
+    """The text of the PEFT config beside a PEFT adapter. Raises: LoraCorrupt if it cannot be read."""
+    path = entry.path.with_name(PEFT_CONFIG)
+    if entry.path.name != PEFT_FILE or not path.is_file():
+        return None
+    try:
+        if path.stat().st_size > CONFIG_BYTES:
+            raise LoraCorrupt(f"{PEFT_CONFIG} is no adapter's config")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraCorrupt(f"{PEFT_CONFIG} cannot be read") from error

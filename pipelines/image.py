@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -14,8 +14,10 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 from torch import nn
 
+from lora.embeddings import TokenEmbedding
 from pipelines.loading import LoadedModels
 from pipelines.schedulers import make_scheduler
+from pipelines.tokens import added_tokens
 from schemas import HINT, ImageRequest, InvalidInput
 
 ENSEMBLE_FRACTION = 0.8
@@ -135,6 +137,13 @@ class ImagePipeline:
     def default_size(self) -> int:
         """The width and height that the model was made for, in pixels."""
         return int(self._base.unet.config.sample_size * self._base.vae_scale_factor)
+
+    def tokens(
+        self, embeddings: Sequence[TokenEmbedding]
+    ) -> AbstractContextManager[tuple[str, ...]]:
+        """The words of `embeddings` work in prompts within the block; yields warnings. See `added_tokens`."""
+        pipelines = [one for one in (self._base, self._base_image, self._refiner) if one]
+        return added_tokens(pipelines, embeddings)
 
     def generate(
         self,

@@ -129,6 +129,17 @@ def test_unused_tensors_are_listed_and_warned_of(
     assert "1 of 10 tensors were not used" in answer["warnings"][0]
 
 
+def test_strict_loras_refuse_a_tensor_that_cannot_be_used(
+    demo_worker: Worker, server: LoopbackServer
+) -> None:
+    url = server.serve(
+        "/odd.safetensors", as_bytes(kohya() | {"lora_unet_no_such_layer.alpha": torch.tensor(1.0)})
+    )
+    error = demo_worker(job(loras=[url], strict_loras=True))["error"]
+    assert error.startswith("LORA_UNSUPPORTED: ")
+    assert "1 of 10 tensors cannot be used (lora_unet_no_such_layer.alpha: no module" in error
+
+
 def test_several_pictures_differ_and_a_seed_gives_them_again(demo_worker: Worker) -> None:
     first, second = (demo_worker(job(num_images=3)) for _ in range(2))
     assert len(first["images"]) == 3
@@ -319,7 +330,7 @@ def test_a_failure_anywhere_is_answered_and_leaves_no_trace(
     plain = pixels(demo_worker(job()))
     targets = {
         "resolve": "lora.cache.VolumeCache.resolve",
-        "apply": "lora.engine.dynamic_forward",
+        "apply": "lora.engine.make_factors",
         "generate": "diffusers.AutoencoderKL.decode",
         "encode": "handler.encode",
     }
@@ -346,6 +357,60 @@ def test_merged_mode_draws_nearly_the_same_and_restores(demo_worker: Worker) -> 
         ours = pixels(merged(asked)).astype(int)
     theirs = pixels(demo_worker(asked)).astype(int)
     assert np.abs(ours - theirs).max() <= 2
+
+
+def test_the_requests_mode_goes_before_the_workers_and_is_reported(demo_worker: Worker) -> None:
+    for asked, expected in (("merged", "merged"), ("dynamic", "dynamic"), (None, "dynamic")):
+        answer = demo_worker(job(loras=["demo-stripes"], lora_mode=asked))
+        assert answer["loras"][0]["mode"] == expected  # auto: two steps do not pay for merging
+    answer = demo_worker(job(loras=["demo-stripes"], num_inference_steps=8))
+    assert answer["loras"][0]["mode"] == "merged"
+    json.dumps(answer)
+
+
+def test_scales_by_component_and_block_say_how_many_layers_change(demo_worker: Worker) -> None:
+    def layers(**entry: Any) -> int:
+        answer = demo_worker(job(loras=[{"path": "demo-spiral", **entry}]))
+        return int(answer["loras"][0]["layers"])
+
+    whole, text = layers(), layers(scale={"unet": 0})
+    assert 0 < text < whole
+    assert layers(scale={"text_encoder": 0, "text_encoder_2": 0}) == whole - text
+    middle = layers(scale={"text_encoder": 0, "text_encoder_2": 0}, blocks={"IN": 0, "OUT": 0})
+    assert 0 < middle < whole - text
+    assert layers(blocks="0" + ",0" * 19) == 0
+
+
+def test_a_range_of_the_denoising_lies_between_none_and_all_of_it(demo_worker: Worker) -> None:
+    def draw(*loras: Any) -> np.ndarray[Any, Any]:
+        with pipeline_unchanged(demo_worker):
+            return pixels(demo_worker(job(num_inference_steps=4, loras=list(loras)))).astype(int)
+
+    plain, whole = draw(), draw("demo-stripes")
+    ranged = draw({"path": "demo-stripes", "start": 0.5})
+    assert (ranged != plain).any()
+    assert (ranged != whole).any()
+    np.testing.assert_array_equal(draw({"path": "demo-stripes", "start": 0.9}), plain)
+
+
+def test_a_word_of_a_file_is_there_for_one_job(
+    demo_worker: Worker, server: LoopbackServer
+) -> None:
+    encoders = demo_worker.parts.pipeline.components
+    tensors = {
+        f"bundle_emb.<thing>.{name}": torch.randn(2, encoders[component].config.hidden_size)
+        for name, component in (("clip_l", "text_encoder"), ("clip_g", "text_encoder_2"))
+    }
+    url = server.serve("/words.safetensors", as_bytes(tensors))
+    prompt = "a big red <thing> on a blue background"
+    plain = pixels(demo_worker(job(prompt=prompt)))
+    with pipeline_unchanged(demo_worker):
+        answer = demo_worker(job(prompt=prompt, loras=[url]))
+    assert (answer["loras"][0]["words"], answer["loras"][0]["status"]) == (["<thing>"], "applied")
+    assert (pixels(answer) != plain).any()
+    np.testing.assert_array_equal(pixels(demo_worker(job(prompt=prompt))), plain)
+    unsaid = pixels(demo_worker(job(loras=[url])))
+    np.testing.assert_array_equal(unsaid, pixels(demo_worker(job())))
 
 
 def test_an_answer_over_the_limit_is_refused(demo_worker: Worker) -> None:

@@ -71,6 +71,36 @@ def test_whole_floats_are_integers_and_two_calls_share_nothing() -> None:
             {"input": {"prompt": "x", "loras": [{"path": "a", "scale": "big"}]}},
             "loras[0].scale: 'big' is not a number",
         ),
+        *(
+            ({"input": {"prompt": "x", "loras": [{"path": "a", **entry}]}}, said)
+            for entry, said in (
+                ({"scale": {"unet": 11}}, "loras[0].scale.unet: 11 is more than 10"),
+                ({"scale": {"unet": "1"}}, "loras[0].scale.unet: '1' is not a number"),
+                ({"scale": {"vae": 1}}, "loras[0].scale: 'vae' is none of unet, text_encoder"),
+                ({"scale": None}, "loras[0].scale: None is not a number or an object"),
+                ({"blocks": [1, 2]}, "loras[0].blocks: 2 values are neither 12 nor 20"),
+                ({"blocks": {"IN04": "x"}}, "loras[0].blocks: a block's value is not a number"),
+                ({"blocks": 5}, "loras[0].blocks: 5 is not an array"),
+                ({"start": 0.5, "end": 0.5}, "loras[0].start is not before end"),
+                ({"end": 1.5}, "loras[0].end: 1.5 is more than 1"),
+                ({"scale": {"unet": math.inf}}, "loras[0].scale.unet: inf is more than 10"),
+                ({"scale": {"unet": math.nan}}, "loras[0].scale.unet: nan is not a number"),
+            )
+        ),
+        (
+            {"input": {"prompt": "x", "lora_mode": "fast"}},
+            "lora_mode: 'fast' is none of auto, dynamic, merged",
+        ),
+        (
+            {
+                "input": {
+                    "prompt": "x",
+                    "lora_mode": "merged",
+                    "loras": [{"path": "a", "start": 0.2}],
+                }
+            },
+            "lora_mode: a LoRA with start or end cannot be merged",
+        ),
         (
             {"input": {"prompt": "x", "loras": [{"path": "a", "scale": 11}]}},
             "loras[0].scale: 11 is more than 10",
@@ -138,6 +168,16 @@ def test_loras_are_strings_or_objects() -> None:
         LoraRequest(Reference("a.safetensors"), 1.0),
         LoraRequest(Reference("u/r", "w", "v"), 2.0),
     )
+
+
+def test_scales_by_component_and_block_and_ranges() -> None:
+    entry = {"path": "a", "scale": {"unet": 0.8, "text_encoder": 0}, "blocks": {"MID": 0.5}}
+    lora, plain = parse_job(
+        {"input": {"prompt": "x", "loras": [{**entry, "start": 0.25, "end": 0.75}, "b"]}}
+    ).loras
+    assert (lora.scale, lora.components) == (1.0, {"unet": 0.8, "text_encoder": 0.0})
+    assert (lora.blocks, lora.start, lora.end, lora.ranged) == ({"MID": 0.5}, 0.25, 0.75, True)
+    assert (plain.components, plain.blocks, plain.ranged) == ({}, {}, False)
 
 
 def test_an_entry_that_names_no_lora_is_skipped_with_a_warning_or_strictly_refused() -> None:

@@ -33,7 +33,7 @@ def test_every_fault_is_told_at_once() -> None:
         Settings.from_env(environ)
     text = str(caught.value)
     assert "LORA_CACH_DIR is not a setting (did you mean LORA_CACHE_DIR?)" in text
-    assert "LORA_MODE: 'fast' is none of dynamic, merged" in text
+    assert "LORA_MODE: 'fast' is none of auto, dynamic, merged" in text
     assert "LORA_CACHE_MAX_GB: 'much' is not a number" in text
     assert "LORA_MAX_FILE_MB: -1 is not a number of at least 1" in text
 

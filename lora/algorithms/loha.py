@@ -10,14 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from lora.algorithms.base import Algorithm, scaling
+from lora.algorithms.base import Algorithm, placed, scaling, tucker
 from lora.keys import Shape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoHa(Algorithm):
     """Two factor pairs; with `hada_t1` and `hada_t2`, each pair in Tucker form for a convolution."""
 
@@ -56,6 +55,7 @@ class LoHa(Algorithm):
             else:
                 fits = (a.shape[-1], b.shape[-1]) == shape[:2] and core.shape[2:] == shape[2:]
                 fits = fits and tuple(core.shape[:2]) == (a.shape[0], b.shape[0])
+                fits = fits and (a.dim(), b.dim(), core.dim()) == (2, 2, 4)
             if not fits:
                 return f"factors {list(a.shape)} and {list(b.shape)} do not fit the layer {list(shape)}"
         return None
@@ -69,7 +69,7 @@ class LoHa(Algorithm):
 
 def _pair(a: Tensor, b: Tensor, core: Tensor | None, weight: Tensor) -> Tensor:
     """One factor of the elementwise product: [out, in * kh * kw], or [out, in, kh, kw] in Tucker form."""
-    a, b = (x.to(weight.device, torch.float32) for x in (a, b))
+    a, b = placed(a, weight), placed(b, weight)
     if core is None:
         return a.flatten(1) @ b.flatten(1)
-    return torch.einsum("ijhw,jr,ip->prhw", core.to(weight.device, torch.float32), b, a)
+    return tucker(placed(core, weight), a, b)

@@ -13,21 +13,21 @@ from tests.adapters import CROSS_SGM, SELF_ATTENTION, SELF_SGM, kohya, loha, ran
 def test_used_and_unused_keys_are_the_whole_file(engine: LoraEngine, tmp_path: Path) -> None:
     tensors = kohya() | {
         "lora_unet_no_such_layer.alpha": torch.tensor(1.0),
-        f"{SELF_SGM}.dora_scale": randn(64, 1),
+        f"{SELF_SGM}.foo_scale": randn(64, 1),
     }
-    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert file.keys + len(file.unused) == len(tensors)
     reasons = {unused.key: unused.reason for unused in file.unused}
     assert "no module of this model" in reasons["lora_unet_no_such_layer.alpha"]
     # A tensor that we do not know makes its whole layer another algorithm's: none of it is applied.
-    for slot in ("lora_up.weight", "lora_down.weight", "alpha", "dora_scale"):
+    for slot in ("lora_up.weight", "lora_down.weight", "alpha", "foo_scale"):
         assert "no known algorithm" in reasons[f"{SELF_SGM}.{slot}"]
     assert {str(layer.target.path) for layer in file.layers} & {SELF_ATTENTION} == set()
 
 
 def test_a_layer_of_the_wrong_shape_is_reported(engine: LoraEngine, tmp_path: Path) -> None:
     tensors = kohya() | {f"{SELF_SGM}.lora_up.weight": randn(63, 4)}
-    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert len(file.layers) == 2
     assert all("do not fit the layer [64, 64]" in unused.reason for unused in file.unused)
 
@@ -35,7 +35,7 @@ def test_a_layer_of_the_wrong_shape_is_reported(engine: LoraEngine, tmp_path: Pa
 def test_an_orphan_half_is_reported(engine: LoraEngine, tmp_path: Path) -> None:
     tensors = kohya()
     del tensors[f"{CROSS_SGM}.lora_up.weight"]
-    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert {unused.key for unused in file.unused} == {
         f"{CROSS_SGM}.lora_down.weight",
         f"{CROSS_SGM}.alpha",
@@ -45,7 +45,7 @@ def test_an_orphan_half_is_reported(engine: LoraEngine, tmp_path: Path) -> None:
 def test_two_names_for_one_tensor_are_reported(engine: LoraEngine, tmp_path: Path) -> None:
     twin = f"unet.{SELF_ATTENTION}.lora_B.weight"
     file = load(
-        write(tmp_path / "a.safetensors", kohya() | {twin: randn(64, 4)}), engine.key_map(), "x"
+        write(tmp_path / "a.safetensors", kohya() | {twin: randn(64, 4)}), engine.key_map, "x"
     )
     assert len(file.unused) == 1
     assert "says the same as" in file.unused[0].reason
@@ -53,9 +53,9 @@ def test_two_names_for_one_tensor_are_reported(engine: LoraEngine, tmp_path: Pat
 
 def test_algorithms_and_rank_are_the_most_frequent(engine: LoraEngine, tmp_path: Path) -> None:
     tensors = kohya(rank=4)
-    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert (file.algorithms, file.rank) == (("lora",), 4)
-    file = load(write(tmp_path / "b.safetensors", loha(rank=3)), engine.key_map(), "y")
+    file = load(write(tmp_path / "b.safetensors", loha(rank=3)), engine.key_map, "y")
     assert (file.algorithms, file.rank) == (("loha",), 3)
 
 
@@ -72,21 +72,21 @@ def test_diffusers_alpha_comes_from_the_metadata(engine: LoraEngine, tmp_path: P
         ({}, 1.0),
     ):
         metadata = {"lora_adapter_metadata": json.dumps(config)}
-        file = load(write(tmp_path / "a.safetensors", tensors, metadata), engine.key_map(), "x")
+        file = load(write(tmp_path / "a.safetensors", tensors, metadata), engine.key_map, "x")
         low_rank = file.layers[0].part.low_rank()
         assert low_rank is not None
         assert low_rank.scaling == scaling
     for text in ("not json", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": [1]}'):
         path = write(tmp_path / "a.safetensors", tensors, {"lora_adapter_metadata": text})
         with pytest.raises(LoraCorrupt):
-            load(path, engine.key_map(), "x")
+            load(path, engine.key_map, "x")
 
 
 def test_an_sd15_file_is_refused_though_some_of_its_layers_might_fit(
     engine: LoraEngine, tmp_path: Path
 ) -> None:
     with pytest.raises(LoraIncompatible) as caught:
-        load(write(tmp_path / "a.safetensors", sd15() | kohya()), engine.key_map(), "x")
+        load(write(tmp_path / "a.safetensors", sd15() | kohya()), engine.key_map, "x")
     assert "made for SD 1.5 (its cross attention reads 768" in str(caught.value)
 
 
@@ -104,22 +104,26 @@ def test_a_file_without_a_matching_key_is_refused_by_what_it_looks_like(
     engine: LoraEngine, tmp_path: Path, key: str, family: str
 ) -> None:
     with pytest.raises(LoraIncompatible) as caught:
-        load(write(tmp_path / "a.safetensors", {key: randn(4, 8)}), engine.key_map(), "x")
+        load(write(tmp_path / "a.safetensors", {key: randn(4, 8)}), engine.key_map, "x")
     assert f"made for {family}" in str(caught.value)
 
 
 def test_a_file_whose_modules_are_known_and_whose_algorithm_is_not_is_unsupported(
     engine: LoraEngine, tmp_path: Path
 ) -> None:
-    tensors = {f"{SELF_SGM}.oft_blocks": randn(4, 16, 16), f"{SELF_SGM}.alpha": torch.tensor(1.0)}
+    tensors = {
+        f"{SELF_SGM}.q_layer.weight": randn(4, 64),
+        f"{SELF_SGM}.p_layer.weight": randn(64, 4),
+        f"{SELF_SGM}.lambda_layer": randn(1, 4),
+    }
     with pytest.raises(LoraUnsupported) as caught:
-        load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
-    assert "no known algorithm has exactly the tensors alpha, oft_blocks" in str(caught.value)
+        load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
+    assert "T-LoRA: the file lacks the base part" in str(caught.value)
 
 
 def test_a_parsed_file_does_not_need_the_file_any_more(engine: LoraEngine, tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", kohya())
-    file = load(path, engine.key_map(), "x")
+    file = load(path, engine.key_map, "x")
     path.write_bytes(b"")
     part = next(layer.part for layer in file.layers if layer.target.path == SELF_ATTENTION)
     expected = kohya()[f"{SELF_SGM}.lora_up.weight"] @ kohya()[f"{SELF_SGM}.lora_down.weight"] * 0.5
@@ -133,7 +137,7 @@ def test_a_file_with_nan_or_infinity_is_refused(
     tensors = kohya()
     tensors[f"{SELF_SGM}.lora_up.weight"][3, 1] = bad
     with pytest.raises(LoraCorrupt) as caught:
-        load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+        load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert f"{SELF_SGM}.lora_up.weight holds NaN or infinity" in str(caught.value)
 
 
@@ -150,7 +154,7 @@ def test_malformed_layers_are_reported_before_anything_is_applied(
     engine: LoraEngine, tmp_path: Path, tensors: dict[str, torch.Tensor], reason: str
 ) -> None:
     broken = kohya() | {f"{SELF_SGM}.{name}": tensor for name, tensor in tensors.items()}
-    file = load(write(tmp_path / "a.safetensors", broken), engine.key_map(), "x")
+    file = load(write(tmp_path / "a.safetensors", broken), engine.key_map, "x")
     assert len(file.layers) == 2
     assert all(reason in unused.reason for unused in file.unused)
 
@@ -160,5 +164,5 @@ def test_flat_loha_factors_are_reported(engine: LoraEngine, tmp_path: Path) -> N
     stem = "lycoris_" + SELF_ATTENTION.replace(".", "_")
     tensors = {k: v for k, v in tensors.items() if not k.startswith(SELF_SGM)}
     tensors[f"{stem}.hada_w1_b"] = torch.tensor(1.0)
-    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map(), "x")
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert {unused.reason for unused in file.unused} == {"a factor has less than two dimensions"}

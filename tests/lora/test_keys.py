@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 from lora.engine import LoraEngine
-from lora.keys import KeyMap, sgm_path
+from lora.keys import KeyMap
+from lora.sgm import sgm_path
 
 # diffusers path -> the name in the original code, read off SDXL's own conversion tables.
 SGM = {
@@ -63,7 +64,7 @@ def test_upsampler_of_a_block_without_attention_stands_second() -> None:
 
 @pytest.mark.parametrize(("stem", "path"), STEMS.items())
 def test_every_trainers_name_finds_its_module(engine: LoraEngine, stem: str, path: str) -> None:
-    key_map = engine.key_map()
+    key_map = engine.key_map
     for suffix, slot in (
         ("lora_down.weight", "lora_down"),
         ("lora_B.weight", "lora_up"),
@@ -84,7 +85,7 @@ def test_every_linear_layer_and_convolution_of_the_unet_has_a_kohya_name(
     for path in layers:
         name = sgm_path(path, paths)
         assert name is not None, path
-        match = engine.key_map().match(f"lora_unet_{name.replace('.', '_')}.alpha")
+        match = engine.key_map.match(f"lora_unet_{name.replace('.', '_')}.alpha")
         assert match is not None
         assert match.target.path == path
 
@@ -111,7 +112,7 @@ def test_text_encoders_are_found_with_and_without_text_model() -> None:
 
 
 def test_unknown_modules_and_suffixes_are_told_apart(engine: LoraEngine) -> None:
-    key_map = engine.key_map()
+    key_map = engine.key_map
     assert key_map.match("lora_unet_no_such_layer.alpha") is None
     assert key_map.match("no dots at all") is None
     match = key_map.match("lora_unet_input_blocks_4_1_proj_in.dora_scale")

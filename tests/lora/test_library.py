@@ -15,7 +15,7 @@ from tests.adapters import as_bytes, kohya, write
 def library(engine: LoraEngine, tmp_path: Path) -> LoraLibrary:
     cache = VolumeCache(tmp_path / "loras")
     cache.prepare()
-    return LoraLibrary(cache, engine.key_map())
+    return LoraLibrary(cache, engine.key_map)
 
 
 def test_a_file_is_parsed_once_by_its_content(library: LoraLibrary) -> None:
@@ -36,7 +36,7 @@ def test_a_file_that_changed_under_its_name_is_parsed_anew(library: LoraLibrary)
 
 def test_warm_files_are_bounded_by_bytes(engine: LoraEngine, tmp_path: Path) -> None:
     cache = VolumeCache(tmp_path)
-    small = LoraLibrary(cache, engine.key_map(), warm_bytes=2 * len(as_bytes(kohya())) + 10)
+    small = LoraLibrary(cache, engine.key_map, warm_bytes=2 * len(as_bytes(kohya())) + 10)
     for seed in range(3):
         write(tmp_path / f"{seed}.safetensors", kohya(seed=seed))
     first = small.load(Reference("0")).file

@@ -17,8 +17,9 @@ from diffusers import (
 from PIL import Image
 
 from demo.networks import initialise
-from lora.engine import LoraEngine, LoraUse, Mode
+from lora.engine import LoraEngine
 from lora.files import load
+from lora.stack import LoraUse, Mode
 from pipelines.image import ImagePipeline, Route, Timings, choose_route
 from pipelines.loading import LoadedModels, load_models
 from pipelines.schedulers import SCHEDULER_CLASSES, make_scheduler
@@ -294,7 +295,7 @@ def test_a_lora_before_changes_nothing_with_a_refiner(
     picture = Image.new("RGB", (64, 64), (30, 60, 200)) if values else None
     before = ours(refined, asked, picture)
     engine = LoraEngine(ImagePipeline(refined).components)
-    file = load(write(tmp_path / "a.safetensors", kohya()), engine.key_map(), "a")
+    file = load(write(tmp_path / "a.safetensors", kohya()), engine.key_map, "a")
     for mode in Mode:
         with engine.applied([LoraUse(file)], mode):
             assert not np.array_equal(ours(refined, request()), before)

@@ -1,0 +1,337 @@
+"""The LoRA engine beside diffusers + peft: `make bench-lora` (or `python -m benchmarks.lora_engine`).
+
+A UNet of SDXL's full size with random weights, and LoRAs of rank 16, 64 and 128 over the 722 linear layers
+of its attention blocks. Both engines take turns in one process on the same model and files, for several
+rounds; what counts is the median, and above all the ratio. Writes `benchmarks/results/lora_engine.json` (or
+`lora_engine_cuda.json`), docs/benchmarks.md's table and its plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from torch import nn
+
+from benchmarks.full_size import CONFIG, linear_layers, write_lora
+from benchmarks.page import write_page
+from benchmarks.report import write_result
+from demo.networks import TOPOLOGY, new_unet
+from lora.engine import GB, Budgets, LoraEngine
+from lora.files import load
+from lora.stack import LoraUse, Mode
+from pipelines.loading import load_models
+from settings import Settings
+
+log = logging.getLogger("lora_engine")
+
+RANKS = (16, 64, 128)
+STACK_OF_FOUR = 4
+
+
+@dataclass
+class Bench:
+    """The model, its files, and the seconds that were measured so far, by figure and engine."""
+
+    unet: Any
+    pipeline: Any
+    engine: LoraEngine
+    device: torch.device
+    seconds: dict[str, dict[str, list[float]]]
+
+    @contextmanager
+    def timed(self, figure: str, who: str) -> Iterator[None]:
+        """Adds the time of the block to a figure; on a GPU the work itself, not its start."""
+        self.wait()
+        begun = time.perf_counter()
+        yield
+        self.wait()
+        self.seconds[figure][who].append(time.perf_counter() - begun)
+
+    def wait(self) -> None:
+        """Until the device has done all that it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def new_bench(device: str, *, tiny: bool) -> Bench:
+    """A fresh model in bfloat16 (float16 on CUDA) on the device, and both engines on it."""
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
+    unet = new_unet().to(dtype) if tiny else _full_size_unet(dtype)
+    unet.to(device).eval().requires_grad_(False)
+    # The rest of the pipeline is the demo's: diffusers wants one to load a LoRA.
+    models = load_models(Settings(model="demo", device="cpu"))
+    parts = {**models.base.components, "unet": unet}
+    return Bench(
+        unet,
+        StableDiffusionXLPipeline(**parts, add_watermarker=False),
+        LoraEngine({"unet": unet}),
+        torch.device(device),
+        defaultdict(lambda: defaultdict(list)),
+    )
+
+
+def _full_size_unet(dtype: torch.dtype) -> nn.Module:
+    """Filled from one block of random numbers: drawing 2.6 billion would take longer than the benchmark."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**TOPOLOGY, **CONFIG)
+    unet = unet.to(dtype).to_empty(device="cpu")
+    block = (torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    for parameter in unet.parameters():
+        flat = parameter.data.view(-1)
+        for start in range(0, flat.numel(), len(block)):
+            piece = flat[start : start + len(block)]
+            piece.copy_(block[: len(piece)])
+    return unet
+
+
+def measure_file(bench: Bench, path: Path, name: str) -> None:
+    """One round of one file: load and apply, remove, come back, change the scale, merge, restore."""
+    path.read_bytes()  # into the page cache
+    _measure_ours(bench, path, name)
+    _measure_theirs(bench, path, name)
+    gc.collect()
+
+
+def _measure_ours(bench: Bench, path: Path, name: str) -> None:
+    engine = bench.engine
+    engine.free()
+
+    def enter(figure: str, mode: Mode, scale: float = 1.0) -> Any:
+        block = engine.applied([LoraUse(file, scale)], mode)
+        with bench.timed(figure, "ours"):
+            block.__enter__()
+        return block
+
+    def leave(figure: str, block: Any) -> None:
+        with bench.timed(figure, "ours"):
+            block.__exit__(None, None, None)
+
+    with bench.timed(f"{name}: loaded, dynamic", "ours"):
+        file = load(path, engine.key_map, path.stem, mapped=True)
+        block = engine.applied([LoraUse(file)], Mode.DYNAMIC)
+        block.__enter__()
+    leave(f"{name}: removed", block)
+    leave("", enter(f"{name}: back to a stack used before", Mode.DYNAMIC))
+    leave("", enter(f"{name}: another scale", Mode.DYNAMIC, 0.5))
+    leave("", enter(f"{name}: merged for the first time, its originals copied", Mode.MERGED, 0.7))
+    with bench.timed(f"{name}: loaded, merged", "ours"):
+        file = load(path, engine.key_map, path.stem, mapped=True)
+        block = engine.applied([LoraUse(file, 0.9)], Mode.MERGED)
+        block.__enter__()
+    leave(f"{name}: restored", block)
+    with bench.timed(f"{name}: loaded, dynamic, read instead of mapped", "ours"):
+        file = load(path, engine.key_map, path.stem, mapped=False)
+    engine.free()
+
+
+def _measure_theirs(bench: Bench, path: Path, name: str) -> None:
+    pipeline = bench.pipeline
+    with bench.timed(f"{name}: loaded, dynamic", "theirs"):
+        pipeline.load_lora_weights(str(path), adapter_name="one")
+    with bench.timed(f"{name}: another scale", "theirs"):
+        pipeline.set_adapters(["one"], [0.5])
+    with bench.timed(f"{name}: removed", "theirs"):
+        pipeline.unload_lora_weights()
+    with bench.timed(f"{name}: back to a stack used before", "theirs"):
+        pipeline.load_lora_weights(str(path), adapter_name="one")
+    pipeline.unload_lora_weights()
+    with bench.timed(f"{name}: loaded, merged", "theirs"):
+        pipeline.load_lora_weights(str(path), adapter_name="one")
+        pipeline.fuse_lora(components=["unet"])
+    with bench.timed(f"{name}: restored", "theirs"):
+        pipeline.unfuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+
+
+def measure_merged_again(bench: Bench, path: Path, name: str, rounds: int) -> None:
+    """Coming back to a merged stack, with a budget that holds one: 4.4 GB, more than the default."""
+    engine = LoraEngine({"unet": bench.unet}, Budgets(prepared=6 * GB))
+    stack = [LoraUse(load(path, engine.key_map, path.stem, mapped=True))]
+    with engine.applied(stack, Mode.MERGED):
+        pass
+    for _ in range(rounds):
+        block = engine.applied(stack, Mode.MERGED)
+        with bench.timed(f"{name}: merged, back to a stack used before", "ours"):
+            block.__enter__()
+        block.__exit__(None, None, None)
+
+
+def measure_exactness(bench: Bench, path: Path) -> dict[str, int]:
+    """How many of the adapted weights' numbers differ after merging and restoring, by engine."""
+    weights = {p: module.weight for p, module in linear_layers(bench.unet)}
+    before = {p: weight.clone() for p, weight in weights.items()}
+
+    def changed() -> int:
+        return sum(int((weights[p] != before[p]).sum()) for p in before)
+
+    file = load(path, bench.engine.key_map, path.stem, mapped=True)
+    with bench.engine.applied([LoraUse(file)], Mode.MERGED):
+        pass
+    ours = changed()
+    bench.pipeline.load_lora_weights(str(path), adapter_name="one")
+    bench.pipeline.fuse_lora(components=["unet"])
+    bench.pipeline.unfuse_lora(components=["unet"])
+    bench.pipeline.unload_lora_weights()
+    theirs = changed()
+    for p, weight in weights.items():
+        weight.copy_(before[p])
+    return {"of": sum(w.numel() for w in weights.values()), "ours": ours, "theirs": theirs}
+
+
+def measure_steps(bench: Bench, paths: list[Path], side: int, rounds: int) -> None:
+    """The UNet's forward without a LoRA, with one and with four, in both engines, in turn."""
+    step = _step(bench, side)
+    files = [load(path, bench.engine.key_map, path.stem, mapped=True) for path in paths]
+    step()  # warm up
+    for number in range(rounds):
+        log.info("steps, round %d of %d", number + 1, rounds)
+        with bench.timed("step: no LoRA", "ours"):
+            step()
+        for count in (1, STACK_OF_FOUR):
+            for mode in (Mode.DYNAMIC, Mode.MERGED):
+                stack = [LoraUse(file, 0.3) for file in files[:count]]
+                with (
+                    bench.engine.applied(stack, mode),
+                    bench.timed(f"step: {count} {mode}", "ours"),
+                ):
+                    step()
+            for index, path in enumerate(paths[:count]):
+                bench.pipeline.load_lora_weights(str(path), adapter_name=f"a{index}")
+            bench.pipeline.set_adapters([f"a{i}" for i in range(count)], [0.3] * count)
+            with bench.timed(f"step: {count} dynamic", "theirs"):
+                step()
+            bench.pipeline.unload_lora_weights()
+
+
+def _step(bench: Bench, side: int) -> Callable[[], Any]:
+    """One forward of the UNet on a latent of side x side; on CUDA with guidance, two pictures at once."""
+    dtype, config = next(bench.unet.parameters()).dtype, bench.unet.config
+    batch = 2 if bench.device.type == "cuda" else 1
+    place: dict[str, Any] = {"device": bench.device, "dtype": dtype}
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    inputs = {
+        "sample": torch.randn(batch, 4, side, side, **place),
+        "timestep": torch.tensor(500, device=bench.device),
+        "encoder_hidden_states": torch.randn(batch, 77, config.cross_attention_dim, **place),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(batch, pooled, **place),
+            "time_ids": torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch, **place),
+        },
+    }
+    forward: Any = bench.unet
+
+    @torch.no_grad()
+    def step() -> Any:
+        return forward(**inputs)
+
+    return step
+
+
+def measure_compiled(bench: Bench, paths: list[Path], side: int, steps: int) -> dict[str, float]:
+    """CUDA only: images per second of `steps` UNet steps, eager and compiled, by engine and mode."""
+    rates: dict[str, float] = {}
+    files = [load(path, bench.engine.key_map, path.stem, mapped=True) for path in paths[:1]]
+    step = _step(bench, side)
+    for kind in ("eager", "compiled"):
+        if kind == "compiled":
+            bench.unet.compile()
+        rates[f"{kind}: no LoRA"] = _rate(bench, step, steps)
+        for mode in (Mode.MERGED, Mode.DYNAMIC):
+            with bench.engine.applied([LoraUse(files[0], 0.3)], mode):
+                rates[f"{kind}: ours, {mode}"] = _rate(bench, step, steps)
+        bench.pipeline.load_lora_weights(str(paths[0]), adapter_name="one")
+        rates[f"{kind}: diffusers + peft"] = _rate(bench, step, steps)
+        bench.pipeline.unload_lora_weights()
+    return rates
+
+
+def _rate(bench: Bench, step: Callable[[], Any], steps: int) -> float:
+    step()
+    step()
+    bench.wait()
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step()
+    bench.wait()
+    return round(1 / (time.perf_counter() - begun), 3)
+
+
+def medians(bench: Bench) -> dict[str, dict[str, float]]:
+    """Figure -> engine -> median seconds, and the ratio where both were measured."""
+    found: dict[str, dict[str, float]] = {}
+    for figure, by_engine in bench.seconds.items():
+        if figure:
+            one = {who: round(statistics.median(times), 5) for who, times in by_engine.items()}
+            if len(one) == 2:
+                one["ratio"] = round(one["theirs"] / one["ours"], 2)
+            found[figure] = one
+    return found
+
+
+def main() -> None:
+    """Makes what is missing, measures, writes the results."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    warnings.filterwarnings(
+        "ignore", category=UserWarning
+    )  # peft's, of adapters that it meets again
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--side", type=int, help="the latent's side of a step; 128 is 1024 pixels")
+    parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    options = parser.parse_args()
+    cuda = options.device == "cuda"
+    side = options.side or (128 if cuda else 48)
+    bench = new_bench(options.device, tiny=options.tiny)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    own = "float16" if cuda else "bfloat16"
+    files = {
+        (rank, dtype): write_lora(bench.unet, options.folder, rank, dtype)
+        for rank in RANKS
+        for dtype in {own, "float16"}
+    }
+    for number in range(options.rounds):
+        for (rank, dtype), path in files.items():
+            log.info("round %d of %d: rank %d, %s", number + 1, options.rounds, rank, dtype)
+            same = "the model's dtype" if dtype == own else "cast"
+            measure_file(bench, path, f"rank {rank}, {same}")
+    bench.engine.free()
+    measure_merged_again(bench, files[16, own], "rank 16, the model's dtype", options.rounds)
+    stack = [write_lora(bench.unet, options.folder, 16, own, seed) for seed in range(STACK_OF_FOUR)]
+    exactness = measure_exactness(bench, files[16, own])
+    measure_steps(bench, stack, side, max(3, options.rounds))
+    figures: dict[str, Any] = {
+        "model": "miniature" if options.tiny else "SDXL's UNet, 2.57 billion random parameters",
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "dtype": own,
+        "rounds": options.rounds,
+        "latent_side": side,
+        "numbers_changed_after_merge_and_restore": exactness,
+        "median_seconds": medians(bench),
+    }
+    if cuda:
+        figures["images_per_second_30_steps"] = measure_compiled(bench, stack, side, 30)
+    name = "lora_engine_cuda" if cuda else "lora_engine"
+    path = write_result(f"{name}_tiny" if options.tiny else name, figures)
+    log.info("written to %s", path)
+    if not options.tiny and not cuda:
+        write_page(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""docs/benchmarks.md and its plot, from a result file: `python -m benchmarks.page`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
+BEGIN, END = "<!-- lora_engine: begin -->", "<!-- lora_engine: end -->"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a figure of the result, and by which factor ours was to be faster."""
+
+    title: str
+    figure: str
+    targets: Mapping[int, float]
+    """Rank -> factor."""
+
+
+ROWS: Sequence[Row] = (
+    Row(
+        "loaded and applied, dynamic; file in the model's dtype",
+        "{}, the model's dtype: loaded, dynamic",
+        {16: 25, 64: 25},
+    ),
+    Row(
+        "the same, the file's dtype is cast (fp16 to bf16)",
+        "{}, cast: loaded, dynamic",
+        {16: 12, 64: 6},
+    ),
+    Row("removed again", "{}, the model's dtype: removed", {16: 40, 64: 40}),
+    Row(
+        "back to a stack used before",
+        "{}, the model's dtype: back to a stack used before",
+        {16: 250, 64: 250},
+    ),
+    Row("another scale", "{}, the model's dtype: another scale", {}),
+    Row(
+        "loaded and merged, against load and fuse",
+        "{}, the model's dtype: loaded, merged",
+        {16: 3, 64: 3},
+    ),
+    Row("restored exactly, against unfuse", "{}, the model's dtype: restored", {16: 12, 64: 12}),
+)
+
+OURS_ALONE = (
+    (
+        "merged for the first time, the originals copied",
+        "{}, the model's dtype: merged for the first time, its originals copied",
+    ),
+    (
+        "merged, back to a stack used before",
+        "{}, the model's dtype: merged, back to a stack used before",
+    ),
+    (
+        "file read instead of mapped (a network volume)",
+        "{}, the model's dtype: loaded, dynamic, read instead of mapped",
+    ),
+)
+
+STEP_TARGETS = {1: 3.0, 4: 10.0}
+"""LoRAs -> percent that a step may take longer, dynamic."""
+
+
+def write_page(path: Path) -> None:
+    """Puts the table of a result file into docs/benchmarks.md, and draws docs/benchmarks.svg."""
+    result = json.loads(path.read_text())
+    page = DOCS / "benchmarks.md"
+    text = page.read_text()
+    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    page.write_text(f"{text[:begin]}\n{table(result)}\n{text[end:]}")
+    (DOCS / "benchmarks.svg").write_text(plot(result))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The result as Markdown, each figure with its target and whether it was reached."""
+    figures, machine = result["figures"], result["machine"]
+    seconds = figures["median_seconds"]
+    ranks = [rank for rank in (16, 64, 128) if f"rank {rank}, cast: removed" in seconds]
+    lines = [
+        f"{result['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB; "
+        f"{', '.join(f'{k} {v}' for k, v in result['versions'].items())}; medians of "
+        f"{figures['rounds']} rounds.",
+        "",
+        "| | rank | diffusers + peft | ours | times faster | at least | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in ROWS:
+        for rank in ranks:
+            one = seconds[row.figure.format(f"rank {rank}")]
+            target = row.targets.get(rank)
+            lines.append(
+                f"| {row.title} | {rank} | {_time(one['theirs'])} | {_time(one['ours'])} | "
+                f"{one['ratio']:.1f} | {target or ''} | {_verdict(target, one['ratio'])} |"
+            )
+    for title, figure in OURS_ALONE:
+        for rank in ranks:
+            if one := seconds.get(figure.format(f"rank {rank}")):
+                lines.append(f"| {title} | {rank} | | {_time(one['ours'])} | | | |")
+    exact = figures["numbers_changed_after_merge_and_restore"]
+    lines += [
+        "",
+        f"Of {exact['of']:,} adapted numbers, {exact['theirs']:,} differed after diffusers' fuse and unfuse, "
+        f"and {exact['ours']:,} after our merge and restore.",
+        "",
+        f"A step (latent {figures['latent_side']} x {figures['latent_side']}, rank 16), against one without "
+        f"a LoRA of {_time(seconds['step: no LoRA']['ours'])}:",
+        "",
+        "| LoRAs | diffusers + peft | ours, dynamic | at most | | ours, merged |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    none = seconds["step: no LoRA"]["ours"]
+    for count, target in STEP_TARGETS.items():
+        dynamic, merged = seconds[f"step: {count} dynamic"], seconds[f"step: {count} merged"]
+        ours = 100 * (dynamic["ours"] / none - 1)
+        theirs, still = 100 * (dynamic["theirs"] / none - 1), 100 * (merged["ours"] / none - 1)
+        lines.append(
+            f"| {count} | {theirs:+.1f}% | {ours:+.1f}% | +{target:.0f}% | "
+            f"{'reached' if ours <= target else 'missed'} | {still:+.1f}% |"
+        )
+    return "\n".join(lines)
+
+
+def _verdict(target: float | None, ratio: float) -> str:
+    if target is None:
+        return ""
+    return "reached" if ratio >= target else "missed"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+WIDTH, BAR, LEFT = 860, 15, 330
+
+
+def plot(result: Mapping[str, Any]) -> str:
+    """Both engines' times at rank 16, as bars on a logarithmic scale: SVG."""
+    seconds = result["figures"]["median_seconds"]
+    rows = [(row.title, seconds[row.figure.format("rank 16")]) for row in ROWS]
+    least, most = 1e-4, 10.0
+    scale = (WIDTH - LEFT - 80) / math.log10(most / least)
+    height = len(rows) * (2 * BAR + 16) + 60
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        'font-family="sans-serif" font-size="12">',
+        f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
+        '<text x="10" y="20">Rank 16 over 722 layers of SDXL, seconds on a logarithmic scale: '
+        '<tspan fill="#c0504d">diffusers + peft</tspan>, <tspan fill="#1f6fb4">ours</tspan></text>',
+    ]
+    for exponent in range(-4, 2):
+        x = LEFT + (exponent + 4) * scale
+        parts.append(
+            f'<line x1="{x:.0f}" y1="34" x2="{x:.0f}" y2="{height - 24}" stroke="#ddd"/>'
+            f'<text x="{x:.0f}" y="{height - 8}" text-anchor="middle">{10.0**exponent:g} s</text>'
+        )
+    for number, (title, one) in enumerate(rows):
+        top = 40 + number * (2 * BAR + 16)
+        parts.append(f'<text x="{LEFT - 8}" y="{top + BAR + 4}" text-anchor="end">{title}</text>')
+        for offset, (who, colour) in enumerate((("theirs", "#c0504d"), ("ours", "#1f6fb4"))):
+            width = max(1.0, math.log10(max(one[who], least) / least) * scale)
+            y = top + offset * BAR
+            parts.append(
+                f'<rect x="{LEFT}" y="{y}" width="{width:.0f}" height="{BAR - 2}" fill="{colour}"/>'
+                f'<text x="{LEFT + width + 5:.0f}" y="{y + BAR - 4}">{_time(one[who])}</text>'
+            )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+if __name__ == "__main__":
+    write_page(RESULTS / "lora_engine.json")

@@ -1,0 +1,65 @@
+"""What was used lately, as long as it fits into a number of bytes."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Value = TypeVar("Value")
+
+
+@dataclass
+class _Entry(Generic[Value]):
+    value: Value
+    size: int
+
+
+class ByteLru(Generic[Value]):
+    """A dictionary with a budget in bytes; what was used least recently goes first. Not thread-safe."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._entries: OrderedDict[Hashable, _Entry[Value]] = OrderedDict()
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Hashable]:
+        return iter(self._entries)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all that is kept."""
+        return sum(entry.size for entry in self._entries.values())
+
+    def get(self, key: Hashable) -> Value | None:
+        """The value, which counts as used now; None if it is not there (any more)."""
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        self._entries.move_to_end(key)
+        return entry.value
+
+    def put(self, key: Hashable, value: Value, size: int) -> None:
+        """Keeps the value if it fits the budget at all, at the cost of what was used least recently."""
+        self._entries.pop(key, None)
+        if size > self.budget:
+            return
+        self._entries[key] = _Entry(value, size)
+        total = self.size
+        while total > self.budget:
+            _, oldest = self._entries.popitem(last=False)
+            total -= oldest.size
+
+    def pop(self, key: Hashable) -> None:
+        """Forgets one."""
+        self._entries.pop(key, None)
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._entries.clear()
