@@ -21,16 +21,18 @@ from lora.errors import LoraCorrupt
 RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """The slots whose first dimension is the rank."""
 
-
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
 """PEFT's defaults for OFT, and more terms than anyone needs."""
+
+LARGEST = 1e30
+"""Any number beyond it would be infinite once it is multiplied in float32."""
 
 
 @dataclass(frozen=True)
 class Alphas:
     """One PEFT config per component; the empty name stands for all of them."""
 
-    configs: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, PeftConfig]
 
     @classmethod
     def of(cls, metadata: Mapping[str, str], config: str | None = None) -> Alphas:
@@ -38,23 +40,15 @@ class Alphas:
 
         Raises: LoraCorrupt if either is there and is not what peft writes.
         """
+        what = "lora_adapter_metadata"
         try:
-            configs = _by_component(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+            found = _by_component(json.loads(metadata.get(what, "{}")))
             if config is not None:
-                configs[""] = json.loads(config)
-            for one in configs.values():
-                _check(one)
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-            re.error,
-            OverflowError,
-        ) as error:
-            what = "adapter_config.json" if config is not None else "lora_adapter_metadata"
+                what = "adapter_config.json"
+                found[""] = json.loads(config)
+            return cls({name: PeftConfig.of(fields) for name, fields in found.items()})
+        except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise LoraCorrupt(f"the file's {what} is malformed") from error
-        return cls(configs)
 
     def complete(self, slots: dict[str, Tensor], component: str, name: str) -> None:
         """Adds to a layer's tensors what the config says of it; `name` is the layer's in the file."""
@@ -64,44 +58,10 @@ class Alphas:
         name = name.removeprefix("base_model.model.")  # PEFT's patterns do not see it
         if "oft_r" in slots and slots["oft_r"].dim() == 2:
             _complete_oft(slots, config)
-        elif "ia3_l" in slots and config.get("feedforward_modules") is not None:
-            slots["on_input"] = torch.tensor(_is_named(config["feedforward_modules"], name))
+        elif "ia3_l" in slots and config.feedforward is not None:
+            slots["on_input"] = torch.tensor(config.feedforward.find(name) is not None)
         elif "alpha" not in slots:
             _complete_alpha(slots, config, name)
-
-
-def _complete_alpha(slots: dict[str, Tensor], config: Mapping[str, Any], name: str) -> None:
-    alpha = _of(config, "alpha_pattern", ("lora_alpha", "alpha"), name)
-    if alpha is None:
-        return
-    rank = next((slots[s].shape[0] for s in RANKED if s in slots and slots[s].dim()), None)
-    if rank is not None:
-        # rsLoRA (arXiv 2312.03732): scaling = alpha / sqrt(rank).
-        rs_lora = bool(config.get("use_rslora"))
-        slots["alpha"] = torch.tensor(alpha * (math.sqrt(rank) if rs_lora else 1.0))
-    elif "lokr_w1" in slots and "lokr_w2" in slots:
-        # PEFT scales a LoKr by alpha / r even where both factors are whole; LyCORIS does not.
-        whole = _of(config, "rank_pattern", ("r",), name) or alpha
-        slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole)
-
-
-def _complete_oft(slots: dict[str, Tensor], config: Mapping[str, Any]) -> None:
-    exact = config.get("use_cayley_neumann") is False
-    terms = config.get("num_cayley_neumann_terms") or NEUMANN_TERMS
-    slots["neumann_terms"] = torch.tensor(0 if exact else int(terms))
-    if config.get("coft"):
-        # `OFTRotationModule._project_batch`: the forward holds each block's norm to eps / sqrt(blocks).
-        vectors = slots["oft_r"].float()
-        limit = float(config.get("eps") or OFT_EPS) / math.sqrt(vectors.shape[0])
-        norms = vectors.norm(dim=1, keepdim=True) * math.sqrt(2)  # of the whole skew matrix
-        slots["oft_r"] = torch.where(norms <= limit, vectors, vectors * (limit / norms))
-
-
-def _is_named(wanted: str | list[str], layer: str) -> bool:
-    """PEFT's rule for lists of modules: a pattern for the whole name, or endings of it."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, layer) is not None
-    return any(layer == one or layer.endswith(f".{one}") for one in wanted)
 
 
 def _by_component(fields: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -112,26 +72,131 @@ def _by_component(fields: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return dict(found)
 
 
-def _check(config: Mapping[str, Any]) -> None:
-    """Raises: TypeError, ValueError or AttributeError where a number or a table is none."""
-    for name in ("lora_alpha", "alpha", "r", "eps", "num_cayley_neumann_terms"):
-        if config.get(name) is not None and not math.isfinite(float(config[name])):
-            raise ValueError(name)
-    if not 0 <= int(config.get("num_cayley_neumann_terms") or 0) <= MAX_NEUMANN_TERMS:
-        raise ValueError("num_cayley_neumann_terms")
-    _is_named(config.get("feedforward_modules") or [], "")
-    for name in ("alpha_pattern", "rank_pattern"):
-        for pattern, value in (config.get(name) or {}).items():
-            re.compile(pattern)
-            float(value)
+@dataclass(frozen=True)
+class PeftConfig:
+    """What of a PEFT config changes the numbers."""
+
+    alpha: float | None
+    rank: float | None
+    alphas: Patterns
+    ranks: Patterns
+    rs_lora: bool
+    neumann_terms: int
+    """0 for the exact transform."""
+    oft_limit: float | None
+    """What holds the norm of constrained OFT; None where it is not constrained."""
+    feedforward: Patterns | None
+    """The modules whose IA3 factors are the inputs'."""
+
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
+        """Raises: ValueError, TypeError or AttributeError if the fields are not what peft writes."""
+        alpha = fields.get("lora_alpha", fields.get("alpha"))
+        terms = int(fields.get("num_cayley_neumann_terms") or NEUMANN_TERMS)
+        if not 0 < terms <= MAX_NEUMANN_TERMS:
+            raise ValueError("num_cayley_neumann_terms")
+        return cls(
+            alpha=None if alpha is None else _finite(alpha),
+            rank=None if fields.get("r") is None else _finite(fields["r"]),
+            alphas=Patterns.of(fields.get("alpha_pattern") or {}),
+            ranks=Patterns.of(fields.get("rank_pattern") or {}),
+            rs_lora=bool(fields.get("use_rslora")),
+            neumann_terms=0 if fields.get("use_cayley_neumann") is False else terms,
+            oft_limit=_finite(fields.get("eps") or OFT_EPS) if fields.get("coft") else None,
+            feedforward=_modules(fields.get("feedforward_modules")),
+        )
 
 
-def _of(
-    config: Mapping[str, Any], patterns: str, names: tuple[str, ...], layer: str
-) -> float | None:
-    """A layer's number: by the first pattern that its name ends in (PEFT's own rule), else the default."""
-    for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(value)
-    found = next((config[name] for name in names if config.get(name) is not None), None)
-    return None if found is None else float(found)
+@dataclass(frozen=True)
+class Patterns:
+    """A table of PEFT's: patterns of module names, each with a number; the first that fits counts.
+
+    A pattern fits a name if the name, or what follows one of its dots, matches it whole.
+    """
+
+    plain: Mapping[str, tuple[int, float]]
+    """Patterns that are names -> place in the table, number: hundreds of them are looked up at once."""
+    others: tuple[tuple[int, re.Pattern[str], float], ...]
+
+    @classmethod
+    def of(cls, table: Mapping[str, Any]) -> Patterns:
+        """Raises: ValueError, TypeError or AttributeError if it is no such table."""
+        plain: dict[str, tuple[int, float]] = {}
+        others = []
+        for place, (pattern, value) in enumerate(table.items()):
+            if re.fullmatch(r"[\w.]+", pattern):
+                plain[pattern] = place, _finite(value)
+            else:
+                others.append((place, _compiled(pattern), _finite(value)))
+        if len(others) > MAX_PATTERNS:
+            raise ValueError("too many patterns")
+        return cls(plain, tuple(others))
+
+    def find(self, name: str) -> float | None:
+        """The number of a module; None if no pattern fits its name."""
+        found, rest = [], name
+        while rest:
+            if rest in self.plain:
+                found.append(self.plain[rest])
+            rest = rest.partition(".")[2]
+        found += [(place, value) for place, pattern, value in self.others if pattern.match(name)]
+        return min(found)[1] if found else None
+
+
+MAX_PATTERNS, MAX_PATTERN = 100, 300
+_SIMPLE = re.compile(r"\^?(?:[\w.|()]|\\[.\w]|\[[^\]\[]*\]|(?:\.|\\d|\\w|\[[^\]\[]*\])[*+])*\$?")
+_REPEATED = re.compile(r"(?<!\\)[*+]")
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """The pattern as PEFT uses it. Raises: ValueError for one that could take for ever."""
+    repeats = len(_REPEATED.findall(pattern))
+    if len(pattern) > MAX_PATTERN or repeats > 2 or not _SIMPLE.fullmatch(pattern):
+        raise ValueError("a pattern that is not simple")
+    try:
+        return re.compile(rf"(?:.*\.)?(?:{pattern})$")
+    except re.error as error:
+        raise ValueError("no pattern") from error
+
+
+def _modules(wanted: object) -> Patterns | None:
+    """PEFT's lists of modules: endings of names, or one pattern for the whole name."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return Patterns.of({f"^{wanted}": 1})
+    if isinstance(wanted, list):
+        return Patterns.of(dict.fromkeys(wanted, 1))
+    raise TypeError("no list of modules")
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not abs(number) <= LARGEST:
+        raise ValueError("not a number that can be used")
+    return number
+
+
+def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> None:
+    alpha = config.alphas.find(name)
+    alpha = config.alpha if alpha is None else alpha
+    if alpha is None:
+        return
+    rank = next((slots[s].shape[0] for s in RANKED if s in slots and slots[s].dim()), None)
+    if rank is not None:
+        # rsLoRA (arXiv 2312.03732): scaling = alpha / sqrt(rank).
+        slots["alpha"] = torch.tensor(alpha * (math.sqrt(rank) if config.rs_lora else 1.0))
+    elif "lokr_w1" in slots and "lokr_w2" in slots:
+        # PEFT scales a LoKr by alpha / r even where both factors are whole; LyCORIS does not.
+        whole = config.ranks.find(name) or config.rank
+        slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole if whole else 1.0)
+
+
+def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:
+    slots["neumann_terms"] = torch.tensor(config.neumann_terms)
+    if config.oft_limit is not None:
+        # `OFTRotationModule._project_batch`: the forward holds each block's norm to eps / sqrt(blocks).
+        vectors = slots["oft_r"].float()
+        limit = config.oft_limit / math.sqrt(max(1, vectors.shape[0]))
+        norms = vectors.norm(dim=1, keepdim=True) * math.sqrt(2)  # of the whole skew matrix
+        slots["oft_r"] = torch.where(norms <= limit, vectors, vectors * (limit / norms))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from lora.algorithms import LowRank
 from lora.modules import compute_place
+
+Place = tuple[torch.device, torch.dtype]
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Factors:
     """[R, out], or [out, R, 1, 1] for a convolution."""
     segments: tuple[tuple[int, float], ...]
     """(rank, scaling) of each part, in order."""
+    parts: tuple[LowRank, ...]
+    """What they were made from."""
     each: tuple[float, ...] = ()
     """What each part is multiplied by now: the user's scale times its scaling."""
     scales: Tensor | None = None
@@ -39,22 +43,28 @@ class Factors:
         return sum(t.numel() * t.element_size() for t in (self.down, self.up))
 
 
+class _Change(NamedTuple):
+    factors: Factors
+    each: tuple[float, ...]
+
+
 def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
     """Gives many layers the user's scales, one per part; what has them already is left alone."""
-    by_place: dict[tuple[torch.device, torch.dtype], list[Factors]] = {}
+    by_place: dict[Place, list[_Change]] = {}
     for factors, scales in changes:
         each = tuple(s * scaling for s, (_, scaling) in zip(scales, factors.segments, strict=True))
         if each != factors.each:
-            factors.each = each
-            by_place.setdefault((factors.down.device, factors.down.dtype), []).append(factors)
+            factors.each = ()  # until the tensor is there
+            place = factors.down.device, factors.down.dtype
+            by_place.setdefault(place, []).append(_Change(factors, each))
     for (device, dtype), found in by_place.items():
         # One tensor for all of them: hundreds of small ones would take milliseconds.
-        values = torch.tensor([value for one in found for value in one.each])
-        ranks = torch.tensor([rank for one in found for rank, _ in one.segments])
+        values = torch.tensor([value for change in found for value in change.each])
+        ranks = torch.tensor([rank for one, _ in found for rank, _ in one.segments])
         rows = torch.repeat_interleave(values, ranks).to(device, dtype)
-        sizes = [sum(rank for rank, _ in one.segments) for one in found]
-        for one, own in zip(found, torch.split(rows, sizes), strict=True):
-            one.scales = own
+        sizes = [sum(rank for rank, _ in one.segments) for one, _ in found]
+        for (one, each), own in zip(found, torch.split(rows, sizes), strict=True):
+            one.scales, one.each = own, each
 
 
 class AdaptedForward:
@@ -73,6 +83,7 @@ class AdaptedForward:
 
     def __init__(self, module: nn.Module) -> None:
         self._convolution = module if isinstance(module, nn.Conv2d) else None
+        self._module = module
         self._factors: Factors | None = None
 
     def set(self, original: Callable[..., Tensor], factors: Factors) -> None:
@@ -91,9 +102,11 @@ class AdaptedForward:
 
     def _follow(self, out: Tensor) -> None:
         """Goes to where the layer's output is, in its precision: for layers that moved, or are packed."""
-        self.down, self.up = self.down.to(out), self.up.to(out)
-        self.scales = self.scales.to(out)
-        if self._factors is not None:  # the next time they are there at once
+        if self._factors is not None:
+            place = out.device, out.dtype
+            made = _factors(self._module, self._factors.parts, _Placed(), place)
+            self.down, self.up, self.scales = made.down, made.up, self.scales.to(out)
+            # The next time they are there at once.
             self._factors.down, self._factors.up = self.down, self.up
             self._factors.scales = self.scales
 
@@ -106,9 +119,10 @@ class AdaptedForward:
             x = x.to(out)
         if self._convolution is not None:
             return self._add_convolution(self._convolution, x, out)
-        inner = functional.linear(x, self.down).flatten(0, -2)
+        inner = functional.linear(x, self.down)
+        inner = inner.reshape(-1, inner.shape[-1])
         flat = out.view(-1, out.shape[-1])
-        if self.uniform is None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.uniform is None:
             flat.addmm_(inner * self.scales, self.up)
         else:  # in eager mode one kernel less; compiled, the number would be a constant of the graph
             flat.addmm_(inner, self.up, alpha=self.uniform)
@@ -126,7 +140,7 @@ def make_factors(layers: Sequence[tuple[nn.Module, Sequence[LowRank]]]) -> list[
     What is in the right place and precision already and stands alone is used as it is, without a copy.
     """
     placed = _Placed()
-    return [_factors(module, parts, placed) for module, parts in layers]
+    return [_factors(module, parts, placed, compute_place(module)) for module, parts in layers]
 
 
 class _Placed:
@@ -147,13 +161,15 @@ class _Placed:
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _factors(module: nn.Module, parts: Sequence[LowRank], placed: _Placed) -> Factors:
-    device, dtype = compute_place(module)
+def _factors(module: nn.Module, parts: Sequence[LowRank], placed: _Placed, place: Place) -> Factors:
+    device, dtype = place
     segments = tuple((part.down.shape[0], part.scaling) for part in parts)
     downs = [placed.get(part.down, device, dtype).flatten(1) for part in parts]
     ups = [placed.get(part.up, device, dtype) for part in parts]
     down = downs[0] if len(downs) == 1 else torch.cat(downs)
     up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
     if isinstance(module, nn.Conv2d):
-        return Factors(down.view(-1, *module.weight.shape[1:]), up[:, :, None, None], segments)
-    return Factors(down, up.t(), segments)
+        return Factors(
+            down.view(-1, *module.weight.shape[1:]), up[:, :, None, None], segments, tuple(parts)
+        )
+    return Factors(down, up.t(), segments, tuple(parts))

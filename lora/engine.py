@@ -4,7 +4,7 @@ Two ways, with one meaning, W' = W + sum over the stack of scale * delta:
 
 - dynamic: the weight is not touched. The layer's `forward` adds `up @ (down @ x)` to its output; the
   factors of the whole stack are concatenated along the rank, so several LoRAs cost one pair of products.
-  A part without low-rank factors is merged instead, its layer alone.
+  A part without low-rank factors is merged instead, alone.
 - merged: W' is computed in float32, rounded once and written into the weight's own storage. The original
   was copied aside before and is copied back afterwards; nothing is ever subtracted. A layer whose weight
   cannot be written (quantised, offloaded) or belongs to several modules is applied dynamically.
@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ from lora.modules import (
     writable,
 )
 from lora.originals import Originals
-from lora.stack import Mode, Stack
+from lora.stack import LoraUse, Mode, Stack
 
 GB = 1_000_000_000
 
@@ -152,35 +152,33 @@ class LoraEngine:
         for (target, name), found in parts.items():
             module = self._module(target)
             weight = writable(module, name)
-            if self._goes_dynamic(module, name, found, weight, mode):
-                plan.dynamic.append(_Dynamic(module, tuple(found)))
-            elif weight is None:
+            low_rank = self._goes_dynamic(module, name, weight, mode)
+            dynamic = tuple(p for p in found if low_rank and p.layer.part.is_low_rank)
+            if dynamic:
+                plan.dynamic.append(_Dynamic(module, dynamic))
+                if mode is Mode.MERGED and weight is None:
+                    plan.forced.append((module, name))
+            to_merge = [p for p in found if p not in dynamic] if dynamic else found
+            if to_merge and weight is None:
                 raise LoraUnsupported(
-                    f"{target} is quantised or offloaded, and {found[0].layer.part.name} needs its "
+                    f"{target} is quantised or offloaded, and {to_merge[0].layer.part.name} needs its "
                     f"{name} itself",
                     "Only LoRA without extras can be applied to such layers.",
                 )
-            else:
+            if to_merge and weight is not None:
                 # By weight, not by module: what is shared must be rounded once.
-                key = plan.merges.setdefault(weight, _Merge(module, name, target, []))
-                key.parts.extend(found)
-            plan.forced += mode is Mode.MERGED and weight is None
+                merges = plan.merges.setdefault(weight, _Merge(module, name, target, []))
+                merges.parts.extend(to_merge)
         plan.modules = len({target for target, _ in parts})
         return plan
 
     def _goes_dynamic(
-        self,
-        module: nn.Module,
-        name: str,
-        parts: Sequence[_Part],
-        weight: nn.Parameter | None,
-        mode: Mode,
+        self, module: nn.Module, name: str, weight: nn.Parameter | None, mode: Mode
     ) -> bool:
+        """Whether what is low-rank of a layer is added in its forward."""
         if name != "weight" or not takes_low_rank(module):
             return False
-        if mode is Mode.MERGED and weight is not None and id(weight) not in self._shared:
-            return False
-        return all(part.layer.part.is_low_rank for part in parts)
+        return mode is Mode.DYNAMIC or weight is None or id(weight) in self._shared
 
     def _module(self, target: Target) -> nn.Module:
         return self._modules[target.component, target.path]
@@ -194,7 +192,8 @@ class LoraEngine:
         if mode is Mode.MERGED:  # merged weights are made for one scale, factors for any
             key = (*key, strengths)
         prepared = self._prepared.get(key) or _Prepared()
-        if prepared.plan is None or prepared.strengths != strengths:
+        plan = prepared.plan
+        if plan is None or prepared.strengths != strengths or plan.is_stale():
             prepared.plan = self._plan(stack, mode)
             prepared.file_bytes = sum(use.file.size for use in stack)
             prepared.strengths = strengths
@@ -259,8 +258,15 @@ class _Plan:
     dynamic: list[_Dynamic] = field(default_factory=list)
     merges: dict[nn.Parameter, _Merge] = field(default_factory=dict)
     modules: int = 0
-    forced: int = 0
-    """How many layers go dynamic although the stack is merged, since their weight cannot be written."""
+    forced: list[tuple[nn.Module, str]] = field(default_factory=list)
+    """The layers that go dynamic although the stack is merged, since their weight cannot be written."""
+
+    def is_stale(self) -> bool:
+        """Whether a module has another parameter than when this was made, or it can be written now."""
+        replaced = any(
+            writable(m.module, m.name) is not weight for weight, m in self.merges.items()
+        )
+        return replaced or any(writable(*layer) is not None for layer in self.forced)
 
 
 @dataclass(frozen=True)
@@ -286,10 +292,15 @@ class _Prepared:
     merged: dict[nn.Parameter, _Merged] = field(default_factory=dict)
 
     @property
+    def merged_size(self) -> int:
+        """Bytes of the merged weights."""
+        return sum(m.values.numel() * m.values.element_size() for m in self.merged.values())
+
+    @property
     def size(self) -> int:
-        """Bytes."""
-        values = sum(m.values.numel() * m.values.element_size() for m in self.merged.values())
-        return self.file_bytes + values + sum(factors.size for factors in self.factors.values())
+        """Bytes of all of it."""
+        factors = sum(one.size for one in self.factors.values())
+        return self.file_bytes + factors + self.merged_size
 
 
 class Block:
@@ -305,7 +316,7 @@ class Block:
 
     def __init__(self, engine: LoraEngine) -> None:
         self._engine = engine
-        self._stack: Stack = ()
+        self._stack: tuple[LoraUse, ...] = ()
         self._now: tuple[bool, ...] = ()
         """Which of the stack's LoRAs are within their range."""
         self._undo = _Undo(engine._originals)
@@ -318,14 +329,13 @@ class Block:
         begun = time.perf_counter()
         engine, asked = self._engine, mode or self.mode
         if any(use.ranged for use in stack) and asked is Mode.MERGED:
+            self._undo.run()
             raise LoraUnsupported(
                 "a LoRA for a part of the denoising cannot be merged",
                 "Use the mode dynamic or auto, or leave out start and end.",
             )
         self.mode = engine.choose(stack, asked, steps)
-        self._stack = tuple(stack)
-        self._now = ()
-        self.at(0.0)
+        self._go(tuple(stack), tuple(use.holds(0.0) for use in stack))
         self.seconds = time.perf_counter() - begun
 
     def at(self, fraction: float) -> None:
@@ -334,22 +344,24 @@ class Block:
         Does nothing, at no cost, where that changes nothing.
         """
         now = tuple(use.holds(fraction) for use in self._stack)
-        if now != self._now or not now:  # an empty stack takes the last one away
-            drawing = self._engine._drawing
-            self._apply(
-                [
-                    use if holds else use.without(drawing)
-                    for use, holds in zip(self._stack, now, strict=True)
-                ]
-            )
-            self._now = now
+        if now != self._now:
+            self._go(self._stack, now)
 
     def close(self) -> None:
         """Puts everything back. Raises: RestoreFailed if any of it failed; the rest is put back."""
         self._undo.run()
 
-    def _apply(self, uses: Stack) -> None:
-        stack = [use for use in uses if use.scale]
+    def _go(self, stack: tuple[LoraUse, ...], now: tuple[bool, ...]) -> None:
+        """Applies the stack, of which those are there that `now` says."""
+        self._stack, self._now = (), ()  # what holds if it fails
+        drawing = self._engine._drawing
+        uses = [
+            use if holds else use.without(drawing) for use, holds in zip(stack, now, strict=True)
+        ]
+        self._apply([use for use in uses if use.scale])
+        self._stack, self._now = stack, now
+
+    def _apply(self, stack: Stack) -> None:
         try:
             key, prepared = self._engine._prepare(stack, self.mode)
             plan = prepared.plan
@@ -363,7 +375,7 @@ class Block:
         self._engine._prepared.put(key, prepared, prepared.size)
         self.layers = plan.modules
         self.warnings = (
-            (f"{plan.forced} layers are quantised or offloaded: applied dynamically",)
+            (f"{len(plan.forced)} layers are quantised or offloaded: applied dynamically",)
             if plan.forced
             else ()
         )
@@ -381,7 +393,10 @@ class Block:
         self._undo.weights(keep=plan.merges.keys())
         written: dict[nn.Parameter, tuple[_Merge, Tensor]] = {}
         for weight, entry in plan.merges.items():
-            content = tuple((stack[part.use].file.identity, part.scale) for part in entry.parts)
+            content = tuple(
+                (stack[part.use].file.identity, part.layer.target, part.scale)
+                for part in entry.parts
+            )
             if self._undo.content.get(weight) == content:
                 continue
             generation = originals.generation(weight)
@@ -403,7 +418,7 @@ class Block:
         """Keeps the merged values for the next time, if the budget has room for the whole stack."""
         engine = self._engine
         size = sum(weight.numel() * weight.element_size() for weight in plan.merges)
-        if size + prepared.size > engine._prepared.budget:
+        if size + prepared.size - prepared.merged_size > engine._prepared.budget:
             return
         for weight in plan.merges:
             generation = engine._originals.generation(weight)

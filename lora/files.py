@@ -23,6 +23,9 @@ from lora.tensors import read_tensors
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
+MAX_SHOWN = 200
+"""How much of a tensor's name a message repeats."""
+
 KNOWN_SLOTS = frozenset(SLOTS.values())
 
 NOT_FLOATING = ("bias_indices", "bias_size", "on_input", "neumann_terms", "alpha")
@@ -149,7 +152,7 @@ def _by_module(header: Header, key_map: KeyMap) -> _Names:
         slots = names.layers.setdefault(match.target, {})
         twin = slots.setdefault(match.slot, key)
         if twin is not key:
-            names.unused.append(UnusedKey(key, f"says the same as {twin}"))
+            names.unused.append(UnusedKey(key, f"says the same as {twin[:MAX_SHOWN]}"))
         names.stems.setdefault(match.target, match.stem)
     if names.layers and not adapter:
         raise LoraUnsupported(
@@ -227,7 +230,7 @@ def _trouble(slots: Mapping[str, Tensor]) -> str | None:
             return REFUSED[slot]
         if 0 in tensor.shape:
             return "a tensor is empty"
-        if not tensor.dtype.is_floating_point and slot not in NOT_FLOATING:
+        if tensor.is_complex() or not (tensor.dtype.is_floating_point or slot in NOT_FLOATING):
             return (
                 f"{slot} is {str(tensor.dtype).removeprefix('torch.')}, not a floating point number"
             )
@@ -254,12 +257,12 @@ def _refuse_other_models(header: Header, bound: _Bound, key_map: KeyMap) -> None
     if known:
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
-            f"({known[0].key}: {known[0].reason})",
+            f"({known[0].key[:MAX_SHOWN]}: {known[0].reason})",
             "The README lists the algorithms that are read.",
         )
     raise LoraIncompatible(
         f"{what}, and none of its {len(unused)} tensors fits this model "
-        f"({unused[0].key}: {unused[0].reason})",
+        f"({unused[0].key[:MAX_SHOWN]}: {unused[0].reason})",
         HINT,
     )
 

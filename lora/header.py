@@ -18,6 +18,9 @@ from lora.errors import LoraCorrupt, LoraError, LoraUnsupported
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
+MAX_DIMENSIONS, MAX_NUMBERS = 64, 1 << 60
+"""Beyond them torch cannot even describe a tensor, be it an empty one."""
+
 DTYPE_BYTES: Mapping[str, int] = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
     **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2},
@@ -72,23 +75,8 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise LoraCorrupt("the file's metadata is not a JSON object")
-    tensors: dict[str, TensorInfo] = {}
-    end_of_data = 0
-    for name, info in fields.items():
-        try:
-            dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-            whole = {*map(type, shape), type(start), type(end)} == {int}
-        except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole:
-            raise LoraCorrupt(f"the header's entry for {name[:80]!r} is malformed")
-        if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-            raise LoraCorrupt(f"tensor {name[:80]!r} has the unknown dtype {str(dtype)[:20]!r}")
-        needed = DTYPE_BYTES[dtype] * math.prod(shape)
-        if start < 0 or end - start != needed or min(shape, default=0) < 0:
-            raise LoraCorrupt(f"tensor {name[:80]!r} has a byte range that its shape does not fill")
-        end_of_data = max(end_of_data, end)
-        tensors[name] = TensorInfo(dtype, shape, data_start + start, data_start + end)
+    tensors = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
+    end_of_data = _end_of_data(tensors, data_start) - data_start
     if end_of_data != size - data_start:
         missing = end_of_data - (size - data_start)
         trouble = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
@@ -98,7 +86,41 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
         )
     if not tensors:
         raise LoraCorrupt("the file holds no tensors")
-    return Header(tensors, {str(k): str(v) for k, v in metadata.items()})
+    texts = {str(key): str(value) for key, value in metadata.items()}
+    try:
+        "".join((*texts, *texts.values())).encode()
+    except UnicodeEncodeError as error:
+        raise LoraCorrupt("the file's metadata is no Unicode text") from error
+    return Header(tensors, texts)
+
+
+def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
+    """One entry of the header. Raises: LoraCorrupt if it is malformed or contradicts itself."""
+    try:
+        dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+        whole = {*map(type, shape), type(start), type(end)} == {int}
+        name.encode()  # half a surrogate pair could not be told to anyone
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise LoraCorrupt(f"the header's entry for {name[:80]!r} is malformed")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+        raise LoraCorrupt(f"tensor {name[:80]!r} has the unknown dtype {str(dtype)[:20]!r}")
+    needed = DTYPE_BYTES[dtype] * math.prod(shape)
+    if end - start != needed or min(shape, default=0) < 0 or len(shape) > MAX_DIMENSIONS:
+        raise LoraCorrupt(f"tensor {name[:80]!r} has a byte range that its shape does not fill")
+    if not needed and math.prod(max(n, 1) for n in shape) > MAX_NUMBERS:
+        raise LoraCorrupt(f"tensor {name[:80]!r} has an impossible shape")
+    return TensorInfo(dtype, shape, data_start + start, data_start + end)
+
+
+def _end_of_data(tensors: Mapping[str, TensorInfo], start: int) -> int:
+    """Where the last tensor ends. Raises: LoraCorrupt if they overlap or leave a gap."""
+    for info in sorted(tensors.values(), key=lambda one: (one.start, one.end)):
+        if info.start != start:
+            raise LoraCorrupt("the file's tensors overlap, or there is a gap between them")
+        start = info.end
+    return start
 
 
 def _not_safetensors(head: bytes, size: int) -> LoraError:

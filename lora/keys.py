@@ -114,6 +114,10 @@ def slot_of(suffix: str) -> str:
     return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), suffix)
 
 
+MAX_KEY = 1000
+"""No trainer writes longer names, and each of their dots would cost a look."""
+
+
 @dataclass(frozen=True)
 class _Prefixes:
     """What stands before a module's path in a key: dotted, or with underscores for dots."""
@@ -215,6 +219,8 @@ class KeyMap:
         """What a tensor's key means in this pipeline: its longest beginning that is a module's name,
         and the slot; None if no beginning is.
         """
+        if len(key) > MAX_KEY:
+            return None
         stem, dot, suffix = key.rpartition(".")
         while dot:
             if target := self._targets.get(stem):

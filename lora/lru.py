@@ -22,6 +22,8 @@ class ByteLru(Generic[Value]):
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self._entries: OrderedDict[Hashable, _Entry[Value]] = OrderedDict()
+        self.size = 0
+        """The bytes of all that is kept."""
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
@@ -31,11 +33,6 @@ class ByteLru(Generic[Value]):
 
     def __iter__(self) -> Iterator[Hashable]:
         return iter(self._entries)
-
-    @property
-    def size(self) -> int:
-        """The bytes of all that is kept."""
-        return sum(entry.size for entry in self._entries.values())
 
     def get(self, key: Hashable) -> Value | None:
         """The value, which counts as used now; None if it is not there (any more)."""
@@ -47,19 +44,21 @@ class ByteLru(Generic[Value]):
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
         """Keeps the value if it fits the budget at all, at the cost of what was used least recently."""
-        self._entries.pop(key, None)
+        self.pop(key)
         if size > self.budget:
             return
         self._entries[key] = _Entry(value, size)
-        total = self.size
-        while total > self.budget:
+        self.size += size
+        while self.size > self.budget:
             _, oldest = self._entries.popitem(last=False)
-            total -= oldest.size
+            self.size -= oldest.size
 
     def pop(self, key: Hashable) -> None:
         """Forgets one."""
-        self._entries.pop(key, None)
+        entry = self._entries.pop(key, None)
+        self.size -= entry.size if entry else 0
 
     def clear(self) -> None:
         """Forgets all."""
         self._entries.clear()
+        self.size = 0

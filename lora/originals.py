@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lora.lru import ByteLru
 
-Stamp = tuple[int, int, torch.device, torch.dtype]
+Stamp = tuple[StorageWeakRef, int, int, torch.device, torch.dtype]
+"""Storage, offset, version, device and dtype. Not the address: an allocator gives a freed one again."""
 
 
 @dataclass
@@ -24,7 +26,7 @@ class Originals:
     """Copies of weights, taken before they are written to and put back afterwards; never computed.
 
     After a block the copies stay, up to a budget, so that the next one need not take them again. A weight
-    that someone else has written to, moved or converted since is noticed by its version and address,
+    that someone else has written to, moved or converted since is noticed by its version and storage,
     and its copy is taken anew. (Writes through `.data` leave no version: call `forget` after them.)
     """
 
@@ -87,7 +89,8 @@ class Originals:
 def _stamp(weight: nn.Parameter) -> Stamp | None:
     if weight.is_inference():  # such tensors do not count their versions
         return None
-    return weight.data_ptr(), weight._version, weight.device, weight.dtype
+    storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
+    return storage, int(weight.storage_offset()), weight._version, weight.device, weight.dtype
 
 
 @torch.no_grad()

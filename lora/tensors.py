@@ -52,6 +52,9 @@ LARGEST_FINITE: Mapping[str, tuple[int, int]] = {
 }
 """Bytes of a number, and the largest finite one's bits: above lie infinity and NaN, up to the sign bit."""
 
+NOT_A_NUMBER: Mapping[str, int] = {"F8_E4M3FNUZ": 0x80, "F8_E5M2FNUZ": 0x80, "F8_E8M0": 0xFF}
+"""The one byte that is none, in the formats that have neither infinity nor a negative zero."""
+
 READ_BYTES = 8 << 20
 THREADS = 2
 """Reading and checking is bound by memory; more threads gained nothing on two cores."""
@@ -67,7 +70,7 @@ def read_tensors(path: Path, header: Header, *, mapped: bool) -> dict[str, Tenso
     """
     try:
         buffer = _map(path) if mapped else _read(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: there is nothing to map
         raise LoraCorrupt("the file's tensors cannot be read") from error
     if len(buffer) < max(info.end for info in header.tensors.values()):
         raise LoraCorrupt("the file became shorter while it was read")
@@ -159,7 +162,7 @@ def _check_finite(buffer: mmap.mmap, runs: list[_Run]) -> None:
     pieces = [
         (run.dtype, place, min(place + READ_BYTES, run.end))
         for run in runs
-        if run.dtype in LARGEST_FINITE
+        if run.dtype in LARGEST_FINITE or run.dtype in NOT_A_NUMBER
         for place in range(run.start, run.end, READ_BYTES)
     ]
     with ThreadPoolExecutor(THREADS) as threads:
@@ -167,14 +170,16 @@ def _check_finite(buffer: mmap.mmap, runs: list[_Run]) -> None:
             return
     for run in runs:
         for name, info in zip(run.names, run.infos, strict=True):
-            if run.dtype in LARGEST_FINITE and not _all_finite(
-                buffer, run.dtype, info.start, info.end
-            ):
+            if not _all_finite(buffer, run.dtype, info.start, info.end):
                 raise LoraCorrupt(f"the tensor {name[:200]} holds NaN or infinity")
 
 
 def _all_finite(buffer: mmap.mmap, dtype: str, start: int, end: int) -> bool:
     """By the bits: of unsigned numbers the largest tells of negative ones, of signed of positive ones."""
+    if dtype in NOT_A_NUMBER:
+        return NOT_A_NUMBER[dtype] not in np.frombuffer(buffer, np.uint8, end - start, start)
+    if dtype not in LARGEST_FINITE:
+        return True
     width, largest = LARGEST_FINITE[dtype]
     bits = np.frombuffer(buffer, np.dtype(f"u{width}"), (end - start) // width, start)
     step, sign = (

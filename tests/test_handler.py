@@ -393,9 +393,7 @@ def test_a_range_of_the_denoising_lies_between_none_and_all_of_it(demo_worker: W
     np.testing.assert_array_equal(draw({"path": "demo-stripes", "start": 0.9}), plain)
 
 
-def test_a_word_of_a_file_is_there_for_one_job(
-    demo_worker: Worker, server: LoopbackServer
-) -> None:
+def test_a_word_of_a_file_is_there_for_one_job(demo_worker: Worker, server: LoopbackServer) -> None:
     encoders = demo_worker.parts.pipeline.components
     tensors = {
         f"bundle_emb.<thing>.{name}": torch.randn(2, encoders[component].config.hidden_size)

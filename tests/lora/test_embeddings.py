@@ -24,7 +24,9 @@ def engine() -> LoraEngine:
     }
     unet = torch.nn.Sequential(torch.nn.Linear(4, 4))
     first = torch.nn.ModuleDict({"embeddings": embeddings[8]})
-    second = torch.nn.ModuleDict({"text_model": torch.nn.ModuleDict({"embeddings": embeddings[12]})})
+    second = torch.nn.ModuleDict(
+        {"text_model": torch.nn.ModuleDict({"embeddings": embeddings[12]})}
+    )
     return LoraEngine({"unet": unet, "text_encoder": first, "text_encoder_2": second})
 
 

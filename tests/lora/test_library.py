@@ -52,11 +52,11 @@ def test_a_file_that_another_worker_evicted_meanwhile_is_asked_for_again(
     tries: list[Path] = []
     load = library_module.load
 
-    def gone_at_first(path: Path, *arguments: object) -> object:
+    def gone_at_first(path: Path, *arguments: object, **options: object) -> object:
         tries.append(path)
         if len(tries) == 1:
             raise FileNotFoundError(path)
-        return load(path, *arguments)  # type: ignore[arg-type]
+        return load(path, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(library_module, "load", gone_at_first)
     assert library.load(Reference("a")).file.layers
