@@ -122,6 +122,8 @@ class Worker:
         except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer
             return _failure(_unexpected(error))
         # Here, and not in the clause above: there the error still holds the job's tensors.
+        self.parts.engine.free()
+        self.parts.library.free()
         gc.collect()
         torch.cuda.empty_cache()
         return _failure(OutOfMemory("the device's memory did not suffice", OOM_HINT), refresh=True)
@@ -159,6 +161,7 @@ class Worker:
                 *request.warnings,
                 *warnings,
                 *drawn.warnings,
+                *(warning for one in loaded for warning in one.warnings),
                 *_unused_warnings(loaded),
             ],
         }
@@ -177,6 +180,7 @@ class Worker:
         """Draws with the LoRAs applied; a request without LoRAs does not touch the engine."""
         pipeline, engine = self.parts.pipeline, self.parts.engine
         with self._drawing:  # no job may draw while another's LoRAs are applied
+            engine.settle()
             if not loaded:
                 return Drawn(pipeline.generate(request, route, picture, timings, progress.step))
             stack = [_use(lora, found) for lora, found in zip(request.loras, loaded, strict=True)]
@@ -196,7 +200,11 @@ class Worker:
                 )
                 drawn = time.perf_counter()
             timings.add("restore", time.perf_counter() - drawn)
-        return Drawn(images, block.mode, (*warnings, *block.warnings))
+            unheld = [
+                f"{loaded[place].entry.name}: no step lies between its start and end"
+                for place in block.never_held()
+            ]
+        return Drawn(images, block.mode, (*warnings, *block.warnings, *unheld))
 
     def _mode(self, request: ImageRequest) -> Mode:
         if request.lora_mode is None and any(lora.ranged for lora in request.loras):
@@ -271,6 +279,10 @@ def _load(library: LoraLibrary, lora: LoraRequest, timings: Timings, progress: P
     return loaded
 
 
+MAX_UNUSED = 1000
+"""How many unused tensors an answer lists; the warning has the count."""
+
+
 def _report(lora: LoraRequest, loaded: Loaded, mode: Mode | None) -> dict[str, Any]:
     """What the answer says of one LoRA."""
     file, use = loaded.file, _use(lora, loaded)
@@ -286,7 +298,10 @@ def _report(lora: LoraRequest, loaded: Loaded, mode: Mode | None) -> dict[str, A
         "layers": layers,
         "words": words,
         "used_keys": file.keys,
-        "unused_keys": [{"key": unused.key, "reason": unused.reason} for unused in file.unused],
+        "unused_keys": [
+            {"key": unused.key[:200], "reason": unused.reason}
+            for unused in file.unused[:MAX_UNUSED]
+        ],
         "scale": {"all": lora.scale, **lora.components} if lora.components else lora.scale,
         "mode": mode,
         "status": "applied" if layers or words else "scale is 0",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.errors import LoraCorrupt
+from lora.errors import LoraCorrupt, LoraUnsupported
 
 RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """The slots whose first dimension is the rank."""
@@ -38,7 +38,7 @@ class Alphas:
     def of(cls, metadata: Mapping[str, str], config: str | None = None) -> Alphas:
         """From a file's metadata and, if there is one, the text of its `adapter_config.json`.
 
-        Raises: LoraCorrupt if either is there and is not what peft writes.
+        Raises: LoraCorrupt if either is there and is not what peft writes; LoraUnsupported.
         """
         what = "lora_adapter_metadata"
         try:
@@ -55,7 +55,8 @@ class Alphas:
         config = self.configs.get(component, self.configs.get(""))
         if config is None:
             return
-        name = name.removeprefix("base_model.model.")  # PEFT's patterns do not see it
+        # PEFT's patterns do not see what is before the model's own names.
+        name = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
         if "oft_r" in slots and slots["oft_r"].dim() == 2:
             _complete_oft(slots, config)
         elif "ia3_l" in slots and config.feedforward is not None:
@@ -90,8 +91,10 @@ class PeftConfig:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
-        """Raises: ValueError, TypeError or AttributeError if the fields are not what peft writes."""
-        alpha = fields.get("lora_alpha", fields.get("alpha"))
+        """Raises: ValueError, TypeError or AttributeError if the fields are not what peft writes;
+        LoraUnsupported for a pattern that is not read.
+        """
+        alpha = fields.get("alpha") if fields.get("lora_alpha") is None else fields["lora_alpha"]
         terms = int(fields.get("num_cayley_neumann_terms") or NEUMANN_TERMS)
         if not 0 < terms <= MAX_NEUMANN_TERMS:
             raise ValueError("num_cayley_neumann_terms")
@@ -143,7 +146,8 @@ class Patterns:
         return min(found)[1] if found else None
 
 
-MAX_PATTERNS, MAX_PATTERN = 100, 300
+MAX_PATTERNS, MAX_PATTERN, MAX_REPEATS = 100, 300, 2
+"""A file's patterns are a stranger's: within these bounds none can take long."""
 _SIMPLE = re.compile(r"\^?(?:[\w.|()]|\\[.\w]|\[[^\]\[]*\]|(?:\.|\\d|\\w|\[[^\]\[]*\])[*+])*\$?")
 _REPEATED = re.compile(r"(?<!\\)[*+]")
 
@@ -151,8 +155,13 @@ _REPEATED = re.compile(r"(?<!\\)[*+]")
 def _compiled(pattern: str) -> re.Pattern[str]:
     """The pattern as PEFT uses it. Raises: ValueError for one that could take for ever."""
     repeats = len(_REPEATED.findall(pattern))
-    if len(pattern) > MAX_PATTERN or repeats > 2 or not _SIMPLE.fullmatch(pattern):
-        raise ValueError("a pattern that is not simple")
+    groups = pattern.count("(") - pattern.count("\\(")
+    simple = len(pattern) <= MAX_PATTERN and repeats <= MAX_REPEATS and groups <= 1
+    if not simple or not _SIMPLE.fullmatch(pattern):
+        raise LoraUnsupported(
+            "the PEFT config has a pattern of layer names that is not simple",
+            "Write the names out: at most two repetitions and one group are read.",
+        )
     try:
         return re.compile(rf"(?:.*\.)?(?:{pattern})$")
     except re.error as error:

@@ -6,6 +6,7 @@ rank, so that N LoRAs cost one pair of products.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lora.algorithms import LowRank
+from lora.errors import LoraIncompatible
 from lora.modules import compute_place
 
 Place = tuple[torch.device, torch.dtype]
@@ -54,6 +56,7 @@ def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
     for factors, scales in changes:
         each = tuple(s * scaling for s, (_, scaling) in zip(scales, factors.segments, strict=True))
         if each != factors.each:
+            _check_scales(each, factors)
             factors.each = ()  # until the tensor is there
             place = factors.down.device, factors.down.dtype
             by_place.setdefault(place, []).append(_Change(factors, each))
@@ -65,6 +68,17 @@ def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
         sizes = [sum(rank for rank, _ in one.segments) for one, _ in found]
         for (one, each), own in zip(found, torch.split(rows, sizes), strict=True):
             one.scales, one.each = own, each
+
+
+def _check_scales(each: Sequence[float], factors: Factors) -> None:
+    """Raises: LoraIncompatible if a scale overflows the factors' precision."""
+    dtype = factors.down.dtype
+    if max(abs(one) for one in each) > torch.finfo(dtype).max:
+        raise LoraIncompatible(
+            f"the scale {max(each, key=abs):g} of a layer (scale * alpha / rank) overflows "
+            f"{str(dtype).removeprefix('torch.')}",
+            "Lower the scale.",
+        )
 
 
 class AdaptedForward:
@@ -104,8 +118,11 @@ class AdaptedForward:
         """Goes to where the layer's output is, in its precision: for layers that moved, or are packed."""
         if self._factors is not None:
             place = out.device, out.dtype
-            made = _factors(self._module, self._factors.parts, _Placed(), place)
-            self.down, self.up, self.scales = made.down, made.up, self.scales.to(out)
+            own = [
+                LowRank(p.down.to(*place), p.up.to(*place), p.scaling) for p in self._factors.parts
+            ]
+            self.down, self.up = _joined(self._module, own)
+            self.scales = self.scales.to(out)
             # The next time they are there at once.
             self._factors.down, self._factors.up = self.down, self.up
             self._factors.scales = self.scales
@@ -134,42 +151,79 @@ class AdaptedForward:
 
 
 @torch.no_grad()
-def make_factors(layers: Sequence[tuple[nn.Module, Sequence[LowRank]]]) -> list[Factors]:
-    """The factors of many layers at once.
+def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> list[Factors]:
+    """The factors of many layers at once, each given by its module, its name and its parts.
 
     What is in the right place and precision already and stands alone is used as it is, without a copy.
+    Raises: LoraIncompatible with a layer whose factors overflow its precision.
     """
-    placed = _Placed()
-    return [_factors(module, parts, placed, compute_place(module)) for module, parts in layers]
+    wanted = [
+        (tensor, compute_place(module))
+        for module, _, parts in layers
+        for part in parts
+        for tensor in (part.down, part.up)
+    ]
+    placed = _Placed(wanted)
+    made = []
+    for module, name, parts in layers:
+        place = compute_place(module)
+        own = [
+            LowRank(placed.get(p.down, place), placed.get(p.up, place), p.scaling) for p in parts
+        ]
+        segments = tuple((part.down.shape[0], part.scaling) for part in parts)
+        factors = Factors(*_joined(module, own), segments, tuple(parts))
+        if not placed.all_finite and not all(
+            bool(t.float().isfinite().all()) for t in (factors.down, factors.up)
+        ):
+            raise LoraIncompatible(
+                f"the factors of {name} overflow {str(place[1]).removeprefix('torch.')}",
+                "This LoRA cannot be used in the model's precision.",
+            )
+        made.append(factors)
+    return made
+
+
+def _joined(module: nn.Module, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
+    """down and up of all parts side by side, in the forms that `Factors` has."""
+    downs = [part.down.flatten(1) for part in parts]
+    down = downs[0] if len(parts) == 1 else torch.cat(downs)
+    up = parts[0].up if len(parts) == 1 else torch.cat([part.up for part in parts], dim=1)
+    if isinstance(module, nn.Conv2d):
+        return down.view(-1, *module.weight.shape[1:]), up[:, :, None, None]
+    return down, up.t()
 
 
 class _Placed:
-    """Tensors in another place or precision. Those of one file share a storage, which goes as a whole."""
+    """Tensors in another place or precision. Those of one file share a storage, which goes as a whole
+    if most of it is wanted.
+    """
 
-    def __init__(self) -> None:
-        self._whole: dict[tuple[int, torch.dtype, torch.device, torch.dtype], Tensor] = {}
+    def __init__(self, wanted: Sequence[tuple[Tensor, Place]]) -> None:
+        self.all_finite = True
+        """False if a number may have become infinite on the way to a narrower precision."""
+        self._whole: dict[tuple[int, Place], Tensor] = {}
+        self._wanted: dict[tuple[int, Place], int] = defaultdict(int)
+        for tensor, place in wanted:
+            if (tensor.device, tensor.dtype) != place:
+                key = tensor.untyped_storage().data_ptr(), place
+                self._wanted[key] += tensor.numel() * tensor.element_size()
 
-    def get(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if tensor.dtype == dtype and tensor.device == device:
+    def get(self, tensor: Tensor, place: Place) -> Tensor:
+        """The tensor there, itself if it is there already."""
+        if (tensor.device, tensor.dtype) == place:
             return tensor
         storage = tensor.untyped_storage()
-        key = (storage.data_ptr(), tensor.dtype, device, dtype)
+        key = storage.data_ptr(), place
+        if 2 * self._wanted[key] < storage.nbytes():
+            return self._moved(tensor, place)
         whole = self._whole.get(key)
         if whole is None:
             empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-            whole = self._whole[key] = empty.set_(storage).to(device, dtype)
+            whole = self._whole[key] = self._moved(empty.set_(storage), place)  # type: ignore[arg-type]
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-
-def _factors(module: nn.Module, parts: Sequence[LowRank], placed: _Placed, place: Place) -> Factors:
-    device, dtype = place
-    segments = tuple((part.down.shape[0], part.scaling) for part in parts)
-    downs = [placed.get(part.down, device, dtype).flatten(1) for part in parts]
-    ups = [placed.get(part.up, device, dtype) for part in parts]
-    down = downs[0] if len(downs) == 1 else torch.cat(downs)
-    up = ups[0] if len(ups) == 1 else torch.cat(ups, dim=1)
-    if isinstance(module, nn.Conv2d):
-        return Factors(
-            down.view(-1, *module.weight.shape[1:]), up[:, :, None, None], segments, tuple(parts)
-        )
-    return Factors(down, up.t(), segments, tuple(parts))
+    def _moved(self, tensor: Tensor, place: Place) -> Tensor:
+        moved = tensor.to(*place)
+        if place[1] is torch.float16 and tensor.dtype is not torch.float16 and moved.numel():
+            self.all_finite &= all(bool(end.isfinite()) for end in torch.aminmax(moved))
+        return moved

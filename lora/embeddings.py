@@ -58,22 +58,23 @@ def read_embedding(key: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding
         word = stem.strip()
         if not word:
             return "the embedding does not say which word it is for"
-    if kind.endswith("_out"):
-        return "an embedding for behind the text encoder, which is not read"
     component = ENCODERS.get(kind)
     if component is None:
-        return "the embedding does not say which text encoder it is for"
+        behind = kind.endswith("_out")
+        return "an embedding for behind the text encoder" if behind else "no text encoder of ours"
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    trouble = _trouble(vectors, component, key_map)
+    return trouble or TokenEmbedding(word, component, vectors)
+
+
+def _trouble(vectors: Tensor, component: str, key_map: KeyMap) -> str | None:
     table = key_map.find(f"{component}.embeddings.token_embedding")
     if table is None:
         return f"this model has no {component}"
     width = table.parameters["weight"][1]
-    if vectors.dim() == 1:
-        vectors = vectors[None]
-    if (
-        vectors.dim() != 2
-        or not len(vectors)
-        or vectors.shape[1] != width
-        or not vectors.is_floating_point()
-    ):
-        return f"{list(vectors.shape)} are no vectors of {component}, which reads {width} values per token"
-    return TokenEmbedding(word, component, vectors)
+    shape = list(vectors.shape)
+    if len(shape) != 2 or not shape[0] or shape[1] != width or not vectors.is_floating_point():
+        return f"{shape} are no vectors of {component}, which reads {width} values per token"
+    if not bool(vectors.float().isfinite().all()):  # a float64 may be too large
+        return "the vectors overflow float32"
+    return None

@@ -22,6 +22,9 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import ClassVar
 
+MAX_SENTENCE = 4000
+"""An answer must be carried: a sentence may repeat what a file or a request says."""
+
 
 class CodedError(Exception):
     """A failure with a stable code, one sentence for a person, and a hint at what to do.
@@ -32,7 +35,7 @@ class CodedError(Exception):
     code: ClassVar[str]
 
     def __init__(self, sentence: str, hint: str = "") -> None:
-        self.sentence = sentence.rstrip(".")
+        self.sentence = sentence[:MAX_SENTENCE].rstrip(".")
         self.hint = hint
         super().__init__(f"{self.code}: {self.sentence}. {hint}".rstrip())
 

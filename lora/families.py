@@ -45,7 +45,7 @@ def identify(header: Header) -> str | None:
     for condition in CONDITIONS:
         if condition.holds(header):
             return condition.family
-    return header.metadata.get("ss_base_model_version") or None
+    return header.metadata.get("ss_base_model_version", "")[:80] or None
 
 
 _DOWN_SUFFIXES = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lora.down.weight")

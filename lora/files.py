@@ -23,8 +23,10 @@ from lora.tensors import read_tensors
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
-MAX_SHOWN = 200
-"""How much of a tensor's name a message repeats."""
+ONE_NUMBER = ("alpha", "on_input", "neumann_terms")
+
+MAX_SHOWN, MAX_SLOTS_SHOWN = 200, 8
+"""How much of a tensor's name a message repeats, and how many of a layer's tensors."""
 
 KNOWN_SLOTS = frozenset(SLOTS.values())
 
@@ -68,6 +70,8 @@ class LoraFile:
     """What the file does, as a hash: its bytes, and its config's where it has one."""
     size: int = 0
     """Bytes that its tensors take."""
+    scaled: bool = True
+    """Whether the file or its config says anything of alpha."""
 
     @cached_property
     def algorithms(self) -> tuple[str, ...]:
@@ -110,8 +114,7 @@ def load(
         names = _by_module(header, key_map)
         tensors = reading.result()
     bound = _bind(names, tensors, alphas, key_map)
-    if not bound.embeddings:
-        _refuse_other_models(header, bound, key_map)
+    _refuse_other_models(header, bound, key_map)
     identity = hashlib.sha256(config.encode()).hexdigest()[:16] if config is not None else ""
     return LoraFile(
         sha256,
@@ -121,6 +124,7 @@ def load(
         tuple(bound.embeddings),
         f"{sha256}{identity}",
         sum(info.end - info.start for info in header.tensors.values()),
+        bool(alphas.configs) or any(key.endswith(".alpha") for key in header.tensors),
     )
 
 
@@ -203,7 +207,10 @@ def _read_layer(
     if left and not alone:
         known = left <= KNOWN_SLOTS
         words = "a part is missing" if known else "no known algorithm has such tensors"
-        why = f"{words} (the layer has {', '.join(sorted(slots))})"
+        shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
+        why = (
+            f"{words} (the layer has {', '.join(shown)}{', ...' * (len(slots) > MAX_SLOTS_SHOWN)})"
+        )
         return [], dict.fromkeys(slots, why)
     layers = []
     for recipe in found:
@@ -222,10 +229,9 @@ def _read_layer(
 
 def _trouble(slots: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a layer's tensors, whatever algorithm they are."""
-    alpha = slots.get("alpha")
-    if alpha is not None and alpha.numel() != 1:
-        return "alpha is not one number"
     for slot, tensor in slots.items():
+        if slot in ONE_NUMBER and tensor.numel() != 1:
+            return f"{slot} is not one number"
         if slot in REFUSED:
             return REFUSED[slot]
         if 0 in tensor.shape:
@@ -244,7 +250,7 @@ def _refuse_other_models(header: Header, bound: _Bound, key_map: KeyMap) -> None
     """Some layers of another family's file may fit by chance, so its cross attention must fit too."""
     width, ours = cross_attention_width(header), _cross_attention_of(key_map)
     fits = not (width and ours) or width == ours
-    if bound.layers and fits:
+    if fits and (bound.layers or bound.embeddings):
         return
     family, unused = identify(header), bound.unused
     what = f"the file was made for {family}" if family else "the file is for an unknown model"

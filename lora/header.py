@@ -98,7 +98,10 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
     """One entry of the header. Raises: LoraCorrupt if it is malformed or contradicts itself."""
     try:
         dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-        whole = {*map(type, shape), type(start), type(end)} == {int}
+        whole = len(shape) <= MAX_DIMENSIONS and {*map(type, shape), type(start), type(end)} == {
+            int
+        }
+        whole = whole and all(0 <= n <= MAX_NUMBERS for n in (*shape, start, end))
         name.encode()  # half a surrogate pair could not be told to anyone
     except (KeyError, TypeError, ValueError):
         whole = False
@@ -107,7 +110,7 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise LoraCorrupt(f"tensor {name[:80]!r} has the unknown dtype {str(dtype)[:20]!r}")
     needed = DTYPE_BYTES[dtype] * math.prod(shape)
-    if end - start != needed or min(shape, default=0) < 0 or len(shape) > MAX_DIMENSIONS:
+    if end - start != needed:
         raise LoraCorrupt(f"tensor {name[:80]!r} has a byte range that its shape does not fill")
     if not needed and math.prod(max(n, 1) for n in shape) > MAX_NUMBERS:
         raise LoraCorrupt(f"tensor {name[:80]!r} has an impossible shape")

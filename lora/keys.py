@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from lora.sgm import sgm_path
+from lora.wan import wan_path
 
 Shape = tuple[int, ...]
 
@@ -109,9 +110,9 @@ _ADAPTER_NAME = re.compile(
 
 
 def slot_of(suffix: str) -> str:
-    """The slot that a suffix means; the suffix itself if it is not known."""
+    """The slot that a suffix means; if it is not known, the suffix behind a `?`, which no field has."""
     slot = SLOTS.get(suffix)
-    return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), suffix)
+    return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), f"?{suffix}")
 
 
 MAX_KEY = 1000
@@ -181,7 +182,7 @@ class Match(NamedTuple):
 
     target: Target
     slot: str
-    """One of the values of `SLOTS`, or the key's own ending if it is not known."""
+    """One of the values of `SLOTS`, or `?` and the key's own ending if that is not known."""
     stem: str
     """The module's name in the file."""
 
@@ -285,43 +286,3 @@ def _paths(
         wan = wan_path(path)
         if wan != path:
             yield wan
-
-
-_WAN = (
-    ("attn1.to_out.0", "self_attn.o"),
-    ("attn2.to_out.0", "cross_attn.o"),
-    ("attn1.to_", "self_attn."),
-    ("attn2.to_", "cross_attn."),
-    ("attn2.add_k_proj", "cross_attn.k_img"),
-    ("attn2.add_v_proj", "cross_attn.v_img"),
-    ("attn2.norm_added_k", "cross_attn.norm_k_img"),
-    ("attn1.norm_", "self_attn.norm_"),
-    ("attn2.norm_", "cross_attn.norm_"),
-    ("ffn.net.0.proj", "ffn.0"),
-    ("ffn.net.2", "ffn.2"),
-    ("condition_embedder.image_embedder.norm2", "img_emb.proj.4"),
-    ("norm2", "norm3"),
-    ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-    ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-    ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-    ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-    ("condition_embedder.time_proj", "time_projection.1"),
-    ("proj_out", "head.head"),
-    ("condition_embedder.image_embedder.norm1", "img_emb.proj.0"),
-    ("condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.1"),
-    ("condition_embedder.image_embedder.ff.net.2", "img_emb.proj.3"),
-)
-
-
-def wan_path(path: str) -> str:
-    """The name that Wan's own code gives to a module of diffusers' WanTransformer3DModel.
-
-    The table is diffusers' `convert_wan_to_diffusers.py`, read backwards; the root is Wan's `head`, whose
-    modulation it holds.
-    """
-    if not path:
-        return "head"
-    for ours, theirs in _WAN:
-        if ours in path:
-            return path.replace(ours, theirs)
-    return path

@@ -36,6 +36,16 @@ class Loaded:
     parse_seconds: float
 
     @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be otherwise than the adapter's maker meant it."""
+        remote = self.entry.record.fetched is not None
+        if remote and self.entry.record.source.endswith(PEFT_FILE) and not self.file.scaled:
+            return (
+                f"{self.entry.name}: its {PEFT_CONFIG} is not fetched, so alpha counts as the rank",
+            )
+        return ()
+
+    @property
     def embeddings(self) -> tuple[TokenEmbedding, ...]:
         """The file's new words; one that has no name of its own has the file's."""
         word = word_of(self.entry.path.stem)

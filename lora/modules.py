@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora.keys import Shape
 
@@ -80,6 +81,8 @@ def as_matrix(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
 
 def takes_low_rank(module: nn.Module) -> bool:
     """Whether two plain products, added to the output, are the same as a change of the weight."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros"
     return linear_shape(module) is not None

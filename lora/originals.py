@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lora.lru import ByteLru
 
@@ -31,58 +32,58 @@ class Originals:
     """
 
     def __init__(self, budget: int) -> None:
-        self._kept: ByteLru[Tensor] = ByteLru(budget)
+        self._kept: ByteLru[Tensor] = ByteLru(budget)  # by the parameter's id
         self._held: dict[nn.Parameter, Tensor] = {}
-        self._known: dict[nn.Parameter, _Known] = {}
-
-    @property
-    def held(self) -> list[nn.Parameter]:
-        """The weights that are written to now."""
-        return list(self._held)
+        # Parameters that the model has dropped must not live on here.
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
     def generation(self, weight: nn.Parameter) -> int:
         """How often the weight's own values have been seen to change: what was made from them is stale."""
         self._look(weight)
-        return self._known[weight].generation
+        known: _Known = self._known[weight]
+        return known.generation
 
     def missing_bytes(self, weights: list[nn.Parameter]) -> int:
         """How much memory it would take to write to all of these."""
-        new = [w for w in weights if w not in self._held and w not in self._kept]
+        new = [w for w in weights if w not in self._held and id(w) not in self._kept]
         return sum(w.numel() * w.element_size() for w in new)
 
     def hold(self, weight: nn.Parameter) -> Tensor:
-        """The weight's original, which stays until `release`. Nothing is changed."""
+        """The weight's original, which stays until `restore`. Nothing is changed."""
         if weight not in self._held:
             self._look(weight)
-            kept = self._kept.get(weight)
+            kept = self._kept.get(id(weight))
             self._held[weight] = _copy(weight) if kept is None else kept
         return self._held[weight]
 
     @torch.no_grad()
     def restore(self, weight: nn.Parameter) -> None:
-        """Writes the original back, into the weight's own storage. Raises: RuntimeError if it cannot."""
-        original = self._held[weight]
+        """Writes the original back, into the weight's own storage, if it is held.
+
+        If that fails the original stays held, whatever the error. The budget says which copies are kept.
+        """
+        original = self._held.get(weight)
+        if original is None:
+            return
         weight.copy_(original)
         self._known[weight].stamp = _stamp(weight)
-
-    def release(self) -> None:
-        """Ends the hold on all; the budget says which copies stay."""
-        for weight, original in self._held.items():
-            self._kept.put(weight, original, original.numel() * original.element_size())
-        self._held.clear()
+        del self._held[weight]
+        self._kept.put(id(weight), original, original.numel() * original.element_size())
 
     def forget(self) -> None:
         """Drops every copy that is not held."""
         self._kept.clear()
-        self._known = {weight: self._known[weight] for weight in self._held}
+        for weight in [w for w in self._known if w not in self._held]:
+            del self._known[weight]
 
     def _look(self, weight: nn.Parameter) -> None:
         """Notices whether somebody else has changed a weight that we do not hold."""
         if weight in self._held:
             return
-        known, stamp = self._known.get(weight), _stamp(weight)
+        known: _Known | None = self._known.get(weight, None)  # type: ignore[no-untyped-call]
+        stamp = _stamp(weight)
         if known is None or stamp is None or known.stamp != stamp:
-            self._kept.pop(weight)
+            self._kept.pop(id(weight))
             self._known[weight] = _Known(stamp, known.generation + 1 if known else 0)
 
 

@@ -330,7 +330,7 @@ def test_a_failure_anywhere_is_answered_and_leaves_no_trace(
     plain = pixels(demo_worker(job()))
     targets = {
         "resolve": "lora.cache.VolumeCache.resolve",
-        "apply": "lora.engine.make_factors",
+        "apply": "lora.prepared.make_factors",
         "generate": "diffusers.AutoencoderKL.decode",
         "encode": "handler.encode",
     }

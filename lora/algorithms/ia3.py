@@ -67,7 +67,7 @@ class PeftIA3(Algorithm):
         # Of a convolution's, the shape does not tell the side: PEFT's default is the output.
         if len(shape) == 4 and len(given) == 4 and given[1] == count and count in shape[:2]:
             if self.on_input is not None and shape[0] == shape[1]:
-                return int(self.on_input)
+                return 1 if bool(self.on_input) else 0
             return 0 if count == shape[0] else 1
         return None
 

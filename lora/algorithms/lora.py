@@ -3,7 +3,7 @@
 W' = W + alpha / rank * (up @ down + sparse), as kohya's `LoRAModule.forward` and LyCORIS' `LoConModule`
 compute it; the sparse rest is what LyCORIS' `extract_locon --use_sparse_bias` writes. rs-LoRA (arXiv
 2312.03732) is the same with another alpha: LyCORIS stores alpha * sqrt(rank), and for PEFT
-`lora.files` makes it so from the config.
+`lora.alphas` makes it so from the config.
 """
 
 from __future__ import annotations

@@ -166,3 +166,31 @@ def test_flat_loha_factors_are_reported(engine: LoraEngine, tmp_path: Path) -> N
     tensors[f"{stem}.hada_w1_b"] = torch.tensor(1.0)
     file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert {unused.reason for unused in file.unused} == {"a factor has less than two dimensions"}
+
+
+def test_an_embedding_does_not_excuse_another_models_cross_attention(
+    unet: torch.nn.Module, tmp_path: Path
+) -> None:
+    other = torch.nn.ModuleDict(
+        {"embeddings": torch.nn.ModuleDict({"token_embedding": torch.nn.Embedding(9, 768)})}
+    )
+    own = LoraEngine({"unet": unet, "text_encoder": other})
+    tensors = sd15() | {"bundle_emb.cat.clip_l": randn(1, 768)}
+    with pytest.raises(LoraIncompatible):
+        load(write(tmp_path / "a.safetensors", tensors), own.key_map, "x")
+
+
+def test_a_files_names_cannot_become_fields_of_ours(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = kohya() | {f"{SELF_SGM}.neumann_terms": randn(3), f"{CROSS_SGM}.magnitude": randn(64)}
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
+    assert file.modules == 1
+    assert all("no known algorithm" in unused.reason for unused in file.unused)
+
+
+def test_reasons_stay_short_however_many_tensors_a_layer_has(
+    engine: LoraEngine, tmp_path: Path
+) -> None:
+    tensors = kohya() | {f"{SELF_SGM}.{'x' * 100}{n}": torch.ones(1) for n in range(500)}
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
+    assert len(file.unused) == 503
+    assert max(len(unused.reason) for unused in file.unused) < 500

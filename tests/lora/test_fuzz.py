@@ -377,7 +377,6 @@ CORRUPT = {
     "lone surrogate": pack({"unet.linear.\ud800": EIGHT}, bytes(8)),
     "surrogate in the metadata": pack({"a": EIGHT, "__metadata__": {"\ud800": "x"}}, bytes(8)),
     "bad pattern": with_config(alpha_pattern={"(": 1}),
-    "repetition too large": with_config(alpha_pattern={"a{99999999999}": 1}),
     "huge alpha": with_config(lora_alpha=10**400),
     "infinite alpha": with_config(lora_alpha="@1e400@"),
     "alpha beyond float32": with_config(lora_alpha=1e300),

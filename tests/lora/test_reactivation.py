@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lora import dynamic
 from lora import engine as engine_module
+from lora import prepared as prepared_module
 from lora.engine import Budgets, EngineBusy, LoraEngine
 from lora.errors import LoraUnsupported
 from lora.files import LoraFile
@@ -361,7 +362,7 @@ class Work:
 
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Work:
-    done, make_factors, merge = Work(), engine_module.make_factors, engine_module.merge
+    done, make_factors, merge = Work(), prepared_module.make_factors, engine_module.merge
 
     def counted_factors(layers: list[object]) -> object:
         done.factors += len(layers)
@@ -371,7 +372,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Work:
         done.merges += 1
         return merge(*arguments)
 
-    monkeypatch.setattr(engine_module, "make_factors", counted_factors)
+    monkeypatch.setattr(prepared_module, "make_factors", counted_factors)
     monkeypatch.setattr(engine_module, "merge", counted_merge)
     return done
 
