@@ -56,29 +56,23 @@ def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
     for factors, scales in changes:
         each = tuple(s * scaling for s, (_, scaling) in zip(scales, factors.segments, strict=True))
         if each != factors.each:
-            _check_scales(each, factors)
             factors.each = ()  # until the tensor is there
             place = factors.down.device, factors.down.dtype
             by_place.setdefault(place, []).append(_Change(factors, each))
     for (device, dtype), found in by_place.items():
         # One tensor for all of them: hundreds of small ones would take milliseconds.
         values = torch.tensor([value for change in found for value in change.each])
+        if float(values.abs().max()) > torch.finfo(dtype).max:
+            raise LoraIncompatible(
+                f"a layer's scale (scale * alpha / rank) of {float(values.abs().max()):g} overflows "
+                f"{str(dtype).removeprefix('torch.')}",
+                "Lower the scale.",
+            )
         ranks = torch.tensor([rank for one, _ in found for rank, _ in one.segments])
         rows = torch.repeat_interleave(values, ranks).to(device, dtype)
         sizes = [sum(rank for rank, _ in one.segments) for one, _ in found]
         for (one, each), own in zip(found, torch.split(rows, sizes), strict=True):
             one.scales, one.each = own, each
-
-
-def _check_scales(each: Sequence[float], factors: Factors) -> None:
-    """Raises: LoraIncompatible if a scale overflows the factors' precision."""
-    dtype = factors.down.dtype
-    if max(abs(one) for one in each) > torch.finfo(dtype).max:
-        raise LoraIncompatible(
-            f"the scale {max(each, key=abs):g} of a layer (scale * alpha / rank) overflows "
-            f"{str(dtype).removeprefix('torch.')}",
-            "Lower the scale.",
-        )
 
 
 class AdaptedForward:
@@ -157,16 +151,17 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
     What is in the right place and precision already and stands alone is used as it is, without a copy.
     Raises: LoraIncompatible with a layer whose factors overflow its precision.
     """
-    wanted = [
-        (tensor, compute_place(module))
-        for module, _, parts in layers
-        for part in parts
-        for tensor in (part.down, part.up)
-    ]
-    placed = _Placed(wanted)
+    places = [compute_place(module) for module, *_ in layers]
+    placed = _Placed(
+        [
+            (tensor, place)
+            for (_, _, parts), place in zip(layers, places, strict=True)
+            for part in parts
+            for tensor in (part.down, part.up)
+        ]
+    )
     made = []
-    for module, name, parts in layers:
-        place = compute_place(module)
+    for (module, name, parts), place in zip(layers, places, strict=True):
         own = [
             LowRank(placed.get(p.down, place), placed.get(p.up, place), p.scaling) for p in parts
         ]
@@ -185,8 +180,10 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
 
 def _joined(module: nn.Module, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     """down and up of all parts side by side, in the forms that `Factors` has."""
-    downs = [part.down.flatten(1) for part in parts]
-    down = downs[0] if len(parts) == 1 else torch.cat(downs)
+    if len(parts) == 1:
+        down = parts[0].down if parts[0].down.dim() == 2 else parts[0].down.flatten(1)
+    else:
+        down = torch.cat([part.down.flatten(1) for part in parts])
     up = parts[0].up if len(parts) == 1 else torch.cat([part.up for part in parts], dim=1)
     if isinstance(module, nn.Conv2d):
         return down.view(-1, *module.weight.shape[1:]), up[:, :, None, None]

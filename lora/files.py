@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.families import cross_attention_width, identify
 from lora.header import Header, read_header
 from lora.keys import REFUSED, SLOTS, KeyMap, Target
-from lora.tensors import read_tensors
+from lora.tensors import read_runs
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
@@ -102,17 +101,16 @@ def load(
 ) -> LoraFile:
     """Reads a .safetensors adapter and binds it to the pipeline that `key_map` describes.
 
-    `config` is the text of a PEFT adapter's adapter_config.json; `mapped`: see `read_tensors`.
+    `config` is the text of a PEFT adapter's adapter_config.json; `mapped`: see `read_runs`.
     Touches no weight. Raises: LoraCorrupt if the file is not whole, or holds NaN or infinity;
     LoraIncompatible if none of its tensors has a place in this pipeline, or its cross attention is
     another model's; LoraUnsupported if they have, and none can be applied.
     """
     header = read_header(path)
     alphas = Alphas.of(header.metadata, config)
-    with ThreadPoolExecutor(1) as thread:  # the bytes come while the names are looked up
-        reading = thread.submit(read_tensors, path, header, mapped=mapped)
-        names = _by_module(header, key_map)
-        tensors = reading.result()
+    names = _by_module(header, key_map)
+    runs = read_runs(path, header, mapped=mapped)
+    tensors = {name: tensor for run in runs for name, tensor in run.tensors()}
     bound = _bind(names, tensors, alphas, key_map)
     _refuse_other_models(header, bound, key_map)
     identity = hashlib.sha256(config.encode()).hexdigest()[:16] if config is not None else ""
@@ -201,8 +199,7 @@ def _read_layer(
     """
     if trouble := _trouble(slots):
         return [], dict.fromkeys(slots, trouble)
-    found = recipes(frozenset(slots))
-    left = set(slots).difference(*(recipe.used for recipe in found))
+    found, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if found and left == {"alpha"} else {}
     if left and not alone:
         known = left <= KNOWN_SLOTS
@@ -230,13 +227,13 @@ def _read_layer(
 def _trouble(slots: Mapping[str, Tensor]) -> str | None:
     """What is wrong with a layer's tensors, whatever algorithm they are."""
     for slot, tensor in slots.items():
-        if slot in ONE_NUMBER and tensor.numel() != 1:
-            return f"{slot} is not one number"
         if slot in REFUSED:
             return REFUSED[slot]
+        if slot in ONE_NUMBER and tensor.numel() != 1:
+            return f"{slot} is not one number"
         if 0 in tensor.shape:
             return "a tensor is empty"
-        if tensor.is_complex() or not (tensor.dtype.is_floating_point or slot in NOT_FLOATING):
+        if not tensor.dtype.is_floating_point and (slot not in NOT_FLOATING or tensor.is_complex()):
             return (
                 f"{slot} is {str(tensor.dtype).removeprefix('torch.')}, not a floating point number"
             )

@@ -75,6 +75,10 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict):
         raise LoraCorrupt("the file's metadata is not a JSON object")
+    try:
+        "".join((*fields, *map(str, metadata), *map(str, metadata.values()))).encode()
+    except UnicodeEncodeError as error:  # half a surrogate pair could not be told to anyone
+        raise LoraCorrupt("the header's names are no Unicode text") from error
     tensors = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
     end_of_data = _end_of_data(tensors, data_start) - data_start
     if end_of_data != size - data_start:
@@ -87,10 +91,6 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
     if not tensors:
         raise LoraCorrupt("the file holds no tensors")
     texts = {str(key): str(value) for key, value in metadata.items()}
-    try:
-        "".join((*texts, *texts.values())).encode()
-    except UnicodeEncodeError as error:
-        raise LoraCorrupt("the file's metadata is no Unicode text") from error
     return Header(tensors, texts)
 
 
@@ -102,7 +102,6 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
             int
         }
         whole = whole and all(0 <= n <= MAX_NUMBERS for n in (*shape, start, end))
-        name.encode()  # half a surrogate pair could not be told to anyone
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:

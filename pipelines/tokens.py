@@ -32,9 +32,10 @@ def added_tokens(
     """The words of `embeddings` stand for their vectors in all prompts of these pipelines.
 
     A word counts wherever the prompt says it in the same letters, large and small, but for a part of a
-    longer word (`art` is not in `party`); where several begin at one place, the longest. Each text encoder reads its own vectors, as many as
-    it has; one that has none for a word reads the word's letters, as ever. A pipeline with a text encoder
-    of its own (a refiner) reads them, too, if its tokens are as wide.
+    longer word (`art` is not in `party`); where several begin at one place, the longest. Each text
+    encoder reads its own vectors, as many as it has; one that has none for a word reads the word's
+    letters, as ever. A pipeline with a text encoder of its own (a refiner) reads them, too, if its tokens
+    are as wide.
 
     Yields warnings. A word that comes twice keeps the vectors that came first, with a warning if the
     others differ: trainers give the same names (`<s0>`) to all, and a stack with two such files should

@@ -84,10 +84,8 @@ class Recipe:
 
 
 @lru_cache(maxsize=256)  # a file has a handful of different layers; their names may be a stranger's
-def recipes(slots: Set[str]) -> tuple[Recipe, ...]:
-    """The algorithms that slots of these names make up, in the table's order; a slot that is left over
-    belongs to none.
-    """
+def recipes(slots: Set[str]) -> tuple[tuple[Recipe, ...], Set[str]]:
+    """The algorithms that slots of these names make up, in the table's order, and the slots that are left."""
     left, found = set(slots), []
     for algorithm in ALGORITHMS:
         reads, used = slots_of(algorithm, left)
@@ -99,4 +97,4 @@ def recipes(slots: Set[str]) -> tuple[Recipe, ...]:
         used = used | ({magnitude} if magnitude else set())
         found.append(Recipe(algorithm, reads, used, magnitude))
         left -= used
-    return tuple(found)
+    return tuple(found), frozenset(left)

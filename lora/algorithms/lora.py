@@ -86,7 +86,8 @@ class LoRA(Algorithm):
         if self.lora_mid is not None:
             flat = down.flatten(1).float()
             down = torch.einsum("mnhw,ni->mihw", self.lora_mid.float(), flat)
-        return LowRank(down, self.lora_up.flatten(1), scaling(self.alpha, self.rank))
+        up = self.lora_up if self.lora_up.dim() == 2 else self.lora_up.flatten(1)
+        return LowRank(down, up, scaling(self.alpha, self.rank))
 
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * (up @ down + sparse)."""

@@ -29,7 +29,7 @@ class Taken:
 
 def parts_of(slots: Mapping[str, Tensor]) -> list[Taken]:
     """The parts that one layer's tensors make up."""
-    found = recipes(frozenset(slots))
+    found, _ = recipes(frozenset(slots))
     return [Taken(recipe.make(slots), frozenset(recipe.used)) for recipe in found]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lora import tensors as tensors_module
 from lora.errors import LoraCorrupt
 from lora.header import DTYPE_BYTES, read_header
-from lora.tensors import DTYPES, read_tensors
+from lora.tensors import DTYPES, read_runs
 
 MAPPED = pytest.mark.parametrize("mapped", [True, False], ids=["mapped", "read"])
 FLOATS = {name: dtype for name, dtype in DTYPES.items() if dtype.is_floating_point}
@@ -34,7 +34,8 @@ def raw(entries: dict[str, tuple[str, list[int], bytes]], padding: int = 0) -> b
 
 
 def read(path: Path, *, mapped: bool) -> dict[str, Tensor]:
-    return read_tensors(path, read_header(path), mapped=mapped)
+    runs = read_runs(path, read_header(path), mapped=mapped)
+    return {name: tensor for run in runs for name, tensor in run.tensors()}
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -177,10 +178,10 @@ def test_a_file_that_became_shorter_is_corrupt(tmp_path: Path, mapped: bool) -> 
     for content in (path.read_bytes()[:-1], b"x", b""):
         path.write_bytes(content)
         with pytest.raises(LoraCorrupt):
-            read_tensors(path, header, mapped=mapped)
+            read_runs(path, header, mapped=mapped)
     path.unlink()
     with pytest.raises(LoraCorrupt):
-        read_tensors(path, header, mapped=mapped)
+        read_runs(path, header, mapped=mapped)
 
 
 def test_a_mapped_file_is_not_copied(tmp_path: Path) -> None:
