@@ -8,8 +8,12 @@ import torch
 
 from lora.stack import Mode
 
-MERGING_PAYS_AFTER = {"cpu": 4, "cuda": 4}
-"""Denoising steps from which on merging is cheaper than what dynamic mode costs per step."""
+MERGING_PAYS_AFTER = {"cpu": 3, "cuda": 4}
+"""Denoising steps from which on merging is cheaper than what dynamic mode costs per step.
+
+CPU, rank 16, a latent of 48 x 48: merging for the first time and restoring took 7.8 s, a dynamic step 2.8 s
+more than one without LoRA. CUDA is not measured yet.
+"""
 
 SPARE_BYTES = 2_000_000_000
 """Memory that must stay free for the drawing itself."""
