@@ -17,6 +17,7 @@ from jsonschema.exceptions import ValidationError
 
 from lora.blocks import LARGEST, parse_blocks
 from lora.errors import CodedError, nearest
+from lora.modes import Mode
 from lora.sources import Reference
 
 SCHEDULERS = (
@@ -158,7 +159,7 @@ IMAGE_REQUEST: dict[str, Any] = {
         },
         "lora_mode": {
             "type": ["string", "null"],
-            "enum": ["auto", "dynamic", "merged", None],
+            "enum": [*Mode, None],
             "default": None,
             "description": "How to apply `loras`, in place of the worker's `LORA_MODE`",
         },

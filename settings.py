@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lora.cache import Limits
+from lora.modes import Mode
 from lora.sources import Hub
 
 STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 STOCK_VAE = "madebyollin/sdxl-vae-fp16-fix"
-
-MODES = ("auto", "dynamic", "merged")
-"""The values of LORA_MODE and of a request's `lora_mode`."""
 
 OWN_PREFIXES = ("LORA_", "WORKER_")
 """An unknown variable with one of these is refused: it is a misspelt setting."""
@@ -96,7 +94,7 @@ class Settings:
         "How LoRAs are applied: `dynamic` adds them in each layer's forward, ready in milliseconds; "
         "`merged` writes them into the weights, no cost per step; `auto` merges where steps and memory "
         "make it pay",
-        options=MODES,
+        options=tuple(Mode),
     )
     lora_warm_gb: float = _setting(
         "LORA_WARM_GB", 2.0, "Memory in GB for parsed LoRA files of earlier jobs", minimum=0

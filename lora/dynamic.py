@@ -30,10 +30,8 @@ class Factors:
     """[R, in] or [R, in, kh, kw], R the sum of the ranks."""
     up: Tensor
     """[R, out], or [out, R, 1, 1] for a convolution."""
-    segments: tuple[tuple[int, float], ...]
-    """(rank, scaling) of each part, in order."""
     parts: tuple[LowRank, ...]
-    """What they were made from."""
+    """What they were made from, in order."""
     each: tuple[float, ...] = ()
     """What each part is multiplied by now: the user's scale times its scaling."""
     scales: Tensor | None = None
@@ -54,7 +52,7 @@ def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
     """Gives many layers the user's scales, one per part; what has them already is left alone."""
     by_place: dict[Place, list[_Change]] = {}
     for factors, scales in changes:
-        each = tuple(s * scaling for s, (_, scaling) in zip(scales, factors.segments, strict=True))
+        each = tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))
         if each != factors.each:
             factors.each = ()  # until the tensor is there
             place = factors.down.device, factors.down.dtype
@@ -68,9 +66,9 @@ def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
                 f"{str(dtype).removeprefix('torch.')}",
                 "Lower the scale.",
             )
-        ranks = torch.tensor([rank for one, _ in found for rank, _ in one.segments])
+        ranks = torch.tensor([part.down.shape[0] for one, _ in found for part in one.parts])
         rows = torch.repeat_interleave(values, ranks).to(device, dtype)
-        sizes = [sum(rank for rank, _ in one.segments) for one, _ in found]
+        sizes = [one.down.shape[0] for one, _ in found]
         for (one, each), own in zip(found, torch.split(rows, sizes), strict=True):
             one.scales, one.each = own, each
 
@@ -165,8 +163,7 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
         own = [
             LowRank(placed.get(p.down, place), placed.get(p.up, place), p.scaling) for p in parts
         ]
-        segments = tuple((part.down.shape[0], part.scaling) for part in parts)
-        factors = Factors(*_joined(module, own), segments, tuple(parts))
+        factors = Factors(*_joined(module, own), tuple(parts))
         if not placed.all_finite and not all(
             bool(t.float().isfinite().all()) for t in (factors.down, factors.up)
         ):

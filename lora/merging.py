@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.algorithms import Algorithm, LowRank
+from lora.algorithms.base import placed
 
 CHUNK_NUMBERS = 1 << 20
 """How many float32 numbers are worked on at a time on a CPU: 4 MB stay in the caches of a few cores."""
@@ -38,8 +39,8 @@ def _merge_factors(
     weight: Tensor, original: Tensor, factors: Sequence[tuple[LowRank, float]]
 ) -> Tensor:
     """Row by row group, so that the float32 intermediate never leaves the processor's cache."""
-    up = torch.cat([_float(f.up, weight) * (s * f.scaling) for f, s in factors], dim=1)
-    down = torch.cat([_float(f.down, weight).flatten(1) for f, _ in factors])
+    up = torch.cat([placed(f.up, weight) * (s * f.scaling) for f, s in factors], dim=1)
+    down = torch.cat([placed(f.down, weight).flatten(1) for f, _ in factors])
     rows, columns = weight.shape
     step = rows if weight.is_cuda else max(1, CHUNK_NUMBERS // columns)
     harmless = not weight.is_cuda and _cannot_overflow(up, down, weight.dtype)
@@ -64,10 +65,6 @@ def _cannot_overflow(up: Tensor, down: Tensor, dtype: torch.dtype) -> bool:
     limits = torch.finfo(dtype)
     largest = float(up.abs().amax()) * float(down.abs().amax()) * up.shape[1]
     return largest < limits.max * limits.eps / 8
-
-
-def _float(tensor: Tensor, weight: Tensor) -> Tensor:
-    return tensor.to(weight.device, torch.float32)
 
 
 def _sum(written: Tensor) -> Tensor:

@@ -1,12 +1,22 @@
-"""How `auto` chooses, from what was measured (docs/benchmarks.md)."""
+"""The ways to apply a stack, and how `auto` chooses from what was measured (docs/benchmarks.md)."""
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch  # settings and requests name the modes, and import without it
 
-from lora.stack import Mode
+
+class Mode(StrEnum):
+    """How to apply a stack: see `lora.engine`."""
+
+    AUTO = "auto"
+    DYNAMIC = "dynamic"
+    MERGED = "merged"
+
 
 MERGING_PAYS_AFTER = {"cpu": 3, "cuda": 4}
 """Denoising steps from which on merging is cheaper than what dynamic mode costs per step.
@@ -41,6 +51,8 @@ def free_bytes(device: torch.device) -> int | None:
     available, or what is left of the container's limit if that is less.
     """
     if device.type == "cuda":
+        import torch
+
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
     found = [bytes_ for bytes_ in (_available(), _left_of_limit()) if bytes_ is not None]

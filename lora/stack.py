@@ -4,18 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 from lora.files import LoraFile
 from lora.keys import Target
+from lora.modes import Mode
 
-
-class Mode(StrEnum):
-    """How to apply a stack: see `lora.engine`."""
-
-    DYNAMIC = "dynamic"
-    MERGED = "merged"
-    AUTO = "auto"
+__all__ = ["LoraUse", "Mode", "Stack"]
 
 
 @dataclass(frozen=True)
