@@ -1,7 +1,9 @@
 """Low-rank parts added in a layer's forward: the weight is not touched.
 
 y = W x + sum of scale * scaling * up (down x). The factors of a whole stack stand side by side along the
-rank, so that N LoRAs cost one pair of products.
+rank, so that N LoRAs cost one pair of products. On a GPU these are in the layer's own precision; on a CPU in
+float32 (thin products in half precision take 5 to 100 times as long there), and the factors stay as the file
+has them: each is widened when its layer is called, a copy that fits the processor's cache.
 """
 
 from __future__ import annotations
@@ -20,6 +22,14 @@ from lora.errors import LoraIncompatible
 from lora.modules import compute_place
 
 Place = tuple[torch.device, torch.dtype]
+
+PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""What torch can join and multiply; narrower kinds are only for storing."""
+
+
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """The precision in which a layer of this place and precision gets its two products."""
+    return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 @dataclass
@@ -55,7 +65,8 @@ def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
         each = tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))
         if each != factors.each:
             factors.each = ()  # until the tensor is there
-            place = factors.down.device, factors.down.dtype
+            device = factors.down.device
+            place = device, product_dtype(device, factors.down.dtype)
             by_place.setdefault(place, []).append(_Change(factors, each))
     for (device, dtype), found in by_place.items():
         # One tensor for all of them: hundreds of small ones would take milliseconds.
@@ -109,12 +120,13 @@ class AdaptedForward:
     def _follow(self, out: Tensor) -> None:
         """Goes to where the layer's output is, in its precision: for layers that moved, or are packed."""
         if self._factors is not None:
-            place = out.device, out.dtype
+            dtype = _kept_dtype(out.device, out.dtype, self._factors.parts)
             own = [
-                LowRank(p.down.to(*place), p.up.to(*place), p.scaling) for p in self._factors.parts
+                LowRank(p.down.to(out.device, dtype), p.up.to(out.device, dtype), p.scaling)
+                for p in self._factors.parts
             ]
             self.down, self.up = _joined(self._module, own)
-            self.scales = self.scales.to(out)
+            self.scales = self.scales.to(out.device, product_dtype(out.device, out.dtype))
             # The next time they are there at once.
             self._factors.down, self._factors.up = self.down, self.up
             self._factors.scales = self.scales
@@ -122,34 +134,42 @@ class AdaptedForward:
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output plus the stack's."""
         out = self.original(x, *args, **kwargs)
-        if self.down.dtype != out.dtype or self.down.device != out.device:
+        dtype = product_dtype(out.device, out.dtype)
+        if self.down.device != out.device or (dtype == out.dtype != self.down.dtype):
             self._follow(out)
-        if x.dtype != out.dtype or x.device != out.device:
-            x = x.to(out)
+        x, down, up = x.to(out.device, dtype), self.down.to(dtype), self.up.to(dtype)
         if self._convolution is not None:
-            return self._add_convolution(self._convolution, x, out)
-        inner = functional.linear(x, self.down)
+            return self._add_convolution(self._convolution, x, down, up, out)
+        inner = functional.linear(x, down)
         inner = inner.reshape(-1, inner.shape[-1])
         flat = out.view(-1, out.shape[-1])
+        alpha = 1.0
         if torch.compiler.is_compiling() or self.uniform is None:
-            flat.addmm_(inner * self.scales, self.up)
+            inner = inner * self.scales
         else:  # in eager mode one kernel less; compiled, the number would be a constant of the graph
-            flat.addmm_(inner, self.up, alpha=self.uniform)
+            alpha = self.uniform
+        if dtype == out.dtype:
+            flat.addmm_(inner, up, alpha=alpha)
+        else:
+            flat.add_(inner @ up, alpha=alpha)
         return out
 
-    def _add_convolution(self, conv: nn.Conv2d, x: Tensor, out: Tensor) -> Tensor:
-        inner = functional.conv2d(x, self.down, None, conv.stride, conv.padding, conv.dilation)
-        return out.add_(functional.conv2d(inner.mul_(self.scales[:, None, None]), self.up))
+    def _add_convolution(
+        self, conv: nn.Conv2d, x: Tensor, down: Tensor, up: Tensor, out: Tensor
+    ) -> Tensor:
+        inner = functional.conv2d(x, down, None, conv.stride, conv.padding, conv.dilation)
+        return out.add_(functional.conv2d(inner.mul_(self.scales[:, None, None]), up))
 
 
 @torch.no_grad()
 def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> list[Factors]:
     """The factors of many layers at once, each given by its module, its name and its parts.
 
-    What is in the right place and precision already and stands alone is used as it is, without a copy.
+    What is in the right place and precision already and stands alone is used as it is, without a copy:
+    on a CPU, nearly everything.
     Raises: LoraIncompatible with a layer whose factors overflow its precision.
     """
-    places = [compute_place(module) for module, *_ in layers]
+    places = [_kept_place(module, parts) for module, _, parts in layers]
     placed = _Placed(
         [
             (tensor, place)
@@ -173,6 +193,20 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
             )
         made.append(factors)
     return made
+
+
+def _kept_place(module: nn.Module, parts: Sequence[LowRank]) -> Place:
+    device, dtype = compute_place(module)
+    return device, _kept_dtype(device, dtype, parts)
+
+
+def _kept_dtype(device: torch.device, dtype: torch.dtype, parts: Sequence[LowRank]) -> torch.dtype:
+    """What a layer's factors are kept in: what they come in, if they are widened for the products anyway."""
+    wide = product_dtype(device, dtype)
+    if wide == dtype:
+        return dtype
+    found = {tensor.dtype for part in parts for tensor in (part.down, part.up)}
+    return found.pop() if len(found) == 1 and found <= PLAIN else wide
 
 
 def _joined(module: nn.Module, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
