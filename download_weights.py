@@ -13,10 +13,9 @@ import os
 import sys
 from pathlib import Path
 
-from lora.cache import open_cache
-from lora.download import quiet_libraries
 from lora.errors import CodedError
 from lora.sources import CachedName, Reference
+from lora.web import quiet_libraries
 from pipelines.weights import (
     WeightsIncomplete,
     WeightsMissing,
@@ -35,8 +34,8 @@ def get_lora_cache_path(source: str) -> Path:
 
     A hub repo is asked for its commit, which is part of the name. Raises: LoraError.
     """
-    lora_cache, _ = open_cache(*Settings.from_env(os.environ).lora_cache)
-    place = lora_cache.resolve(Reference(source))
+    lora_cache = Settings.from_env(os.environ).open_cache()
+    place = lora_cache.resolve(Reference(source)).place
     if isinstance(place, CachedName):
         return lora_cache.find(place).path
     return lora_cache.path_for(place)
@@ -44,7 +43,7 @@ def get_lora_cache_path(source: str) -> Path:
 
 def download_lora(source: str) -> Path:
     """Fetches a LoRA into the cache unless it is there; returns its file. Raises: LoraError."""
-    lora_cache, _ = open_cache(*Settings.from_env(os.environ).lora_cache)
+    lora_cache = Settings.from_env(os.environ).open_cache()
     return lora_cache.get(lora_cache.resolve(Reference(source))).path
 
 

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -20,12 +21,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lora.cache import open_cache
-from lora.download import quiet_libraries
 from lora.engine import Block, Budgets, LoraEngine, RestoreFailed
 from lora.errors import CodedError, LoraUnsupported
 from lora.library import Loaded, LoraLibrary
+from lora.sources import Reference, parse, redact_url
 from lora.stack import LoraUse, Mode
+from lora.web import quiet_libraries
 from pipelines.image import ImagePipeline, Route, StepCallback, Timings, choose_route
 from pipelines.loading import load_models
 from schemas import ImageRequest, LoraRequest, parse_job
@@ -69,8 +70,12 @@ class Parts:
     engine: LoraEngine
     library: LoraLibrary
     bucket: Bucket | None
-    warnings: tuple[str, ...]
-    """What every answer must tell: a volume that cannot be written."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What every answer must tell: a volume that cannot be written."""
+        trouble = self.library.cache.shelf.trouble
+        return (trouble,) if trouble else ()
 
 
 class Worker:
@@ -80,6 +85,8 @@ class Worker:
         self.settings = settings
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
         self._drawing = threading.Lock()
+        self.preloaded: dict[str, str] = {}
+        """What became of each source of LORA_PRELOAD: `under way`, `ready`, or an error."""
 
     def setup(self) -> Worker:
         """Loads the models and opens the cache, so that the first job finds them; returns itself.
@@ -88,6 +95,9 @@ class Worker:
         """
         begun = time.perf_counter()
         log.info("%s is ready after %.1f s", self.parts.pipeline.name, time.perf_counter() - begun)
+        if self.settings.preload:
+            self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
+            threading.Thread(target=self._preload, name="preload", daemon=True).start()
         return self
 
     @cached_property
@@ -99,9 +109,29 @@ class Worker:
             int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
         )
         engine = LoraEngine(pipeline.components, budgets)
-        lora_cache, warnings = open_cache(*settings.lora_cache)
+        lora_cache = settings.open_cache()
+        with suppress(OSError):  # whoever needs to write will say so
+            lora_cache.shelf.prepare()
         library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
-        return Parts(pipeline, engine, library, open_bucket(self.settings), warnings)
+        return Parts(pipeline, engine, library, open_bucket(self.settings))
+
+    def check_fitness(self) -> None:
+        """Raises: CodedError if this worker cannot be right: LORA_PRELOAD names what can mean nothing.
+
+        A preloaded LoRA that cannot be had at the moment is logged, and is no reason to stop.
+        """
+        for source in self.settings.preload:
+            parse(Reference(source))
+        log.info("preloading: %s", self.preloaded or "nothing")
+
+    def _preload(self) -> None:
+        for source in self.settings.preload:
+            try:
+                self.parts.library.load(Reference(source))
+                self.preloaded[redact_url(source)] = "ready"
+            except CodedError as error:
+                self.preloaded[redact_url(source)] = str(error)
+                log.warning("LORA_PRELOAD: %s", error)
 
     def __call__(self, job: Job) -> Answer:
         """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises.
@@ -134,10 +164,12 @@ class Worker:
         route, warnings = choose_route(request, has_refiner=parts.pipeline.has_refiner)
         timings = Timings(dict.fromkeys(PHASES, 0.0))
         progress = Progress(lambda update: self._send(job, update))
-        loaded = [_load(parts.library, lora, timings, progress) for lora in request.loras]
+        loaded = _load(parts.library, request, timings, progress)
         if request.strict_loras:
             _refuse_unused(loaded)
-        picture = load_picture(request.image_url) if request.image_url else None
+        picture = (
+            load_picture(request.image_url, parts.library.cache.web) if request.image_url else None
+        )
         drawn = self._generate(request, route, picture, loaded, timings, progress)
         with timings.measure("encode"):
             text = _parameters(parts.pipeline, request, drawn.images[0], loaded)
@@ -270,12 +302,16 @@ def _failure(error: CodedError, *, refresh: bool = False) -> Answer:
     return {"error": str(error), "refresh_worker": True} if refresh else {"error": str(error)}
 
 
-def _load(library: LoraLibrary, lora: LoraRequest, timings: Timings, progress: Progress) -> Loaded:
-    name = lora.reference.shown.rsplit("/", 1)[-1]
-    loaded = library.load(lora.reference, lambda done, all_: progress.download(name, done, all_))
-    timings.add("resolve", loaded.resolve_seconds)
-    timings.add("download", loaded.download_seconds)
-    timings.add("parse", loaded.parse_seconds)
+def _load(
+    library: LoraLibrary, request: ImageRequest, timings: Timings, progress: Progress
+) -> list[Loaded]:
+    """The job's LoRAs. They come in at the same time: each phase counts as long as the slowest takes."""
+    if not request.loras:
+        return []
+    loaded = library.load_all([lora.reference for lora in request.loras], progress.download)
+    timings.add("resolve", max(one.resolve_seconds for one in loaded))
+    timings.add("download", max(one.download_seconds for one in loaded))
+    timings.add("parse", max(one.parse_seconds for one in loaded))
     return loaded
 
 
@@ -368,7 +404,8 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     quiet_libraries()
-    default_worker()
+    worker = default_worker()
+    runpod.serverless.register_fitness_check(worker.check_fitness)
     runpod.serverless.start({"handler": generate_image})
 
 

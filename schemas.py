@@ -232,6 +232,11 @@ LORA_ENTRY: dict[str, Any] = {
             "default": None,
             "description": "The file's hash, if it must be this one",
         },
+        "refresh": {
+            "type": "boolean",
+            "default": False,
+            "description": "Ask the source whether it has another version, whatever the cache knows",
+        },
     },
 }
 

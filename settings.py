@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lora.cache import Limits
+from lora.cache import FALLBACK_ROOT, Limits, VolumeCache
+from lora.civitai import Civitai
+from lora.hub import Hub
 from lora.modes import Mode
-from lora.sources import Hub
+from lora.sources import CIVITAI, HUB
+from lora.web import Web, WebRules, origin_of
 
 STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -88,6 +93,38 @@ class Settings:
     lora_download_timeout: float = _setting(
         "LORA_DOWNLOAD_TIMEOUT", 300.0, "Seconds that one download may take", minimum=1
     )
+    lora_ttl_hours: float = _setting(
+        "LORA_TTL_HOURS",
+        24.0,
+        "Hours for which a repo's branch, the newest version on Civitai and a URL's content are taken as "
+        "known; then they are asked for again",
+        minimum=0,
+    )
+    lora_preload: str = _setting(
+        "LORA_PRELOAD",
+        "",
+        "LoRAs that are fetched and parsed when the worker starts, in the background: sources, separated "
+        "by commas",
+    )
+    lora_allowed_hosts: str = _setting(
+        "LORA_ALLOWED_HOSTS",
+        "",
+        "If set, the only hosts that URLs may name or redirect to, separated by commas; "
+        "`*.example.com` for all below example.com",
+    )
+    lora_allow_private_urls: str = _setting(
+        "LORA_ALLOW_PRIVATE_URLS",
+        "0",
+        "`1` lets URLs name hosts within the own network; without it they are refused",
+        options=("0", "1"),
+    )
+    lora_auth_headers: str = _setting(
+        "LORA_AUTH_HEADERS",
+        "",
+        'Tokens for other hosts, as JSON: `{"models.example.com": "Authorization: Bearer …"}`; each is '
+        "sent to its own host alone, over https unless the key says `http://…`",
+        secret=True,
+    )
     lora_mode: str = _setting(
         "LORA_MODE",
         "auto",
@@ -117,6 +154,12 @@ class Settings:
         "HF_TOKEN", "", "Hugging Face token for gated and private repos", secret=True
     )
     hf_endpoint: str = _setting("HF_ENDPOINT", "", "Another hub that speaks like Hugging Face's")
+    civitai_token: str = _setting(
+        "CIVITAI_TOKEN", "", "Civitai token for models that need a login", secret=True
+    )
+    civitai_endpoint: str = _setting(
+        "CIVITAI_ENDPOINT", "", "Another server that speaks like Civitai's"
+    )
     bucket_endpoint_url: str = _setting(
         "BUCKET_ENDPOINT_URL", "", "S3 endpoint; if set, pictures are uploaded and answered as URLs"
     )
@@ -141,6 +184,18 @@ class Settings:
             if "minimum" in about and not about["minimum"] <= value < float("inf"):
                 least = about["minimum"]
                 faults.append(f"{about['env']}: {value:g} is not a number of at least {least}")
+        for env, endpoint in (
+            ("HF_ENDPOINT", self.hf_endpoint),
+            ("CIVITAI_ENDPOINT", self.civitai_endpoint),
+        ):
+            try:
+                origin_of(endpoint or HUB)
+            except ValueError:
+                faults.append(f"{env}: it is no http(s) URL")
+        try:
+            _auth_headers(self.lora_auth_headers)
+        except ValueError as error:
+            faults.append(f"LORA_AUTH_HEADERS: {error}")
         if faults:
             raise SettingsError("; ".join(faults))
 
@@ -184,16 +239,48 @@ class Settings:
         """The VAE to load in place of the model's own, `auto` resolved; None for none."""
         return self._companion(self.vae, STOCK_VAE)
 
-    @property
-    def lora_cache(self) -> tuple[Path, Limits, Hub]:
-        """What `lora.cache.open_cache` takes: the folder, its limits, and the hub to ask."""
+    def open_cache(self) -> VolumeCache:
+        """The LoRA cache on the volume, by these settings; nothing is asked or written yet."""
         budget = self.lora_cache_max_gb
         limits = Limits(
             file_bytes=int(self.lora_max_file_mb * 1e6),
             total_bytes=int(budget * 1e9) if budget else None,
             timeout=self.lora_download_timeout,
+            ttl=self.lora_ttl_hours * 3600,
         )
-        return self.lora_cache_dir, limits, Hub(self.hf_token or None, self.hf_endpoint or None)
+        hub = Hub(self.hf_token or None, self.hf_endpoint or HUB)
+        web = Web(self._web_rules())
+        return VolumeCache(
+            self.lora_cache_dir,
+            limits,
+            web,
+            hub=hub,
+            civitai=Civitai(web, self.civitai_endpoint or CIVITAI),
+            fallback=FALLBACK_ROOT,
+        )
+
+    @property
+    def preload(self) -> tuple[str, ...]:
+        """The sources of LORA_PRELOAD."""
+        return _listed(self.lora_preload)
+
+    def _web_rules(self) -> WebRules:
+        own, tokens = set(), dict(_auth_headers(self.lora_auth_headers))
+        for endpoint, given, token in (
+            (HUB, self.hf_endpoint, self.hf_token),
+            (CIVITAI, self.civitai_endpoint, self.civitai_token),
+        ):
+            origin = origin_of(given or endpoint)
+            if given:  # the operator's own choice, be it within the own network
+                own.add(origin)
+            if token:
+                tokens[origin] = ("Authorization", f"Bearer {token}")
+        return WebRules(
+            allow_private=self.lora_allow_private_urls == "1",
+            allowed_hosts=_listed(self.lora_allowed_hosts),
+            own=frozenset(own),
+            tokens=tokens,
+        )
 
     def _companion(self, value: str, stock: str) -> str | None:
         if value == "auto":
@@ -204,3 +291,29 @@ class Settings:
 def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
     close = get_close_matches(name, list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _auth_headers(text: str) -> dict[str, tuple[str, str]]:
+    """Origin -> (header, value). Raises: ValueError in words that repeat nothing of the text."""
+    try:
+        given = json.loads(text) if text else {}
+    except ValueError:
+        raise ValueError("it is no JSON") from None
+    if not isinstance(given, dict):
+        raise ValueError("it is no JSON object of host -> header")
+    found = {}
+    for host, header in given.items():
+        name, colon, value = str(header).partition(":")
+        if not isinstance(header, str) or not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name):
+            raise ValueError("a header is not written as 'Name: value'")
+        if not value.strip().isprintable() or not value.strip().isascii():
+            raise ValueError("a header's value holds a character that no header may")
+        try:
+            found[origin_of(host)] = name, value.strip()
+        except ValueError:
+            raise ValueError("a key is no host name") from None
+    return found

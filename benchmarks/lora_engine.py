@@ -322,6 +322,9 @@ def main() -> None:
     measure_merged_again(bench, files[16, own], "rank 16, the model's dtype", options.rounds)
     stack = [write_lora(bench.unet, options.folder, 16, own, seed) for seed in range(STACK_OF_FOUR)]
     exactness = measure_exactness(bench, files[16, own])
+    bench.engine.free()
+    if not cuda:  # the worker's own precision on a CPU; not every one has units for bfloat16
+        bench.unet.float()
     measure_steps(bench, stack, side, max(3, options.rounds))
     figures: dict[str, Any] = {
         "model": "miniature" if options.tiny else "SDXL's UNet, 2.57 billion random parameters",
@@ -329,6 +332,7 @@ def main() -> None:
         "dtype": own,
         "rounds": options.rounds,
         "latent_side": side,
+        "step_dtype": str(bench.unet.dtype).removeprefix("torch."),
         "numbers_changed_after_merge_and_restore": exactness,
         "median_seconds": medians(bench),
     }

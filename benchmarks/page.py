@@ -115,8 +115,8 @@ def table(result: Mapping[str, Any]) -> str:
         f"Of {exact['of']:,} adapted numbers, {exact['theirs']:,} differed after diffusers' fuse and unfuse, "
         f"and {exact['ours']:,} after our merge and restore.",
         "",
-        f"A step (latent {figures['latent_side']} x {figures['latent_side']}, rank 16), against one without "
-        f"a LoRA of {_time(seconds['step: no LoRA']['ours'])}:",
+        f"A step in {figures['step_dtype']} (latent {figures['latent_side']} x {figures['latent_side']}, rank 16), "
+        f"against one without a LoRA of {_time(seconds['step: no LoRA']['ours'])}:",
         "",
         "| LoRAs | diffusers + peft | ours, dynamic | at most | | ours, merged |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
-from lora.cache import CacheEntry, Progress, VolumeCache
+from lora.cache import CacheEntry, Progress, Resolved, VolumeCache
 from lora.embeddings import TokenEmbedding, word_of
-from lora.errors import LoraCorrupt, LoraError
+from lora.errors import DownloadFailed, LoraCorrupt, LoraError
 from lora.files import LoraFile, load
+from lora.hub import PEFT_CONFIG, PEFT_STEM
 from lora.keys import KeyMap
 from lora.lru import ByteLru
-from lora.sources import Reference
+from lora.sources import SAFETENSORS, Reference, RemoteFile
+from lora.transfers import Transfer, Transfers
 
 WARM_BYTES = 2_000_000_000
 """How many bytes of parsed files are kept."""
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""A folder that PEFT saved: the tensors, and beside them the numbers that scale them."""
-
 CONFIG_BYTES = 10_000_000
+
+AT_ONCE = 4
+"""How many LoRAs of one job are fetched at the same time."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +44,11 @@ class Loaded:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What may be otherwise than the adapter's maker meant it."""
-        remote = self.entry.record.fetched is not None
-        if remote and self.entry.record.source.endswith(PEFT_FILE) and not self.file.scaled:
-            return (
-                f"{self.entry.name}: its {PEFT_CONFIG} is not fetched, so alpha counts as the rank",
-            )
-        return ()
+        """What may be otherwise than the adapter's maker, or the request, meant it."""
+        own = self.entry.warnings
+        if self.entry.record.source.endswith(PEFT_STEM + SAFETENSORS) and not self.file.scaled:
+            return (*own, f"{self.entry.name} has no {PEFT_CONFIG}, so alpha counts as the rank")
+        return own
 
     @property
     def embeddings(self) -> tuple[TokenEmbedding, ...]:
@@ -66,33 +71,79 @@ class LoraLibrary:
 
         Raises: LoraError, whose sentence names the reference.
         """
-        try:
-            return self._load(reference, progress)
-        except LoraError as error:
-            if reference.shown in error.sentence:
-                raise
-            raise type(error)(f"{reference.shown}: {error.sentence}", error.hint) from error
+        with _naming(reference):
+            return self._load(reference, self._resolve(reference), progress)
 
-    def _load(self, reference: Reference, progress: Progress | None) -> Loaded:
+    def load_all(
+        self, references: Sequence[Reference], tell: Callable[[Transfer], None] | None = None
+    ) -> list[Loaded]:
+        """The adapters of a job, fetched at the same time. `tell` hears how far all of them are.
+
+        Nothing is downloaded unless every reference is known to mean something. Raises: LoraError, with
+        the faults of all of them.
+        """
+        transfers = Transfers(tell or (lambda transfer: None))
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora") as pool:
+
+            def each(work: Callable[..., Result], *given: Sequence[Any]) -> list[Result]:
+                futures = [pool.submit(_named, work, *one) for one in zip(*given, strict=True)]
+                return _results(futures)
+
+            places = each(self._resolve, references)
+            progress = [transfers.of(number) for number in range(len(references))]
+            return each(self._load, references, places, progress)
+
+    def _resolve(self, reference: Reference) -> tuple[Resolved, float]:
+        """Where it is, and how many seconds it took to find out."""
         begun = time.perf_counter()
-        place = self.cache.resolve(reference)
-        resolved = time.perf_counter()
+        return self.cache.resolve(reference), time.perf_counter() - begun
+
+    def _load(
+        self, reference: Reference, found: tuple[Resolved, float], progress: Progress | None
+    ) -> Loaded:
+        place, seconds = found
+        begun = time.perf_counter()
         entry = self.cache.get(place, progress)
         fetched = time.perf_counter()
         try:
             file = self._parse(entry)
-        except FileNotFoundError:  # another worker evicted or replaced it since: once more
-            entry = self.cache.get(place, progress)
+        except (FileNotFoundError, LoraCorrupt) as error:
+            entry = self._get_again(place, entry, error, progress)
             fetched = time.perf_counter()
-            file = self._parse(entry)
+            file = self._parse_for_good(entry)
         return Loaded(
             reference=reference,
             entry=entry,
             file=file,
-            resolve_seconds=resolved - begun,
-            download_seconds=fetched - resolved,
+            resolve_seconds=seconds,
+            download_seconds=fetched - begun,
             parse_seconds=time.perf_counter() - fetched,
         )
+
+    def _get_again(
+        self, place: Resolved, entry: CacheEntry, error: Exception, progress: Progress | None
+    ) -> CacheEntry:
+        """The file once more, if what could not be read is gone, or not what was downloaded.
+
+        Raises: `error` if it is what its source has.
+        """
+        place, warnings = place._replace(refresh=False), tuple[str, ...]()
+        if isinstance(error, LoraCorrupt):
+            shelf, remote = self.cache.shelf, isinstance(place.place, RemoteFile)
+            if not remote or entry.downloaded or not shelf.is_damaged(entry):
+                raise error
+            shelf.set_aside(entry.path)
+            warnings = (f"{entry.name} was damaged on the volume; it was fetched again",)
+        entry = self.cache.get(place, progress)
+        return replace(entry, warnings=(*warnings, *entry.warnings))
+
+    def _parse_for_good(self, entry: CacheEntry) -> LoraFile:
+        try:
+            return self._parse(entry)
+        except FileNotFoundError as error:
+            raise DownloadFailed(
+                f"{entry.name} was removed by another worker, twice", "Try again later."
+            ) from error
 
     def _parse(self, entry: CacheEntry) -> LoraFile:
         """The file's parsed form, by its content: a changed file is never mistaken for the old one.
@@ -114,6 +165,8 @@ class LoraLibrary:
         except FileNotFoundError:
             raise
         except OSError as error:
+            if error.errno == errno.ESTALE:  # a network file system's word for a file that is gone
+                raise FileNotFoundError(entry.path) from error
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
         if (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns):
             raise FileNotFoundError(entry.path)
@@ -127,10 +180,41 @@ class LoraLibrary:
             self._warm.clear()
 
 
+Result = TypeVar("Result")
+
+
+@contextmanager
+def _naming(reference: Reference) -> Iterator[None]:
+    """Lets an error's sentence name the reference."""
+    try:
+        yield
+    except LoraError as error:
+        if reference.shown in error.sentence:
+            raise
+        raise type(error)(f"{reference.shown}: {error.sentence}", error.hint) from error
+
+
+def _named(work: Callable[..., Result], reference: Reference, *more: Any) -> Result:
+    with _naming(reference):
+        return work(reference, *more)
+
+
+def _results(futures: Sequence[Future[Result]]) -> list[Result]:
+    """All of them. Raises: the first error, whose sentence has those of the others."""
+    errors = [error for future in futures if (error := future.exception())]
+    coded = list({str(error): error for error in errors if isinstance(error, LoraError)}.values())
+    if len(coded) < 2 or len(coded) < len({str(error) for error in errors}):
+        return [future.result() for future in futures]
+    first = coded[0]
+    raise type(first)("; ".join(one.sentence for one in coded), first.hint) from first
+
+
 def _config(entry: CacheEntry) -> str | None:
-    """The text of the PEFT config beside a PEFT adapter. Raises: LoraCorrupt if it cannot be read."""
+    """The text of the PEFT config that goes with an adapter. Raises: LoraCorrupt if it cannot be read."""
+    if entry.record.config is not None:
+        return entry.record.config
     path = entry.path.with_name(PEFT_CONFIG)
-    if entry.path.name != PEFT_FILE or not path.is_file():
+    if entry.path.name != PEFT_STEM + SAFETENSORS or not path.is_file():
         return None
     try:
         if path.stat().st_size > CONFIG_BYTES:

@@ -38,6 +38,14 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_fallback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where LoRAs go if a cache folder cannot be written: not where other programs' are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("settings.FALLBACK_ROOT", tmp_path_factory.mktemp("fallback"))
+        yield
+
+
 @pytest.fixture
 def server() -> Iterator[LoopbackServer]:
     with LoopbackServer() as running:
@@ -62,9 +70,11 @@ def engine(unet: nn.Module) -> LoraEngine:
 
 
 @pytest.fixture(scope="session")
-def demo_worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+def demo_worker(tmp_path_factory: pytest.TempPathFactory, own_fallback: None) -> Worker:
     """The worker on the demo model, its cache in a folder of the test run with the demo's adapters."""
     cache = tmp_path_factory.mktemp("loras")
     for file in (ROOT / "demo" / "loras").glob("*.safetensors"):
         (cache / file.name).write_bytes(file.read_bytes())
-    return Worker(Settings(model="demo", device="cpu", lora_cache_dir=cache)).setup()
+    return Worker(
+        Settings(model="demo", device="cpu", lora_cache_dir=cache, lora_allow_private_urls="1")
+    ).setup()

@@ -95,7 +95,7 @@ def test_the_modules_without_torch_import_without_it() -> None:
 
 def test_the_images_weights_layer_copies_all_that_download_weights_imports(tmp_path: Path) -> None:
     before_weights = (ROOT / "Dockerfile").read_text().split("python download_weights.py")[0]
-    for line in re.findall(r"^COPY (.+)$", before_weights, re.MULTILINE):
+    for line in re.findall(r"^COPY (.+)$", before_weights.replace("\\\n", ""), re.MULTILINE):
         *files, target = line.split()
         for file in files:
             (tmp_path / target).mkdir(parents=True, exist_ok=True)

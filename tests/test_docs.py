@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import handler
+from handler import Worker
 from lora import errors
 from lora.errors import CodedError
 from schemas import IMAGE_REQUEST, LORA_ENTRY, InvalidInput, parse_job
@@ -68,6 +69,23 @@ def test_the_parameter_tables_are_the_schema(title: str, schema: dict[str, Any])
         for name, rule in schema["properties"].items()
     }
     assert written == expected
+
+
+def test_the_sample_answer_has_what_answers_have(demo_worker: Worker) -> None:
+    sample = json.loads(re.findall(r"```json\n(\{\n \"images\".*?)```", README, re.DOTALL)[0])
+    job = next(
+        job for job in requests() if job["input"].get("loras") == ["demo-stripes.safetensors"]
+    )
+    answer = demo_worker({"id": "sample", **job})
+    assert list(sample) == list(answer)
+    assert list(sample["timings"]) == list(answer["timings"])
+    changing = {"sha256"}
+    for written, found in zip(sample["loras"], answer["loras"], strict=True):
+        assert list(written) == list(found)
+        assert {k: v for k, v in written.items() if k not in changing} == {
+            k: v for k, v in found.items() if k not in changing
+        }
+        assert found["sha256"].startswith(written["sha256"].rstrip("…"))
 
 
 def test_the_environment_table_is_the_settings() -> None:

@@ -27,6 +27,7 @@ def environment(tmp_path: Path, server: LoopbackServer) -> dict[str, str]:
         "HF_ENDPOINT": server.address,
         "HF_HOME": str(tmp_path / "hf"),
         "HF_TOKEN": "hf_canary",
+        "LORA_ALLOW_PRIVATE_URLS": "1",
         "LORA_CACHE_DIR": str(tmp_path / "loras"),
         "WORKER_MODEL": "someone/sdxl-tune",
     }
@@ -91,6 +92,7 @@ def test_the_public_functions_agree_on_the_path(
 
     monkeypatch.setenv("LORA_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("LORA_ALLOW_PRIVATE_URLS", "1")
     server.serve_repo("user/style", {"pytorch_lora_weights.safetensors": ADAPTER})
     for source in (server.serve("/a.safetensors", ADAPTER), "user/style"):
         before = get_lora_cache_path(source)

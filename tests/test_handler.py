@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,9 @@ from PIL import Image
 
 from handler import PHASES, Worker
 from lora.engine import RestoreFailed
+from lora.errors import CodedError
+from lora.library import LoraLibrary
+from settings import Settings
 from tests.adapters import as_bytes, kohya, sd15
 from tests.conftest import ROOT
 from tests.lora.test_engine import State
@@ -483,3 +488,62 @@ def _post_when_ready(url: str, body: Any, process: subprocess.Popen[bytes]) -> A
         except requests.ConnectionError:
             time.sleep(0.3)
     raise AssertionError("the server did not come up")
+
+
+def test_several_loras_download_with_one_progress(
+    demo_worker: Worker, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(demo_worker, "_send", lambda job, update: told.append(update["text"]))
+    urls = [server.serve(f"/p{n}.safetensors", as_bytes(kohya(seed=n))) for n in (7, 8)]
+    answer = demo_worker(job(loras=urls))
+    assert [one["origin"] for one in answer["loras"]] == ["downloaded"] * 2
+    downloads = [text for text in told if text.startswith("downloading")]
+    assert re.fullmatch(r"downloading 2 LoRAs 100%, [\d.e+]+ MB/s", downloads[-1])
+    assert told.index(downloads[-1]) < told.index("step 1/2")
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_every_answer(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = demo_worker.parts.library.cache.shelf
+    monkeypatch.setattr(shelf, "_trouble", "the volume is gone")
+    assert demo_worker(job())["warnings"] == ["the volume is gone"]
+
+
+def preloading(folder: Path, *sources: str) -> Worker:
+    settings = Settings(
+        model="demo",
+        device="cpu",
+        lora_cache_dir=folder,
+        lora_preload=", ".join(sources),
+        lora_allow_private_urls="1",
+    )
+    return Worker(settings)
+
+
+def test_preloaded_loras_are_there_before_the_first_job(
+    demo_worker: Worker, tmp_path: Path, server: LoopbackServer
+) -> None:
+    url, gone = server.serve("/pre.safetensors", as_bytes(kohya())), server.url("/gone?t=canary")
+    worker = preloading(tmp_path, url, gone)
+    worker.__dict__["parts"] = replace(  # another cache, the same models
+        demo_worker.parts,
+        library=LoraLibrary(worker.settings.open_cache(), demo_worker.parts.engine.key_map),
+    )
+    worker.setup()
+    deadline = time.monotonic() + 20
+    while "under way" in worker.preloaded.values() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert worker.preloaded[url] == "ready"
+    assert worker.preloaded[gone.partition("?")[0]].startswith("LORA_NOT_FOUND: ")
+    assert "canary" not in str(worker.preloaded)
+    worker.check_fitness()
+    assert worker(job(loras=[url]))["loras"][0]["origin"] == "cached"
+    assert server.hits["/pre.safetensors"] == 1
+
+
+def test_a_worker_that_preloads_what_can_mean_nothing_is_not_fit(tmp_path: Path) -> None:
+    with pytest.raises(CodedError) as caught:
+        preloading(tmp_path, "fine", "../x").check_fitness()
+    assert str(caught.value).startswith("LORA_SOURCE_INVALID: ")

@@ -1,4 +1,4 @@
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 
 import pytest
@@ -39,19 +39,66 @@ def test_every_fault_is_told_at_once() -> None:
 
 
 def test_secrets_do_not_show_and_nothing_can_be_changed() -> None:
-    settings = Settings.from_env({"HF_TOKEN": "hf_canary", "BUCKET_SECRET_ACCESS_KEY": "canary"})
+    names = [f.metadata["env"] for f in fields(Settings) if f.metadata["secret"]]
+    environ = dict.fromkeys(names, "canary")
+    environ["LORA_AUTH_HEADERS"] = '{"models.example.com": "X-Key: canary"}'
+    settings = Settings.from_env(environ)
     assert "canary" not in repr(settings)
-    assert "canary" not in repr(settings.lora_cache)
+    assert "canary" not in repr(settings.open_cache().web.rules)
     with pytest.raises(FrozenInstanceError):
         settings.model = "x"  # type: ignore[misc]
 
 
 def test_limits_are_in_bytes() -> None:
     environ = {"LORA_CACHE_MAX_GB": "1.5", "LORA_MAX_FILE_MB": "10", "LORA_DOWNLOAD_TIMEOUT": "7"}
-    _, limits, _ = Settings.from_env(environ).lora_cache
+    limits = Settings.from_env(environ).open_cache().limits
     assert (limits.total_bytes, limits.file_bytes, limits.timeout) == (
         1_500_000_000,
         10_000_000,
         7.0,
     )
-    assert Settings().lora_cache[1].total_bytes is None
+    assert Settings().open_cache().limits.total_bytes is None
+
+
+def test_tokens_belong_to_origins() -> None:
+    environ = {
+        "HF_TOKEN": "hf",
+        "HF_ENDPOINT": "http://10.0.0.7:8080",
+        "CIVITAI_TOKEN": "civ",
+        "LORA_AUTH_HEADERS": '{"Models.example.com": "X-Key: a:b", "http://10.0.0.8": "Cookie: c"}',
+        "LORA_ALLOWED_HOSTS": "*.example.com, huggingface.co",
+    }
+    rules = Settings.from_env(environ).open_cache().web.rules
+    assert rules.tokens == {
+        "http://10.0.0.7:8080": ("Authorization", "Bearer hf"),
+        "https://civitai.com:443": ("Authorization", "Bearer civ"),
+        "https://models.example.com:443": ("X-Key", "a:b"),
+        "http://10.0.0.8:80": ("Cookie", "c"),
+    }
+    assert rules.own == {"http://10.0.0.7:8080"}
+    assert rules.allowed_hosts == ("*.example.com", "huggingface.co")
+    assert not rules.allow_private
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("canary", "it is no JSON"),
+        ('["canary"]', "no JSON object"),
+        ('{"h.example": "canary"}', "not written as 'Name: value'"),
+        ('{"h.example": 5}', "not written as 'Name: value'"),
+        ('{"ftp://canary": "A: b"}', "no host name"),
+        ('{"h.example": "A: canary\\r\\nB: c"}', "no header may"),
+    ],
+)
+def test_bad_auth_headers_are_refused_without_repeating_them(text: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({"LORA_AUTH_HEADERS": text})
+    assert said in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+def test_a_bad_endpoint_is_refused_at_start() -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_env({"HF_ENDPOINT": "ftp://x", "CIVITAI_ENDPOINT": "://"})
+    assert str(caught.value).count("is no http(s) URL") == 2

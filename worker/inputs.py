@@ -9,8 +9,9 @@ import time
 import requests
 from PIL import Image, ImageOps
 
-from lora.download import open_url
+from lora.errors import SourceInvalid
 from lora.sources import redact_url
+from lora.web import Web
 from schemas import InvalidInput
 
 MAX_BYTES = 30_000_000
@@ -20,13 +21,13 @@ TIMEOUT = 60.0
 """Seconds that fetching a picture may take."""
 
 
-def load_picture(url: str) -> Image.Image:
+def load_picture(url: str, web: Web) -> Image.Image:
     """The picture as RGB, turned upright by its EXIF orientation.
 
     Raises: InvalidInput if it cannot be fetched, is no picture, is over 30 MB or 40 megapixels, or is
     smaller than 64 pixels on a side.
     """
-    data = _from_data_uri(url) if url.startswith("data:") else _download(url)
+    data = _from_data_uri(url) if url.startswith("data:") else _download(url, web)
     try:
         picture: Image.Image = Image.open(io.BytesIO(data))
         if picture.width * picture.height > MAX_PIXELS:
@@ -52,17 +53,16 @@ def _from_data_uri(url: str) -> bytes:
         raise InvalidInput("image_url: the data URI is not valid base64") from error
 
 
-def _download(url: str) -> bytes:
+def _download(url: str, web: Web) -> bytes:
     shown, deadline = redact_url(url), time.monotonic() + TIMEOUT
-    data = bytearray()
     try:
-        with open_url(url, {}, stall=30.0, deadline=deadline) as body:
+        with web.open(url, stall=30.0, deadline=deadline) as body:
             if body.status != 200:
                 raise InvalidInput(f"image_url: {shown} answered HTTP {body.status}")
-            for piece in body.pieces():
-                data += piece
-                if len(data) > MAX_BYTES:
-                    raise InvalidInput(f"image_url: the picture is over {MAX_BYTES / 1e6:g} MB")
+            return body.read(MAX_BYTES)
+    except SourceInvalid as error:
+        raise InvalidInput(f"image_url: {error.sentence}", error.hint) from error
     except requests.RequestException as error:
         raise InvalidInput(f"image_url: {shown} could not be fetched") from error
-    return bytes(data)
+    except ValueError as error:
+        raise InvalidInput(f"image_url: the picture is over {MAX_BYTES / 1e6:g} MB") from error

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from lora.transfers import Transfer
+
 Send = Callable[[dict[str, Any]], None]
 """Takes one update, {phase, fraction, text}."""
 
@@ -34,7 +36,9 @@ class Progress:
         """One more denoising step is done."""
         self.tell("generating", done / max(total, 1), f"step {done}/{total}")
 
-    def download(self, name: str, done: int, total: int | None) -> None:
-        """More bytes of a LoRA have come in."""
-        share = f" {100 * done // total}%" if total else f" {done / 1e6:.0f} MB"
-        self.tell("downloading", done / total if total else 0.0, f"downloading {name}{share}")
+    def download(self, now: Transfer) -> None:
+        """More bytes of the job's LoRAs have come in."""
+        share = f"{100 * now.done // now.total}%" if now.total else f"{now.done / 1e6:.0f} MB"
+        words = f"downloading {now.files} LoRA{'s' * (now.files > 1)} {share}"
+        fraction = now.done / now.total if now.total else 0.0
+        self.tell("downloading", fraction, f"{words}, {now.rate / 1e6:.3g} MB/s")

@@ -1,6 +1,5 @@
 import hashlib
 import os
-import stat
 import threading
 import time
 from pathlib import Path
@@ -8,26 +7,22 @@ from urllib.parse import quote
 
 import pytest
 
-from lora.cache import (
-    CacheEntry,
-    Limits,
-    VolumeCache,
-    files_to_evict,
-    open_cache,
-    record_path,
-)
+from lora.cache import CacheEntry, Limits, VolumeCache
 from lora.errors import CacheFull, LoraError, LoraNotFound, SourceInvalid
-from lora.sources import CachedName, Hub, Reference
+from lora.hub import Hub
+from lora.records import record_path
+from lora.room import files_to_evict
+from lora.sources import CachedName, Reference
 from tests.adapters import as_bytes, kohya
-from tests.server import LoopbackServer
+from tests.server import LOOPBACK, LoopbackServer
 
 ADAPTER = as_bytes(kohya())
 
 
 @pytest.fixture
 def cache(tmp_path: Path) -> VolumeCache:
-    made = VolumeCache(tmp_path / "loras", Limits(timeout=5, stall=2, tries=2))
-    made.prepare()
+    made = VolumeCache(tmp_path / "loras", Limits(timeout=5, stall=2, tries=2), LOOPBACK)
+    made.shelf.prepare()
     return made
 
 
@@ -36,7 +31,7 @@ def get(cache: VolumeCache, path: str, **options: str) -> CacheEntry:
 
 
 def leftovers(cache: VolumeCache) -> list[Path]:
-    return [p for p in cache.root.rglob("*") if p.is_file() and not p.name.endswith(".json")]
+    return [p for p in cache.shelf.root.rglob("*") if p.is_file() and not p.name.endswith(".json")]
 
 
 def test_a_url_is_downloaded_once_and_found_again(
@@ -64,25 +59,25 @@ def test_two_urls_with_one_file_name_never_meet(cache: VolumeCache, server: Loop
 def test_a_hub_repo_is_downloaded_and_its_hash_checked(
     tmp_path: Path, server: LoopbackServer
 ) -> None:
-    cache = VolumeCache(tmp_path, hub=Hub(endpoint=server.address, token="hf_canary"))
+    cache = VolumeCache(tmp_path, None, LOOPBACK, hub=Hub("hf_canary", server.address))
     server.serve_repo("user/repo", {"pytorch_lora_weights.safetensors": ADAPTER})
     entry = get(cache, "user/repo")
     assert entry.path.read_bytes() == ADAPTER
-    assert entry.record.source == "user/repo/pytorch_lora_weights.safetensors"
+    assert entry.record.source == f"user/repo@{'c' * 12}/pytorch_lora_weights.safetensors"
     assert get(cache, "user/repo").downloaded is False
     texts = [p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()]
     assert not any(b"hf_canary" in text for text in texts)
 
 
 def test_a_cached_name_wins_over_a_hub_repo(cache: VolumeCache) -> None:
-    (cache.root / "user").mkdir()
-    (cache.root / "user" / "repo.safetensors").write_bytes(ADAPTER)
+    (cache.shelf.root / "user").mkdir()
+    (cache.shelf.root / "user" / "repo.safetensors").write_bytes(ADAPTER)
     for name in ("user/repo", "user/repo.safetensors"):
         assert get(cache, name).name == "user/repo.safetensors"
 
 
 def test_an_unknown_name_lists_the_nearest(cache: VolumeCache) -> None:
-    (cache.root / "watercolor-style.safetensors").write_bytes(ADAPTER)
+    (cache.shelf.root / "watercolor-style.safetensors").write_bytes(ADAPTER)
     with pytest.raises(LoraNotFound) as caught:
         cache.find(CachedName("watercolour-style"))
     assert "Did you mean watercolor-style?" in str(caught.value)
@@ -91,13 +86,13 @@ def test_an_unknown_name_lists_the_nearest(cache: VolumeCache) -> None:
 def test_a_link_out_of_the_cache_is_not_followed(cache: VolumeCache, tmp_path: Path) -> None:
     outside = tmp_path / "secret.safetensors"
     outside.write_bytes(ADAPTER)
-    (cache.root / "link.safetensors").symlink_to(outside)
+    (cache.shelf.root / "link.safetensors").symlink_to(outside)
     with pytest.raises(SourceInvalid):
         cache.find(CachedName("link"))
 
 
 def test_a_file_changed_by_hand_is_hashed_anew(cache: VolumeCache) -> None:
-    path = cache.root / "mine.safetensors"
+    path = cache.shelf.root / "mine.safetensors"
     path.write_bytes(ADAPTER)
     first = cache.find(CachedName("mine"))
     changed = as_bytes(kohya(seed=5))
@@ -129,7 +124,7 @@ def test_a_failed_download_has_its_code_and_leaves_nothing(
         get(cache, url)
     assert caught.value.code == code
     assert "canary" not in str(caught.value)
-    assert [p for p in cache.root.rglob("*") if p.is_file()] == []
+    assert [p for p in cache.shelf.root.rglob("*") if p.is_file()] == []
 
 
 def test_a_server_error_that_passes_is_survived(cache: VolumeCache, server: LoopbackServer) -> None:
@@ -150,7 +145,7 @@ def test_a_wrong_hash_is_refused_before_publishing(
 
 
 def test_a_file_over_the_limit_is_refused(tmp_path: Path, server: LoopbackServer) -> None:
-    cache = VolumeCache(tmp_path, Limits(file_bytes=1000))
+    cache = VolumeCache(tmp_path, Limits(file_bytes=1000), LOOPBACK)
     with pytest.raises(LoraError) as caught:
         get(cache, server.serve("/lora.safetensors", ADAPTER))
     assert caught.value.code == "LORA_TOO_LARGE"
@@ -182,55 +177,62 @@ def test_progress_counts_up_to_the_whole(cache: VolumeCache, server: LoopbackSer
 def test_the_budget_evicts_what_was_used_longest_ago(
     tmp_path: Path, server: LoopbackServer
 ) -> None:
-    cache = VolumeCache(tmp_path, Limits(total_bytes=int(2.5 * len(ADAPTER))))
+    cache = VolumeCache(tmp_path, Limits(total_bytes=int(2.5 * len(ADAPTER))), LOOPBACK)
     urls = [server.serve(f"/{n}.safetensors", as_bytes(kohya(seed=n))) for n in range(3)]
     old, used = get(cache, urls[0]), get(cache, urls[1])
     now = time.time()
     os.utime(record_path(old.path), (now - 200, now - 200))
     os.utime(record_path(used.path), (now - 100, now - 100))
     new = get(cache, urls[2])
-    assert sorted(cache.files()) == sorted([used.path, new.path])
+    assert sorted(cache.shelf.files()) == sorted([used.path, new.path])
     assert not record_path(old.path).exists()
 
 
 def test_files_in_use_are_never_evicted_and_the_error_tells_how_much_lacks() -> None:
     a, b = Path("a"), Path("b")
-    assert files_to_evict([(a, 10), (b, 10)], 15, set()) == [a]
-    assert files_to_evict([(a, 10), (b, 10)], 15, {a}) == [b]
-    assert files_to_evict([(a, 10)], 15, set()) == []
+    said = ("room", "Do this")
+    assert files_to_evict([(a, 10), (b, 10)], 5, set(), *said) == [a]
+    assert files_to_evict([(a, 10), (b, 10)], 5, {a}, *said) == [b]
+    assert files_to_evict([(a, 10)], 0, set(), *said) == []
     with pytest.raises(CacheFull) as caught:
-        files_to_evict([(a, 10_000_000)], 5_000_000, {a})
-    assert "lacks 5.0 MB" in str(caught.value)
+        files_to_evict([(a, 10_000_000)], 5_000_000, {a}, *said)
+    assert "lacks 5.0 MB of room" in str(caught.value)
+    assert "Do this or remove files." in str(caught.value)
 
 
 def test_leftovers_of_dead_workers_are_swept_and_fresh_parts_stay(cache: VolumeCache) -> None:
-    old, fresh = (cache.root / ".incoming" / name for name in ("old.part", "fresh.part"))
+    old, fresh = (cache.shelf.root / ".incoming" / name for name in ("old.part", "fresh.part"))
     old.write_bytes(b"x")
     fresh.write_bytes(b"x")
     os.utime(old, (time.time() - 7200,) * 2)
-    cache.prepare()
+    cache.shelf.prepare()
     assert (old.exists(), fresh.exists()) == (False, True)
 
 
 def test_a_folder_that_cannot_be_written_falls_back_with_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: LoopbackServer
 ) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    monkeypatch.setattr("lora.cache.FALLBACK_ROOT", tmp_path / "fallback")
-    cache, warnings = open_cache(blocked / "loras", Limits(), Hub())
-    assert cache.root == tmp_path / "fallback"
-    assert stat.S_ISDIR(cache.root.stat().st_mode)
-    assert "cannot be written" in warnings[0]
+    fallback = tmp_path / "fallback"
+    cache = VolumeCache(blocked / "loras", None, LOOPBACK, fallback=fallback)
+    assert cache.shelf.prepare() == fallback
+    assert "cannot be written" in str(cache.shelf.trouble)
+    entry = get(cache, server.serve("/lora.safetensors", ADAPTER))
+    assert entry.path.is_relative_to(fallback)
+    assert get(cache, entry.name).path == entry.path
+    blocked.unlink()  # the volume comes back
+    assert cache.shelf.prepare() == blocked / "loras"
+    assert cache.shelf.trouble is None
 
 
 def test_a_file_put_there_by_hand_is_never_evicted(tmp_path: Path, server: LoopbackServer) -> None:
-    cache = VolumeCache(tmp_path, Limits(total_bytes=int(1.5 * len(ADAPTER))))
+    cache = VolumeCache(tmp_path, Limits(total_bytes=int(1.5 * len(ADAPTER))), LOOPBACK)
     (tmp_path / "checkpoint.safetensors").write_bytes(ADAPTER)
     mine = cache.find(CachedName("checkpoint"))
     first = get(cache, server.serve("/1.safetensors", as_bytes(kohya(seed=1))))
     second = get(cache, server.serve("/2.safetensors", as_bytes(kohya(seed=2))))
-    assert sorted(cache.files()) == sorted([mine.path, second.path])
+    assert sorted(cache.shelf.files()) == sorted([mine.path, second.path])
     assert not first.path.exists()
 
 
@@ -258,7 +260,7 @@ def test_a_url_whose_content_changed_is_fetched_again_when_its_hash_is_asked_for
 def test_a_server_that_drips_is_cut_off_at_the_deadline(
     tmp_path: Path, server: LoopbackServer
 ) -> None:
-    cache = VolumeCache(tmp_path, Limits(timeout=0.6, stall=5))
+    cache = VolumeCache(tmp_path, Limits(timeout=0.6, stall=5), LOOPBACK)
     url = server.serve("/lora.safetensors", ADAPTER, drip=0.1)
     begun = time.monotonic()
     with pytest.raises(LoraError) as caught:
@@ -271,9 +273,9 @@ def test_a_server_that_drips_is_cut_off_at_the_deadline(
 def test_a_part_that_vanishes_during_the_sweep_is_no_fault(
     cache: VolumeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ghost = cache.root / ".incoming" / "ghost.part"
+    ghost = cache.shelf.root / ".incoming" / "ghost.part"
     monkeypatch.setattr(Path, "iterdir", lambda self: iter([ghost]))
-    cache.prepare()
+    cache.shelf.prepare()
 
 
 def test_a_very_long_name_in_any_script_is_kept_short(

@@ -58,7 +58,7 @@ def test_bundled_words_belong_to_their_encoders(engine: LoraEngine, tmp_path: Pa
 
 def test_a_file_of_embeddings_is_called_by_its_name(engine: LoraEngine, tmp_path: Path) -> None:
     cache = VolumeCache(tmp_path)
-    cache.prepare()
+    cache.shelf.prepare()
     tensors = {"clip_l": randn(2, 8), "clip_g": randn(2, 12)}
     write(tmp_path / "my-style.safetensors", tensors)
     write(tmp_path / "twin-0123456789abcdef.safetensors", tensors)

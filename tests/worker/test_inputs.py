@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from schemas import InvalidInput
-from tests.server import LoopbackServer
+from tests.server import LOOPBACK, LoopbackServer
 from worker import inputs
 from worker.inputs import load_picture
 
@@ -22,18 +22,18 @@ def uri(data: bytes) -> str:
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_every_mode_comes_back_as_rgb(mode: str) -> None:
-    picture = load_picture(uri(png(mode)))
+    picture = load_picture(uri(png(mode)), LOOPBACK)
     assert (picture.mode, picture.size) == ("RGB", (80, 64))
 
 
 def test_a_picture_is_turned_upright() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert load_picture(uri(png(exif=exif))).size == (64, 80)
+    assert load_picture(uri(png(exif=exif)), LOOPBACK).size == (64, 80)
 
 
 def test_a_url_is_fetched(server: LoopbackServer) -> None:
-    assert load_picture(server.serve("/a.png", png())).size == (80, 64)
+    assert load_picture(server.serve("/a.png", png()), LOOPBACK).size == (80, 64)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_url_is_fetched(server: LoopbackServer) -> None:
 )
 def test_bad_data_uris_are_refused(url: str, said: str) -> None:
     with pytest.raises(InvalidInput) as caught:
-        load_picture(url)
+        load_picture(url, LOOPBACK)
     assert said in str(caught.value)
 
 
@@ -65,7 +65,7 @@ def test_bad_urls_are_refused_without_their_secrets(
     }
     for url, said in cases.items():
         with pytest.raises(InvalidInput) as caught:
-            load_picture(url)
+            load_picture(url, LOOPBACK)
         assert said in str(caught.value)
         assert "canary" not in str(caught.value)
 
@@ -73,5 +73,5 @@ def test_bad_urls_are_refused_without_their_secrets(
 def test_too_many_pixels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "MAX_PIXELS", 40)
     with pytest.raises(InvalidInput) as caught:
-        load_picture(uri(png()))
+        load_picture(uri(png()), LOOPBACK)
     assert "megapixels" in str(caught.value)

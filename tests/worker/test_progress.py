@@ -1,5 +1,6 @@
 from typing import Any
 
+from lora.transfers import Transfer
 from worker.progress import INTERVAL, Progress
 
 
@@ -22,13 +23,13 @@ def test_steps_are_throttled_and_the_last_is_always_told() -> None:
 
 def test_a_new_phase_is_told_at_once() -> None:
     progress, sent, _ = make()
-    progress.download("x.safetensors", 43, 100)
-    progress.download("x.safetensors", 44, 100)
+    progress.download(Transfer(2, 43, 100, 12e6))
+    progress.download(Transfer(2, 44, 100, 12e6))
     progress.step(1, 9)
-    assert [u["text"] for u in sent] == ["downloading x.safetensors 43%", "step 1/9"]
+    assert [u["text"] for u in sent] == ["downloading 2 LoRAs 43%, 12 MB/s", "step 1/9"]
 
 
 def test_a_download_of_unknown_size_tells_megabytes() -> None:
     progress, sent, _ = make()
-    progress.download("x", 12_000_000, None)
-    assert sent[0]["text"] == "downloading x 12 MB"
+    progress.download(Transfer(1, 12_000_000, None, 345_000))
+    assert sent[0]["text"] == "downloading 1 LoRA 12 MB, 0.345 MB/s"
