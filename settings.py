@@ -75,6 +75,19 @@ class Settings:
         "20 for /runsync)",
         minimum=0.001,
     )
+    concurrency: float = _setting(
+        "WORKER_CONCURRENCY",
+        2.0,
+        "Jobs that the worker takes at once: one draws, the others fetch and parse their LoRAs",
+        minimum=1,
+    )
+    deadline: float = _setting(
+        "WORKER_DEADLINE",
+        0.0,
+        "Seconds after which a job ends with DEADLINE_EXCEEDED; 0 for no limit but the job's own "
+        "executionTimeout, which counts in any case",
+        minimum=0,
+    )
     lora_cache_dir: Path = _setting(
         "LORA_CACHE_DIR",
         Path("/models/loras"),

@@ -19,6 +19,7 @@ from settings import Settings
 from tests.conftest import ROOT
 from tests.make_hub_json import PATH, hub_json
 from worker.outputs import OutputTooLarge
+from worker.stop import Cancelled
 
 README = (ROOT / "README.md").read_text()
 
@@ -106,7 +107,7 @@ def leaves(error: type[CodedError]) -> list[type[CodedError]]:
 
 
 def test_the_error_table_lists_every_code() -> None:
-    assert {handler.OutOfMemory, InvalidInput, OutputTooLarge} <= set(leaves(CodedError))
+    assert {handler.OutOfMemory, InvalidInput, OutputTooLarge, Cancelled} <= set(leaves(CodedError))
     codes = {leaf.code for leaf in leaves(CodedError)}
     assert {row[0].strip("`") for row in rows(section("Errors"))} == codes
 

@@ -337,7 +337,7 @@ def test_a_failure_anywhere_is_answered_and_leaves_no_trace(
         "resolve": "lora.cache.VolumeCache.resolve",
         "apply": "lora.prepared.make_factors",
         "generate": "diffusers.AutoencoderKL.decode",
-        "encode": "handler.encode",
+        "encode": "worker.image_job.encode",
     }
 
     def broken(*_: object, **__: object) -> object:

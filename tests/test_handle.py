@@ -1,0 +1,180 @@
+"""The worker in an event loop: jobs that overlap, jobs that are ended early."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from handler import Worker
+from tests.adapters import as_bytes, kohya
+from tests.server import LoopbackServer
+from tests.test_handler import job, picture, pipeline_unchanged, pixels
+from worker.stop import seconds_for
+
+LONG = 400
+"""Steps that take longer than any of these tests."""
+
+
+def run(worker: Worker, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
+    async def all_of_them() -> list[dict[str, Any]]:
+        return list(await asyncio.gather(*(worker.handle(one) for one in jobs)))
+
+    return asyncio.run(all_of_them())
+
+
+def test_an_event_loops_answer_is_a_plain_calls(demo_worker: Worker) -> None:
+    plain = demo_worker(job(loras=["demo-stripes"]))
+    (answer,) = run(demo_worker, job(loras=["demo-stripes"]))
+    assert answer["images"] == plain["images"]
+    assert answer.keys() == plain.keys()
+    assert run(demo_worker, {"id": "x", "input": {}})[0] == demo_worker({"id": "x", "input": {}})
+
+
+def test_many_at_once_are_drawn_one_by_one_without_a_trace(demo_worker: Worker) -> None:
+    jobs = [
+        job(loras=loras) for loras in ([], ["demo-stripes"], [], ["demo-night", "demo-outline"])
+    ]
+    alone = [demo_worker(one)["images"] for one in jobs]
+    with pipeline_unchanged(demo_worker):
+        assert [one["images"] for one in run(demo_worker, *jobs, *jobs)] == alone * 2
+
+
+def test_a_download_overlaps_the_drawing(demo_worker: Worker, server: LoopbackServer) -> None:
+    url = server.serve("/slow-one.safetensors", as_bytes(kohya(seed=61)), pause=0.6)
+    drawing = threading.Event()
+
+    async def both() -> tuple[dict[str, Any], dict[str, Any], bool]:
+        first = asyncio.create_task(demo_worker.handle(job(loras=[url])))
+        second = await demo_worker.handle(job())
+        drawn_before = not first.done()
+        drawing.set()
+        return await first, second, drawn_before
+
+    slow, quick, overlapped = asyncio.run(both())
+    assert overlapped
+    assert slow["loras"][0]["origin"] == "downloaded"
+    assert picture(quick)
+
+
+async def cancelled(
+    worker: Worker, one: dict[str, Any], when: Callable[[], bool]
+) -> tuple[dict[str, Any], float]:
+    """The answer of a job that is cancelled as soon as `when` holds, and the seconds that it took to end."""
+    task = asyncio.create_task(worker.handle(one))
+    while not when():
+        await asyncio.sleep(0.005)
+    begun = time.perf_counter()
+    task.cancel()
+    return await task, time.perf_counter() - begun
+
+
+def test_a_job_that_is_cancelled_in_its_download_ends_at_once(
+    demo_worker: Worker, server: LoopbackServer
+) -> None:
+    url = server.serve("/cancelled.safetensors", as_bytes(kohya(seed=62)), pause=1.0)
+    answer, seconds = asyncio.run(
+        cancelled(
+            demo_worker, job(loras=[url]), lambda: bool(server.hits["/cancelled.safetensors"])
+        )
+    )
+    assert answer == {"error": "CANCELLED: the job was cancelled."}
+    assert seconds < 0.5
+    again = demo_worker(job(loras=[url]))  # the download went on, or was shared
+    assert server.hits["/cancelled.safetensors"] == 1
+    assert picture(again)
+
+
+def test_a_job_that_is_cancelled_while_drawing_ends_at_the_next_step(demo_worker: Worker) -> None:
+    plain = pixels(demo_worker(job()))
+    steps: list[float] = []
+    generate = demo_worker.parts.pipeline.generate
+
+    def watched(request: Any, route: Any, given: Any, timings: Any, on_step: Any) -> Any:
+        def step(done: int, total: int) -> None:
+            steps.append(time.perf_counter())
+            on_step(done, total)
+
+        return generate(request, route, given, timings, step)
+
+    with pipeline_unchanged(demo_worker), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_worker.parts.pipeline, "generate", watched)
+        one = job(num_inference_steps=LONG, loras=["demo-stripes"])
+        answer, seconds = asyncio.run(cancelled(demo_worker, one, lambda: len(steps) >= 3))
+    assert answer == {"error": "CANCELLED: the job was cancelled."}
+    longest = max(b - a for a, b in pairwise(steps))
+    assert seconds < longest + 0.5
+    assert len(steps) < LONG / 2
+    assert (pixels(demo_worker(job())) == plain).all()
+
+
+def test_a_job_that_is_cancelled_before_its_turn_never_draws(demo_worker: Worker) -> None:
+    async def two() -> tuple[dict[str, Any], float]:
+        first = asyncio.create_task(demo_worker.handle(job(num_inference_steps=LONG)))
+        await asyncio.sleep(0.3)
+        soon = time.monotonic() + 0.1
+        answer, seconds = await cancelled(demo_worker, job(), lambda: time.monotonic() > soon)
+        first.cancel()
+        await first
+        return answer, seconds
+
+    answer, seconds = asyncio.run(two())
+    assert answer["error"].startswith("CANCELLED: ")
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize("where", ["in the drawing", "in the download"])
+def test_a_job_whose_time_is_over_says_so(
+    demo_worker: Worker, server: LoopbackServer, where: str
+) -> None:
+    values: dict[str, Any] = {"num_inference_steps": LONG}
+    if where == "in the download":
+        url = server.serve("/late.safetensors", as_bytes(kohya(seed=63)), pause=3.0)
+        values = {"loras": [url]}
+    begun = time.perf_counter()
+    with pipeline_unchanged(demo_worker):
+        (answer,) = run(demo_worker, {**job(**values), "policy": {"executionTimeout": 1600}})
+    assert answer["error"].startswith("DEADLINE_EXCEEDED: the job was not done after 0.8 s.")
+    assert 0.7 < time.perf_counter() - begun < 2.5
+
+
+def test_the_deadline_holds_for_a_plain_call(demo_worker: Worker) -> None:
+    answer = demo_worker({**job(num_inference_steps=LONG), "policy": {"executionTimeout": 1000}})
+    assert answer["error"].startswith("DEADLINE_EXCEEDED: ")
+
+
+def test_the_smaller_limit_counts() -> None:
+    assert seconds_for({"policy": {"executionTimeout": 60_000}}, 0.0) == 55.0
+    assert seconds_for({"policy": {"executionTimeout": 60_000}}, 20.0) == 20.0
+    assert seconds_for({"policy": {"executionTimeout": 6_000}}, 0.0) == 3.0
+    assert seconds_for({}, 0.0) is None
+    for odd in (True, "9", -1, None):
+        assert seconds_for({"policy": {"executionTimeout": odd}}, 9.0) == 9.0
+    assert seconds_for({"policy": "odd"}, 9.0) == seconds_for("odd", 9.0) == 9.0
+
+
+def test_memory_that_does_not_suffice_is_tried_once_more_with_less(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = demo_worker.parts.pipeline
+    generate, vae, tries = pipeline.generate, pipeline._base.vae, []
+
+    def short_at_first(*given: Any) -> Any:
+        tries.append((vae.use_tiling, vae.use_slicing))
+        if len(tries) == 1:
+            raise torch.OutOfMemoryError("short")
+        return generate(*given)
+
+    monkeypatch.setattr(pipeline, "generate", short_at_first)
+    with pipeline_unchanged(demo_worker):
+        answer = demo_worker(job(loras=["demo-stripes"]))
+    assert tries == [(False, False), (True, True)]
+    assert (vae.use_tiling, vae.use_slicing) == (False, False)
+    assert answer["warnings"] == ["memory was short: the pictures were decoded in tiles"]
+    assert picture(answer)
