@@ -43,7 +43,7 @@ log = logging.getLogger("worker")
 SendProgress = Callable[[Job, dict[str, Any]], None]
 
 PREPARING = 8
-"""Threads that prepare and answer jobs: more than are taken at once, for downloads of cancelled jobs go on."""
+"""Threads that prepare and answer jobs: more than are taken at once, for cancelled jobs' downloads go on."""
 
 
 class Worker:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +15,8 @@ from lora.civitai import Civitai
 from lora.hub import Hub
 from lora.modes import Mode
 from lora.sources import CIVITAI, HUB
-from lora.web import Web, WebRules, origin_of
+from lora.web import Web
+from lora.web_rules import WebRules, origin_of
 
 STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -117,7 +118,8 @@ class Settings:
         "LORA_PRELOAD",
         "",
         "LoRAs that are fetched and parsed when the worker starts, in the background: sources, separated "
-        "by commas",
+        "by commas, or a JSON list of them",
+        secret=True,
     )
     lora_allowed_hosts: str = _setting(
         "LORA_ALLOWED_HOSTS",
@@ -189,28 +191,34 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = [*self._out_of_bounds(), *self._unusable()]
+        if faults:
+            raise SettingsError("; ".join(faults))
+
+    def _out_of_bounds(self) -> Iterator[str]:
         for setting in fields(self):
             about, value = setting.metadata, getattr(self, setting.name)
             if "options" in about and value not in about["options"]:
-                faults.append(f"{about['env']}: {value!r} is none of {', '.join(about['options'])}")
+                yield f"{about['env']}: {value!r} is none of {', '.join(about['options'])}"
             if "minimum" in about and not about["minimum"] <= value < float("inf"):
                 least = about["minimum"]
-                faults.append(f"{about['env']}: {value:g} is not a number of at least {least}")
-        for env, endpoint in (
-            ("HF_ENDPOINT", self.hf_endpoint),
-            ("CIVITAI_ENDPOINT", self.civitai_endpoint),
-        ):
+                yield f"{about['env']}: {value:g} is not a number of at least {least}"
+
+    def _unusable(self) -> Iterator[str]:
+        for env, token in (("HF_TOKEN", self.hf_token), ("CIVITAI_TOKEN", self.civitai_token)):
+            if not (token.isascii() and token.isprintable()):
+                yield f"{env}: it holds a character that no token may"
+        checks: dict[str, Callable[[], object]] = {
+            "HF_ENDPOINT": lambda: origin_of(self.hf_endpoint or HUB),
+            "CIVITAI_ENDPOINT": lambda: origin_of(self.civitai_endpoint or CIVITAI),
+            "LORA_PRELOAD": lambda: self.preload,
+            "LORA_AUTH_HEADERS": lambda: _auth_headers(self.lora_auth_headers),
+        }
+        for env, check in checks.items():
             try:
-                origin_of(endpoint or HUB)
-            except ValueError:
-                faults.append(f"{env}: it is no http(s) URL")
-        try:
-            _auth_headers(self.lora_auth_headers)
-        except ValueError as error:
-            faults.append(f"LORA_AUTH_HEADERS: {error}")
-        if faults:
-            raise SettingsError("; ".join(faults))
+                check()
+            except ValueError as error:
+                yield f"{env}: {error}"
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
@@ -275,7 +283,13 @@ class Settings:
     @property
     def preload(self) -> tuple[str, ...]:
         """The sources of LORA_PRELOAD."""
-        return _listed(self.lora_preload)
+        text = self.lora_preload.strip()
+        if not text.startswith("["):
+            return _listed(text)
+        found = _json(text)
+        if not all(isinstance(source, str) for source in found):
+            raise ValueError("it is no JSON list of sources")
+        return tuple(found)
 
     def _web_rules(self) -> WebRules:
         own, tokens = set(), dict(_auth_headers(self.lora_auth_headers))
@@ -310,12 +324,17 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _auth_headers(text: str) -> dict[str, tuple[str, str]]:
-    """Origin -> (header, value). Raises: ValueError in words that repeat nothing of the text."""
+def _json(text: str) -> Any:
+    """Raises: ValueError that repeats nothing of the text."""
     try:
-        given = json.loads(text) if text else {}
+        return json.loads(text)
     except ValueError:
         raise ValueError("it is no JSON") from None
+
+
+def _auth_headers(text: str) -> dict[str, tuple[str, str]]:
+    """Origin -> (header, value). Raises: ValueError in words that repeat nothing of the text."""
+    given = _json(text or "{}")
     if not isinstance(given, dict):
         raise ValueError("it is no JSON object of host -> header")
     found = {}

@@ -115,7 +115,7 @@ def table(result: Mapping[str, Any]) -> str:
         f"Of {exact['of']:,} adapted numbers, {exact['theirs']:,} differed after diffusers' fuse and unfuse, "
         f"and {exact['ours']:,} after our merge and restore.",
         "",
-        f"A step in {figures['step_dtype']} (latent {figures['latent_side']} x {figures['latent_side']}, rank 16), "
+        f"A step in {figures['step_dtype']} (rank 16, latent {figures['latent_side']} squared), "
         f"against one without a LoRA of {_time(seconds['step: no LoRA']['ours'])}:",
         "",
         "| LoRAs | diffusers + peft | ours, dynamic | at most | | ours, merged |",

@@ -240,9 +240,10 @@ class VolumeCache:
     def _fetch_anew(
         self, remote: RemoteFile, kept: CacheEntry | None, progress: Progress, begun: float
     ) -> CacheEntry:
+        deadline = time.monotonic() + self.limits.timeout
         for root in self.shelf.writable():
             try:
-                return self._fetch_into(root, remote, kept, progress, begun)
+                return self._fetch_into(root, remote, kept, progress, begun, deadline)
             except OSError as error:
                 if error.errno in FULL:
                     raise CacheFull(
@@ -258,6 +259,7 @@ class VolumeCache:
         kept: CacheEntry | None,
         progress: Progress,
         begun: float,
+        deadline: float,
     ) -> CacheEntry:
         """The file by this worker's download, or by that of another which holds the lease."""
 
@@ -271,21 +273,28 @@ class VolumeCache:
 
         path = root / INCOMING / f"{file_name(remote)}.lease"
         lease, watch = self._lease(path, self.limits.lease), Watch(path, self.limits.lease)
-        deadline = time.monotonic() + self.limits.timeout
         while not lease.take():
             if entry := news():
                 return entry
             if watch.is_dead():
                 watch.remove()
             elif time.monotonic() > deadline:
-                break  # whoever has it takes too long: then both of us download
+                raise DownloadFailed(
+                    f"{remote.shown} is being downloaded by another worker, which takes too long",
+                    "Try again later.",
+                )
             else:
                 time.sleep(POLL)
         with lease:
-            return news() or self._download(root, remote, kept, progress)
+            return news() or self._download(root, remote, kept, progress, deadline)
 
     def _download(
-        self, root: Path, remote: RemoteFile, kept: CacheEntry | None, progress: Progress
+        self,
+        root: Path,
+        remote: RemoteFile,
+        kept: CacheEntry | None,
+        progress: Progress,
+        deadline: float,
     ) -> CacheEntry:
         part = root / INCOMING / f"{Path(file_name(remote)).stem[:60]}-{uuid.uuid4().hex}.part"
         known = {}
@@ -293,11 +302,11 @@ class VolumeCache:
             about = {"If-None-Match": kept.record.etag, "If-Modified-Since": kept.record.modified}
             known = {name: value for name, value in about.items() if value}
         try:
-            download = Download(self.web, remote, part, self.limits, progress)
+            download = Download(self.web, remote, part, self.limits, progress, deadline=deadline)
             keep = self.in_use(kept.path) if kept else nullcontext()
             with keep:
                 fetched = download.run(lambda more: self._make_room(root, more, more), known)
-            config = self._config(root, remote)
+            config = self._config(root, remote, deadline)
             return self._publish(root, remote, part, fetched, config)
         except NotModified:
             if kept is None:
@@ -309,7 +318,7 @@ class VolumeCache:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
 
-    def _config(self, root: Path, remote: RemoteFile) -> str | None:
+    def _config(self, root: Path, remote: RemoteFile, deadline: float) -> str | None:
         """The config that goes with a PEFT adapter: without it, its scale is not known."""
         if remote.config_url is None:
             return None
@@ -317,7 +326,7 @@ class VolumeCache:
         about = RemoteFile(remote.config_url, "", f"{remote.shown}'s {PEFT_CONFIG}", PEFT_CONFIG)
         try:
             limits = replace(self.limits, file_bytes=MAX_CONFIG)
-            Download(self.web, about, part, limits, lambda done, total: None).run(lambda size: None)
+            Download(self.web, about, part, limits, deadline=deadline).run(lambda size: None)
             return part.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise LoraCorrupt(f"{about.shown} is no text") from error

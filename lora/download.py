@@ -81,11 +81,19 @@ class Download:
     """One source into one part file. What has come in survives a broken connection."""
 
     def __init__(
-        self, web: Web, remote: RemoteFile, part: Path, limits: Limits, progress: Progress
+        self,
+        web: Web,
+        remote: RemoteFile,
+        part: Path,
+        limits: Limits,
+        progress: Progress = lambda done, total: None,
+        *,
+        deadline: float,
     ) -> None:
+        """`deadline`: when it must be done, by time.monotonic()."""
         self._web, self._remote, self._part = web, remote, part
         self._limits, self._progress = limits, progress
-        self._deadline = time.monotonic() + limits.timeout
+        self._deadline = deadline
         self._done = 0
         self._digest = hashlib.sha256()
         self._validator: str | None = None
@@ -163,7 +171,9 @@ class Download:
 
     def _begin(self, stream: io.FileIO, body: Body) -> None:
         """Goes on where the last try broke off, if the server does so too; else from the start."""
-        span = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", body.headers.get("Content-Range", ""))
+        span = re.fullmatch(
+            r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", body.headers.get("Content-Range", "")
+        )
         goes_on = body.status == 206 and not body.encoding and span is not None
         if goes_on and span and int(span[1]) == self._done and int(span[3]) == self._total:
             return
@@ -254,7 +264,7 @@ def _seconds(text: str) -> float | None:
         return float(text)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

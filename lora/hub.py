@@ -57,6 +57,9 @@ class Hub:
             hint = "Check the name; for a private repo, set HF_TOKEN."
             raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
         except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+                words = f"the hub refuses access to {shown}"
+                raise AccessDenied(words, "Check HF_TOKEN.") from error
             raise DownloadFailed(
                 f"the hub did not answer for {shown}", "Try again later."
             ) from error

@@ -8,17 +8,16 @@ checked alike. Tokens belong to an origin (scheme, host and port) and are sent t
 from __future__ import annotations
 
 import http.cookiejar
-import ipaddress
 import logging
+import re
 import socket
+import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 import urllib3
@@ -27,76 +26,23 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lora.errors import SourceInvalid
+from lora.web_rules import PORTS, WebRules, origin_of
 
 CHUNK = 1 << 20
 MAX_REDIRECTS = 10
 CONNECT_TIMEOUT = 10.0
 
-PORTS = {"http": 80, "https": 443}
-
-PLATFORM = frozenset({"168.63.129.16"})
-"""Addresses that look public and answer a cloud's own machines: Azure's."""
-
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
-
 
 def quiet_libraries() -> None:
-    """Silences what other libraries log of a request: it may hold whole URLs, and so tokens."""
-    logging.getLogger("httpx2").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet; an address within an address counts as that."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in NAT64:
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner:
-            return is_public(str(inner))
-        if ip.is_site_local:
-            return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved) and str(ip) not in PLATFORM
-
-
-@dataclass(frozen=True)
-class WebRules:
-    """Where requests may lead, and with which tokens."""
-
-    allow_private: bool = False
-    """Whether addresses within the own network may be asked."""
-    allowed_hosts: tuple[str, ...] = ()
-    """If any: only these hosts, redirects too. `*.example.com` means every host below example.com."""
-    own: frozenset[str] = frozenset()
-    """Origins that the operator named as servers to use: neither rule holds for them."""
-    tokens: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
-    """Origin -> (header's name, its value)."""
-
-    def check(self, host: str, addresses: Sequence[str]) -> None:
-        """Raises: SourceInvalid if the host may not be asked, given all the addresses that it has."""
-        allowed = self.allowed_hosts
-        if allowed and not any(fnmatchcase(host, pattern.lower()) for pattern in allowed):
-            raise SourceInvalid(
-                f"the host {host} is not among LORA_ALLOWED_HOSTS",
-                "The worker's operator decides which hosts it may ask.",
-            )
-        if not self.allow_private and not all(map(is_public, addresses)):
-            raise SourceInvalid(
-                f"the host {host} is not on the open internet",
-                "If it must be asked, the worker's operator sets LORA_ALLOW_PRIVATE_URLS=1.",
-            )
-
-
-def origin_of(url: str) -> str:
-    """`scheme://host:port`, the port always there. A bare host name means https.
-
-    Raises: ValueError if there is no host.
-    """
-    parts = urlsplit(url if "://" in url else f"https://{url}")
-    if parts.scheme not in PORTS or not parts.hostname:
-        raise ValueError(f"{parts.hostname or 'the URL'} is no http(s) host")
-    return f"{parts.scheme}://{parts.hostname}:{parts.port or PORTS[parts.scheme]}"
+    """Silences what other libraries log of a request: it may hold whole URLs, and so tokens or signatures."""
+    for library, level in (
+        ("botocore", logging.WARNING),
+        ("httpx2", logging.WARNING),
+        ("urllib3", logging.ERROR),
+        ("urllib3.connection", logging.ERROR),  # runpod, once it is imported, sets urllib3's own
+        ("urllib3.connectionpool", logging.ERROR),
+    ):
+        logging.getLogger(library).setLevel(level)
 
 
 class Body:
@@ -122,7 +68,7 @@ class Body:
     @property
     def _sent_length(self) -> int | None:
         text = self.headers.get("Content-Length", "")
-        return int(text) if text.isascii() and text.isdigit() else None
+        return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
 
     def read(self, limit: int) -> bytes:
         """The whole body. Raises: ValueError if it is longer than the limit; as `pieces`."""
@@ -149,6 +95,8 @@ class Body:
             yield from unpack.pieces(piece)
         if self._sent_length not in (None, done):
             raise requests.ConnectionError("the body ended early")
+        if not done and self._sent_length is None and not self._response.raw.chunked:
+            raise requests.ConnectionError("the head ended early, or there is no body")
         if unpack is not None and not unpack.complete:
             raise requests.ConnectionError("the compressed body ended early")
 
@@ -159,13 +107,16 @@ class Body:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     raise requests.Timeout("the deadline passed")
-                connection = getattr(raw, "connection", None)
-                if connection is not None and connection.sock is not None:
-                    connection.sock.settimeout(min(self._stall, left))
+                held = getattr(raw.connection, "held", None)
+                if held is not None:
+                    with suppress(OSError):  # closed: what is left of the body is here
+                        held.settimeout(min(self._stall, left))
                 piece = raw.read1(CHUNK, decode_content=False)
                 if not piece:
                     return
                 yield piece
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise requests.Timeout("the connection fell silent") from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             if isinstance(error, requests.RequestException):
                 raise
@@ -176,7 +127,7 @@ class _Unpacker:
     """Bytes of gzip or zlib, in pieces that stay small however much is packed into them."""
 
     def __init__(self) -> None:
-        self._zlib = zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: either header
+        self._zlib = _new_zlib()
 
     @property
     def complete(self) -> bool:
@@ -185,14 +136,18 @@ class _Unpacker:
     def pieces(self, data: bytes) -> Iterator[bytes]:
         try:
             while data:
+                if self._zlib.eof:  # gzip may have several members; anything else is an error
+                    self._zlib = _new_zlib()
                 piece = self._zlib.decompress(data, CHUNK)
-                data = self._zlib.unconsumed_tail
+                data = self._zlib.unconsumed_tail or self._zlib.unused_data
                 if piece:
                     yield piece
-                if self._zlib.eof:
-                    return
         except zlib.error as error:
             raise requests.exceptions.ContentDecodingError("the body is not unpackable") from error
+
+
+def _new_zlib() -> zlib._Decompress:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: either header
 
 
 def _unpacker(encoding: str) -> _Unpacker | None:
@@ -206,9 +161,9 @@ def _unpacker(encoding: str) -> _Unpacker | None:
 class Web:
     """Asks URLs by the rules. One object serves all threads of a process."""
 
-    def __init__(self, rules: WebRules = WebRules()) -> None:
-        self.rules = rules
-        self._session = requests.Session()
+    def __init__(self, rules: WebRules | None = None) -> None:
+        self.rules = rules = rules or WebRules()
+        self._session = _Session()
         # No proxies, no .netrc and no cookies: they would go around the rules.
         self._session.trust_env = False
         self._session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
@@ -224,11 +179,12 @@ class Web:
         Raises: SourceInvalid where the URL, or one that it redirects to, leads where the rules forbid, before
         a byte is sent there; requests.RequestException, whose text may hold the URL and must not be shown.
         """
+        at = ""
         for _ in range(MAX_REDIRECTS + 1):
-            url, own = self._prepared(url)
+            at, own = self._prepared(at, url)
             wait = max(0.001, min(stall, deadline - time.monotonic()))
             response = self._session.get(
-                url,
+                at,
                 headers={"Accept-Encoding": "identity", **(headers or {}), **own},
                 stream=True,
                 allow_redirects=False,
@@ -241,22 +197,29 @@ class Web:
                     return
                 with suppress(UnicodeError):  # requests reads a header's bytes as latin-1
                     target = target.encode("latin-1").decode("utf-8")
-                url = urljoin(url, target)
+                url = target
         raise requests.TooManyRedirects("too many redirects")
 
-    def _prepared(self, url: str) -> tuple[str, dict[str, str]]:
-        """The URL in the form that will be sent, so that who is asked and whose token it is never differ; and
-        its origin's token.
+    def _prepared(self, base: str, url: str) -> tuple[str, dict[str, str]]:
+        """The URL, seen from `base`, in the form that will be sent, and its origin's token: who is asked and
+        whose token it is never differ.
         """
         request = requests.PreparedRequest()
         try:
-            request.prepare_url(url, None)
+            request.prepare_url(urljoin(base, url), None)
             prepared = str(request.url)
             origin = origin_of(prepared)
         except (requests.RequestException, ValueError):
             raise SourceInvalid("what is named, or redirected to, is no http(s) URL") from None
         token = self.rules.tokens.get(origin)
         return prepared, dict([token]) if token else {}
+
+
+class _Session(requests.Session):
+    """Looks at no redirect: requests would read its whole body, however long that is unpacked."""
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:
+        return None
 
 
 class _Adapter(HTTPAdapter):
@@ -272,15 +235,23 @@ class _Adapter(HTTPAdapter):
 
 
 def _pools(rules: WebRules) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools, whose connections ask `_connect` for their socket."""
+    """urllib3's pools, whose connections ask `_connect` for their socket and `_held` for their time."""
 
     class Plain(HTTPConnection):
         def _new_conn(self) -> socket.socket:
             return _connect(self, rules)
 
+        def getresponse(self) -> Any:  # urllib3's answer, not http.client's
+            with _held(self):
+                return super().getresponse()
+
     class Secure(HTTPSConnection):
         def _new_conn(self) -> socket.socket:
             return _connect(self, rules)
+
+        def getresponse(self) -> Any:  # urllib3's answer, not http.client's
+            with _held(self):
+                return super().getresponse()
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain
@@ -304,15 +275,18 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
     scheme = "https" if isinstance(connection, HTTPSConnection) else "http"
     if f"{scheme}://{host}:{port}" not in rules.own:
         rules.check(host, [str(address[0]) for *_, address in found])
+    timeout = connection.timeout if isinstance(connection.timeout, int | float) else CONNECT_TIMEOUT
+    ends = time.monotonic() + timeout
     trouble: OSError | None = None
-    for family, kind, protocol, _, address in found:
+    for number, (family, kind, protocol, _, address) in enumerate(found):
         made = socket.socket(family, kind, protocol)
         try:
-            if isinstance(connection.timeout, (int, float)):
-                made.settimeout(connection.timeout)
+            share = (ends - time.monotonic()) / (len(found) - number)
+            made.settimeout(max(0.001, share))
             for option in connection.socket_options or []:
                 made.setsockopt(*option)
             made.connect(address)
+            made.settimeout(timeout)
         except OSError as error:
             made.close()
             trouble = error
@@ -321,3 +295,30 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
     if isinstance(trouble, TimeoutError):
         raise urllib3.exceptions.ConnectTimeoutError(connection, "connecting took too long")
     raise urllib3.exceptions.NewConnectionError(connection, "no connection") from trouble
+
+
+@contextmanager
+def _held(connection: HTTPConnection) -> Iterator[None]:
+    """Around waiting for an answer's head: hangs up if it is not whole within the connection's timeout, which
+    by itself counts anew from each byte. The socket stays at hand for the body as `held`; http.client lets
+    go of one that the server will close.
+
+    Raises: TimeoutError, whatever was made of half a head.
+    """
+    held, late = connection.sock, threading.Event()
+    connection.held = held  # type: ignore[attr-defined]
+
+    def hang_up() -> None:
+        late.set()
+        with suppress(OSError):  # closed by now
+            socket.socket.shutdown(held, socket.SHUT_RDWR)  # TLS's own would drop its state
+
+    timer = threading.Timer(connection.timeout or CONNECT_TIMEOUT, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if late.is_set():
+            raise TimeoutError("the answer's head took too long")

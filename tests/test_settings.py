@@ -102,3 +102,20 @@ def test_a_bad_endpoint_is_refused_at_start() -> None:
     with pytest.raises(SettingsError) as caught:
         Settings.from_env({"HF_ENDPOINT": "ftp://x", "CIVITAI_ENDPOINT": "://"})
     assert str(caught.value).count("is no http(s) URL") == 2
+
+
+def test_preload_is_a_list_in_either_form() -> None:
+    assert Settings.from_env({"LORA_PRELOAD": "a/b, https://h/x"}).preload == ("a/b", "https://h/x")
+    both = Settings.from_env({"LORA_PRELOAD": '["https://h/x,y", "name"]'})
+    assert both.preload == ("https://h/x,y", "name")
+    for text in ("[canary", "[1]", '["canary", {}]'):
+        with pytest.raises(SettingsError) as caught:
+            Settings.from_env({"LORA_PRELOAD": text})
+        assert "canary" not in str(caught.value)
+
+
+def test_a_token_that_no_header_can_carry_is_refused_at_start() -> None:
+    for env in ("HF_TOKEN", "CIVITAI_TOKEN"):
+        with pytest.raises(SettingsError) as caught:
+            Settings.from_env({env: "canary\u20ac"})
+        assert str(caught.value) == f"{env}: it holds a character that no token may"

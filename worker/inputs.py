@@ -14,6 +14,9 @@ from lora.sources import redact_url
 from lora.web import Web
 from schemas import InvalidInput
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What Pillow may read: other formats of its start programs, or are seldom looked at."""
+
 MAX_BYTES = 30_000_000
 MAX_PIXELS = 40_000_000
 MIN_SIDE = 64
@@ -29,7 +32,7 @@ def load_picture(url: str, web: Web) -> Image.Image:
     """
     data = _from_data_uri(url) if url.startswith("data:") else _download(url, web)
     try:
-        picture: Image.Image = Image.open(io.BytesIO(data))
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
         if picture.width * picture.height > MAX_PIXELS:
             raise InvalidInput(f"image_url: the picture is over {MAX_PIXELS / 1e6:g} megapixels")
         upright = ImageOps.exif_transpose(picture).convert("RGB")

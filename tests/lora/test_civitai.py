@@ -9,7 +9,8 @@ from lora.cache import Limits, VolumeCache
 from lora.civitai import Civitai
 from lora.errors import LoraError
 from lora.sources import Reference
-from lora.web import Web, WebRules, origin_of
+from lora.web import Web
+from lora.web_rules import WebRules, origin_of
 from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer
 

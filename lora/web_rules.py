@@ -1,0 +1,74 @@
+"""Where requests to strangers' URLs may lead, and which token belongs where."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from urllib.parse import urlsplit
+
+from lora.errors import SourceInvalid
+
+PORTS = {"http": 80, "https": 443}
+
+PLATFORM = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24")))
+"""Addresses that look public (the second to some versions of Python) and answer a cloud's own machines:
+Azure's and Oracle's."""
+
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet; an address within an address counts as that."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
+        if ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    if any(ip in network for network in PLATFORM):
+        return False
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+
+
+@dataclass(frozen=True)
+class WebRules:
+    """Where requests may lead, and with which tokens."""
+
+    allow_private: bool = False
+    """Whether addresses within the own network may be asked."""
+    allowed_hosts: tuple[str, ...] = ()
+    """If any: only these hosts, redirects too. `*.example.com` means every host below example.com."""
+    own: frozenset[str] = frozenset()
+    """Origins that the operator named as servers to use: neither rule holds for them."""
+    tokens: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
+    """Origin -> (header's name, its value)."""
+
+    def check(self, host: str, addresses: Sequence[str]) -> None:
+        """Raises: SourceInvalid if the host may not be asked, given all the addresses that it has."""
+        allowed = self.allowed_hosts
+        if allowed and not any(fnmatchcase(host, pattern.lower()) for pattern in allowed):
+            raise SourceInvalid(
+                f"the host {host} is not among LORA_ALLOWED_HOSTS",
+                "The worker's operator decides which hosts it may ask.",
+            )
+        if not self.allow_private and not all(map(is_public, addresses)):
+            raise SourceInvalid(
+                f"the host {host} is not on the open internet",
+                "If it must be asked, the worker's operator sets LORA_ALLOW_PRIVATE_URLS=1.",
+            )
+
+
+def origin_of(url: str) -> str:
+    """`scheme://host:port`, the port always there. A bare host name means https.
+
+    Raises: ValueError if there is no host.
+    """
+    parts = urlsplit(url if "://" in url else f"https://{url}")
+    if parts.scheme not in PORTS or not parts.hostname:
+        raise ValueError("it is no http(s) URL")
+    return f"{parts.scheme}://{parts.hostname}:{parts.port or PORTS[parts.scheme]}"
