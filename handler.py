@@ -8,6 +8,7 @@ before. While one job draws, others prepare.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import gc
 import logging
 import os
@@ -30,7 +31,10 @@ from lora.web import quiet_libraries
 from pipelines.image import ImagePipeline
 from pipelines.loading import load_models
 from settings import Settings
+from worker.actions import Actions, action_of
 from worker.image_job import PHASES, Answer, ImageJob, Job, Parts
+from worker.kept import KeptAnswers
+from worker.logs import JOB_ID, set_up
 from worker.outputs import open_bucket
 from worker.progress import Progress
 from worker.sender import Sender
@@ -54,6 +58,7 @@ class Worker:
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
         self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="prepare")
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._kept = KeptAnswers()
         self.preloaded: dict[str, str] = {}
         """What became of each source of LORA_PRELOAD: `under way`, `ready`, or an error."""
 
@@ -114,6 +119,8 @@ class Worker:
         `refresh_worker` is in it where the process must not go on: weights that could not be put back,
         memory that did not suffice, a device that failed.
         """
+        if action_of(job):
+            return self._acted(job)
         progress = Progress(lambda update: self._send(job, update))
         one = ImageJob(self.parts, job, progress, Stop(seconds_for(job, self.settings.deadline)))
         return self._caught(one.prepare) or self._caught(self._draw, one) or self._answered(one)
@@ -155,6 +162,11 @@ class Worker:
         answers: list[Answer] = []
         return self._caught(lambda: answers.append(one.answer())) or answers[0]
 
+    def _acted(self, job: Job) -> Answer:
+        answers: list[Answer] = []
+        actions = Actions(self.parts, self.preloaded)
+        return self._caught(lambda: answers.append(actions.answer(job))) or answers[0]
+
     def _free(self) -> None:
         with self.parts.drawing:
             self.parts.engine.free()
@@ -170,7 +182,24 @@ class Worker:
         Cancelling the task ends the job with CANCELLED at its next step, weights put back; a download goes on
         without it, into the cache.
         """
+        JOB_ID.set(str(job.get("id", "")))
+        if kept := self._kept.get(job):
+            log.info("the platform asks again: answered as before")
+            return kept
+        begun = time.perf_counter()
+        answer = await self._handle(job)
+        seconds = round(time.perf_counter() - begun, 3)
+        about = {"event": "job", "seconds": seconds, "timings": answer.get("timings")}
+        log.info("failed" if "error" in answer else "done", extra={"about": about})
+        if "error" not in answer and not action_of(job):
+            self._kept.put(job, answer)
+        return answer
+
+    async def _handle(self, job: Job) -> Answer:
         stop = Stop(seconds_for(job, self.settings.deadline))
+        if action_of(job):
+            answer = await self._stage(stop, self._preparing, self._acted, job)
+            return answer or {}
         async with Sender(job) as sender:
             one = ImageJob(self.parts, job, Progress(sender.send), stop)
             answer = await self._stage(stop, self._preparing, self._caught, one.prepare)
@@ -191,7 +220,8 @@ class Worker:
         to_its_end: bool = False,
     ) -> Answer | None:
         """Does a stage in a thread. If the job is to stop, waits for the thread only where `to_its_end`."""
-        running: Future[Answer | None] = pool.submit(work, *given)
+        context = contextvars.copy_context()  # the job's id, for the log
+        running: Future[Answer | None] = pool.submit(context.run, work, *given)
         try:
             async with asyncio.timeout(stop.left):
                 return await asyncio.shield(asyncio.wrap_future(running))
@@ -253,7 +283,7 @@ def main() -> None:
     """Loads the models, then serves RunPod's jobs for ever (or one, with --test_input)."""
     import runpod
 
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    set_up(json_lines="RUNPOD_POD_ID" in os.environ)
     quiet_libraries()
     worker = default_worker()
     runpod.serverless.register_fitness_check(worker.check_fitness)

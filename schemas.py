@@ -176,6 +176,12 @@ IMAGE_REQUEST: dict[str, Any] = {
             "default": 95,
             "description": "Quality of jpeg and webp",
         },
+        "output_fallback": {
+            "type": ["string", "null"],
+            "enum": ["webp", "jpeg", None],
+            "default": None,
+            "description": "File format to take where the answer would be too large for the platform",
+        },
     },
 }
 
@@ -289,6 +295,7 @@ class ImageRequest:
     lora_mode: str | None
     output_format: str
     output_quality: int
+    output_fallback: str | None
     warnings: tuple[str, ...] = ()
     """What was let pass, in sentences for the answer."""
 
@@ -300,7 +307,7 @@ def parse_job(job: object) -> ImageRequest:
     values = job.get("input")
     if not isinstance(values, Mapping):
         raise InvalidInput("input is not an object", HINT)
-    faults = list(_faults(IMAGE_REQUEST, values, ""))
+    faults = list(faults_of(IMAGE_REQUEST, values, ""))
     if not values.get("prompt") and not values.get("image_url"):
         faults.append("prompt is required (unless image_url is given)")
     name, steps = values.get("scheduler"), values.get("num_inference_steps")
@@ -315,11 +322,11 @@ def parse_job(job: object) -> ImageRequest:
         count = len(faults + lora_faults)
         start = "" if count == 1 else f"{count} faults: "
         raise InvalidInput(start + "; ".join(faults + lora_faults), HINT)
-    filled = _filled(IMAGE_REQUEST, values)
-    filled["prompt"] = filled["prompt"] or ""
-    if filled["seed"] is None:
-        filled["seed"] = secrets.randbits(32)
-    return ImageRequest(**{**filled, "loras": loras, "warnings": tuple(warnings)})
+    chosen = filled(IMAGE_REQUEST, values)
+    chosen["prompt"] = chosen["prompt"] or ""
+    if chosen["seed"] is None:
+        chosen["seed"] = secrets.randbits(32)
+    return ImageRequest(**{**chosen, "loras": loras, "warnings": tuple(warnings)})
 
 
 HINT = "See the README's table of parameters."
@@ -339,10 +346,10 @@ def _read_loras(
             words = f"{where} names no LoRA (a string or an object with path)"
             (faults if strict else warnings).append(words if strict else f"{words} and was skipped")
             continue
-        found = list(_faults(LORA_ENTRY, entry, f"{where}."))
+        found = list(faults_of(LORA_ENTRY, entry, f"{where}."))
         if not found:
             try:
-                loras.append(_lora(_filled(LORA_ENTRY, entry)))
+                loras.append(_lora(filled(LORA_ENTRY, entry)))
             except ValueError as error:
                 found = [f"{where}.{error}"]
         faults += found
@@ -370,7 +377,7 @@ def _lora(values: dict[str, Any]) -> LoraRequest:
     )
 
 
-def _filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Every property of the schema: the value given, else the default; 20.0 becomes 20."""
     filled: dict[str, Any] = {}
     for name, rule in schema["properties"].items():
@@ -380,7 +387,7 @@ def _filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
     return filled
 
 
-def _faults(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> Iterator[str]:
+def faults_of(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> Iterator[str]:
     """Every breach of the schema, as `path: what is wrong`, in a fixed order."""
     for name, value in _leaves(values):
         if isinstance(value, float) and not math.isfinite(value):

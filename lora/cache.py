@@ -404,6 +404,21 @@ class VolumeCache:
         except OSError as error:
             raise CacheFull(f"{name} cannot be pinned ({error.strerror})") from error
 
+    def delete(self, name: str) -> str:
+        """Removes a file, its record and its pin, whoever put it there; its full name.
+
+        A job that has it read already is not disturbed. Raises: LoraNotFound, SourceInvalid, CacheFull.
+        """
+        path = self.shelf.existing(name)
+        if path is None:
+            raise LoraNotFound(f"the cache has no file {name!r}")
+        try:
+            for one in (path, record_path(path), pin_path(path)):
+                one.unlink(missing_ok=True)
+        except OSError as error:
+            raise CacheFull(f"{name} cannot be deleted ({error.strerror})") from error
+        return str(path.relative_to(self.shelf.root_of(path)))
+
     def unpin(self, name: str) -> None:
         """Takes a pin away, if there is one. Raises: LoraNotFound, SourceInvalid, CacheFull."""
         try:

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import urllib3
@@ -199,6 +199,21 @@ class Web:
                     target = target.encode("latin-1").decode("utf-8")
                 url = target
         raise requests.TooManyRedirects("too many redirects")
+
+    def check(self, url: str) -> None:
+        """Whether a URL's host may be asked, for those who ask it by other means.
+
+        Raises: SourceInvalid if the rules forbid it, or there is no such host.
+        """
+        prepared, _ = self._prepared("", url)
+        parts = urlsplit(prepared)
+        host = parts.hostname or ""
+        try:
+            found = socket.getaddrinfo(host, parts.port or PORTS[parts.scheme])
+        except (OSError, UnicodeError):
+            raise SourceInvalid(f"there is no host {host}") from None
+        if origin_of(prepared) not in self.rules.own:
+            self.rules.check(host, [str(address[0]) for *_, address in found])
 
     def _prepared(self, base: str, url: str) -> tuple[str, dict[str, str]]:
         """The URL, seen from `base`, in the form that will be sent, and its origin's token: who is asked and

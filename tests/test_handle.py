@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -15,11 +16,17 @@ import torch
 from handler import Worker
 from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer
-from tests.test_handler import job, picture, pipeline_unchanged, pixels
+from tests.test_handler import job as same_job
+from tests.test_handler import picture, pipeline_unchanged, pixels
 from worker.stop import seconds_for
 
 LONG = 400
 """Steps that take longer than any of these tests."""
+
+
+def job(**values: Any) -> dict[str, Any]:
+    """Each with an id of its own, as the platform gives them."""
+    return {**same_job(**values), "id": uuid.uuid4().hex}
 
 
 def run(worker: Worker, *jobs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -178,3 +185,23 @@ def test_memory_that_does_not_suffice_is_tried_once_more_with_less(
     assert (vae.use_tiling, vae.use_slicing) == (False, False)
     assert answer["warnings"] == ["memory was short: the pictures were decoded in tiles"]
     assert picture(answer)
+
+
+def test_a_job_that_the_platform_asks_for_again_is_not_drawn_again(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = job(loras=["demo-stripes"], seed=None)  # drawn again, it would be another picture
+    (first,) = run(demo_worker, one)
+    monkeypatch.setattr(demo_worker.parts.pipeline, "generate", None)
+    assert run(demo_worker, one)[0] == first
+    first.pop("images")  # as the SDK takes answers apart
+    assert "images" in run(demo_worker, one)[0]
+    assert run(demo_worker, {**one, "id": "another"})[0]["error"].startswith("INTERNAL")
+
+
+def test_failures_are_not_kept(demo_worker: Worker, server: LoopbackServer) -> None:
+    one = job(loras=[server.url("/later.safetensors")], strict_loras=True)
+    assert run(demo_worker, one)[0]["error"].startswith("LORA_NOT_FOUND")
+    server.serve("/later.safetensors", as_bytes(kohya(seed=77)))
+    one["input"]["loras"] = [{"path": one["input"]["loras"][0], "refresh": True}]
+    assert picture(run(demo_worker, one)[0])

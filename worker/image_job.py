@@ -18,7 +18,15 @@ from pipelines.image import ImagePipeline, Route, StepCallback, Timings, choose_
 from schemas import ImageRequest, LoraRequest, parse_job
 from settings import Settings
 from worker.inputs import load_picture
-from worker.outputs import Bucket, deliver, encode, guard_size, parameters_text
+from worker.outputs import (
+    Bucket,
+    OutputTooLarge,
+    deliver,
+    encode,
+    guard_size,
+    parameters_text,
+    requested_bucket,
+)
 from worker.progress import Progress
 from worker.stop import Stop
 
@@ -82,6 +90,7 @@ class ImageJob:
         self.request = request = parse_job(self._job)
         self.route, warnings = choose_route(request, has_refiner=pipeline.has_refiner)
         self.warnings += [*request.warnings, *warnings]
+        self._bucket = requested_bucket(self._job, library.cache.web) or self._parts.bucket
         self._stop.check()
         self.loaded = _load(library, request, self._timings, self._progress)
         if request.strict_loras:
@@ -150,15 +159,26 @@ class ImageJob:
     def answer(self) -> Answer:
         """The answer, its pictures encoded and, where a bucket is set, uploaded. Raises: CodedError."""
         self._stop.check()
+        limit, fallback = self._parts.settings.max_answer_mb, self.request.output_fallback
+        answer = self._answer_in(self.request.output_format)
+        try:
+            guard_size(answer, limit)
+        except OutputTooLarge as error:
+            if fallback is None or fallback == self.request.output_format:
+                raise
+            answer = self._answer_in(fallback)
+            answer["warnings"].append(f"{error.sentence}: the pictures are {fallback}")
+            guard_size(answer, limit)
+        return answer
+
+    def _answer_in(self, file_format: str) -> Answer:
         parts, request, drawn = self._parts, self.request, self.drawn
         with self._timings.measure("encode"):
             text = _parameters(parts.pipeline, request, drawn.images[0], self.loaded)
-            encoded = [
-                encode(i, request.output_format, request.output_quality, text) for i in drawn.images
-            ]
-            name = parts.settings.bucket_name
-            urls = deliver(encoded, str(self._job.get("id", "job")), parts.bucket, name)
-        answer: Answer = {
+            quality = request.output_quality
+            encoded = [encode(image, file_format, quality, text) for image in drawn.images]
+            urls = deliver(encoded, str(self._job.get("id", "job")), self._bucket)
+        return {
             "images": urls,
             "image_url": urls[0],
             "seed": request.seed,
@@ -176,8 +196,6 @@ class ImageJob:
                 *_unused_warnings(self.loaded),
             ],
         }
-        guard_size(answer, parts.settings.max_answer_mb)
-        return answer
 
 
 @dataclass(frozen=True)
@@ -227,14 +245,19 @@ def _report(lora: LoraRequest, loaded: Loaded, mode: Mode | None) -> dict[str, A
         "layers": layers,
         "words": words,
         "used_keys": file.keys,
-        "unused_keys": [
-            {"key": unused.key[:200], "reason": unused.reason}
-            for unused in file.unused[:MAX_UNUSED]
-        ],
+        "unused_keys": unused_keys(loaded),
         "scale": {"all": lora.scale, **lora.components} if lora.components else lora.scale,
         "mode": mode,
         "status": "applied" if layers or words else "scale is 0",
     }
+
+
+def unused_keys(loaded: Loaded) -> list[dict[str, str]]:
+    """The tensors that cannot be used, each with its reason; the first `MAX_UNUSED`."""
+    return [
+        {"key": unused.key[:200], "reason": unused.reason}
+        for unused in loaded.file.unused[:MAX_UNUSED]
+    ]
 
 
 def _refuse_unused(loaded: list[Loaded]) -> None:

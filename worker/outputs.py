@@ -14,7 +14,9 @@ from typing import Any, Protocol
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lora.errors import CodedError
+from lora.errors import CodedError, SourceInvalid
+from lora.web import Web
+from schemas import InvalidInput
 from settings import Settings
 
 
@@ -80,7 +82,7 @@ def parameters_text(values: Mapping[str, Any], loras: Sequence[tuple[str, float,
     return "\n".join(lines)
 
 
-class Bucket(Protocol):
+class S3Client(Protocol):
     """The two calls of boto3's S3 client that are used."""
 
     def put_object(self, **arguments: Any) -> Any:
@@ -90,10 +92,50 @@ class Bucket(Protocol):
         """A URL under which the object can be fetched for a while."""
 
 
+@dataclass(frozen=True)
+class Bucket:
+    """Where pictures go."""
+
+    client: S3Client
+    name: str
+    """Empty for the month's (`11-26`), as the SDK's own upload has it."""
+
+
 def open_bucket(settings: Settings) -> Bucket | None:
-    """The S3 client that the settings name, or None if they name none."""
+    """The bucket that the settings name, or None if they name none."""
     if not settings.bucket_endpoint_url:
         return None
+    client = _client(
+        settings.bucket_endpoint_url,
+        settings.bucket_access_key_id,
+        settings.bucket_secret_access_key,
+    )
+    return Bucket(client, settings.bucket_name)
+
+
+S3_FIELDS = ("endpointUrl", "accessId", "accessSecret", "bucketName")
+
+
+def requested_bucket(job: Mapping[str, Any], web: Web) -> Bucket | None:
+    """The bucket that a job brings along as `s3Config`, beside its input; None if it brings none.
+
+    Raises: InvalidInput if it is not whole, or its host may not be asked.
+    """
+    given = job.get("s3Config")
+    if not given:
+        return None
+    values = [given.get(name) for name in S3_FIELDS] if isinstance(given, Mapping) else []
+    if not values or not all(isinstance(value, str) and value for value in values):
+        raise InvalidInput(f"s3Config lacks one of {', '.join(S3_FIELDS)}")
+    endpoint, key, secret, name = map(str, values)
+    try:
+        web.check(endpoint)
+    except SourceInvalid as error:
+        raise InvalidInput(f"s3Config.endpointUrl: {error.sentence}", error.hint) from error
+    return Bucket(_client(endpoint, key, secret), name)
+
+
+def _client(endpoint: str, key: str, secret: str) -> S3Client:
     import boto3
     from botocore.config import Config
     from runpod.serverless.utils.rp_upload import extract_region_from_url
@@ -104,37 +146,37 @@ def open_bucket(settings: Settings) -> Bucket | None:
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
     )
-    client: Bucket = boto3.client(
+    client: S3Client = boto3.client(
         "s3",
-        endpoint_url=settings.bucket_endpoint_url,
-        aws_access_key_id=settings.bucket_access_key_id,
-        aws_secret_access_key=settings.bucket_secret_access_key,
-        region_name=extract_region_from_url(settings.bucket_endpoint_url) or None,
+        endpoint_url=endpoint,
+        aws_access_key_id=key,
+        aws_secret_access_key=secret,
+        region_name=extract_region_from_url(endpoint) or None,
         config=config,
     )
     return client
 
 
-def deliver(
-    pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None, bucket_name: str
-) -> list[str]:
+def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> list[str]:
     """Where the answer's reader finds each picture: a data URI, or a URL good for a week.
 
-    An empty bucket name is the month's (`11-26`), as the SDK's own upload has it. Raises: UploadFailed.
+    Raises: UploadFailed.
     """
     if bucket is None:
         return [picture.data_uri for picture in pictures]
     from botocore.exceptions import BotoCoreError, ClientError
 
     urls = []
-    bucket_name = bucket_name or time.strftime("%m-%y")
+    bucket_name = bucket.name or time.strftime("%m-%y")
     for index, picture in enumerate(pictures):
         ending = picture.media_type.removeprefix("image/")
         name = {"Bucket": bucket_name, "Key": f"{job_id}/{index}-{uuid.uuid4().hex[:8]}.{ending}"}
         try:
-            bucket.put_object(**name, Body=picture.data, ContentType=picture.media_type)
+            bucket.client.put_object(**name, Body=picture.data, ContentType=picture.media_type)
             urls.append(
-                bucket.generate_presigned_url("get_object", Params=name, ExpiresIn=7 * 86_400)
+                bucket.client.generate_presigned_url(
+                    "get_object", Params=name, ExpiresIn=7 * 86_400
+                )
             )
         except (BotoCoreError, ClientError) as error:
             raise UploadFailed(

@@ -1,13 +1,20 @@
 import base64
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+import requests
+from moto.server import ThreadedMotoServer
 from PIL import Image
 
+from lora.web import Web
+from schemas import InvalidInput
 from settings import Settings
+from tests.server import LOOPBACK
 from worker.outputs import (
+    Bucket,
     Encoded,
     OutputTooLarge,
     UploadFailed,
@@ -16,6 +23,7 @@ from worker.outputs import (
     guard_size,
     open_bucket,
     parameters_text,
+    requested_bucket,
 )
 
 VALUES: dict[str, Any] = {
@@ -72,7 +80,9 @@ def test_parameters_text_without_and_with_loras() -> None:
 def test_with_a_bucket_the_answer_holds_urls() -> None:
     bucket = FakeBucket()
     urls = deliver(
-        [Encoded(b"1", "image/png"), Encoded(b"2", "image/webp")], "job-1", bucket, "pictures"
+        [Encoded(b"1", "image/png"), Encoded(b"2", "image/webp")],
+        "job-1",
+        Bucket(bucket, "pictures"),
     )
     assert len(urls) == len(bucket.objects) == 2
     for url, (key, stored) in zip(urls, bucket.objects.items(), strict=True):
@@ -84,7 +94,7 @@ def test_with_a_bucket_the_answer_holds_urls() -> None:
 
 def test_a_bucket_that_refuses_is_told_without_its_address() -> None:
     with pytest.raises(UploadFailed) as caught:
-        deliver([Encoded(b"1", "image/png")], "job-1", FakeBucket(broken=True), "pictures")
+        deliver([Encoded(b"1", "image/png")], "job-1", Bucket(FakeBucket(broken=True), "pictures"))
     assert "EndpointConnectionError" in str(caught.value)
     assert "canary" not in str(caught.value)
 
@@ -105,3 +115,47 @@ def test_the_size_guard_counts_the_json() -> None:
     with pytest.raises(OutputTooLarge) as caught:
         guard_size(answer, 1.5)
     assert "2.0 MB, over the limit of 1.5 MB" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a server that speaks S3."""
+    running = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+def test_a_request_brings_its_own_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"endpointUrl": s3, "accessId": "id", "accessSecret": "canary", "bucketName": "mine"}
+    bucket = requested_bucket({"id": "j", "s3Config": given}, LOOPBACK)
+    assert bucket is not None
+    bucket.client.create_bucket(Bucket="mine")  # type: ignore[attr-defined]
+    (url,) = deliver([Encoded(b"picture", "image/webp")], "job-1", bucket)
+    assert "/mine/job-1/" in url
+    assert "canary" not in url
+    fetched = requests.get(url, timeout=10)
+    assert fetched.content == b"picture"
+    assert fetched.headers["Content-Type"] == "image/webp"
+    with pytest.raises(UploadFailed) as caught:
+        deliver([Encoded(b"1", "image/png")], "job-1", Bucket(bucket.client, "gone"))
+    assert "NoSuchBucket" in str(caught.value) or "ClientError" in str(caught.value)
+
+
+def test_a_requests_bucket_is_whole_and_on_a_host_that_may_be_asked() -> None:
+    whole = {"endpointUrl": "http://127.0.0.1:9", "accessId": "a", "accessSecret": "canary"}
+    assert requested_bucket({}, LOOPBACK) is None
+    assert requested_bucket({"s3Config": {}}, LOOPBACK) is None
+    cases: list[tuple[object, str]] = [
+        (whole, "lacks one of"),
+        ({**whole, "bucketName": 5}, "lacks one of"),
+        ("canary", "lacks one of"),
+        ({**whole, "bucketName": "b"}, "is not on the open internet"),
+        ({**whole, "bucketName": "b", "endpointUrl": "ftp://canary/"}, "no http(s) URL"),
+    ]
+    for given, said in cases:
+        with pytest.raises(InvalidInput) as caught:
+            requested_bucket({"s3Config": given}, Web())
+        assert said in str(caught.value)
+        assert "canary" not in str(caught.value)

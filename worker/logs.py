@@ -1,0 +1,45 @@
+"""What the worker logs: JSON lines for the platform, short ones for a person; the job's id in each."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from contextvars import ContextVar
+
+JOB_ID: ContextVar[str] = ContextVar("job_id", default="")
+"""The job that the running code works for; empty outside of one."""
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object per line: time, level, logger, text, job, and what `extra={"about": {…}}` gives."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{seconds}.{int(record.msecs):03d}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "text": record.getMessage(),
+        }
+        if job_id := JOB_ID.get():
+            line["job"] = job_id
+        return json.dumps({**line, **getattr(record, "about", {})}, default=str)
+
+
+class ShortLines(logging.Formatter):
+    """Level, logger, job and text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as a line."""
+        job_id = JOB_ID.get()
+        job = f" [{job_id}]" if job_id else ""
+        return f"{record.levelname} {record.name}{job}: {record.getMessage()}"
+
+
+def set_up(*, json_lines: bool) -> None:
+    """Logs to stderr from INFO on. Exceptions' texts are never logged: they may hold a URL or a token."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if json_lines else ShortLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
