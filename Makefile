@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The CPU build of torch serves demo, tests and checks; the image installs its own CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check format evaluate bench-lora clean
+.PHONY: demo test check format evaluate bench-lora bench-cache clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -28,6 +28,10 @@ evaluate: $(VENV)/ready
 
 bench-lora: $(VENV)/ready
 	$(RUN) -m benchmarks.lora_engine
+	$(RUN) -m benchmarks.lora_steps
+
+bench-cache: $(VENV)/ready
+	$(RUN) -m benchmarks.cache
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -25,7 +25,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
-from benchmarks.full_size import CONFIG, linear_layers, write_lora
+from benchmarks.full_size import CONFIG, linear_layers, make_step, write_lora
 from benchmarks.page import write_page
 from benchmarks.report import write_result
 from demo.networks import TOPOLOGY, new_unet
@@ -40,8 +40,6 @@ log = logging.getLogger("lora_engine")
 RANKS = (16, 64, 128)
 CAST_RANKS = (16, 64)
 """The ranks that are also measured with files of another dtype."""
-
-STACK_OF_FOUR = 4
 
 
 @dataclass
@@ -198,68 +196,19 @@ def measure_exactness(bench: Bench, path: Path) -> dict[str, int]:
     return {"of": sum(w.numel() for w in weights.values()), "ours": ours, "theirs": theirs}
 
 
-def measure_steps(bench: Bench, paths: list[Path], side: int, rounds: int) -> None:
-    """The UNet's forward without a LoRA, with one and with four, in both engines, in turn."""
-    step = _step(bench, side)
-    files = [load(path, bench.engine.key_map, path.stem, mapped=True) for path in paths]
-    step()  # warm up
-    for number in range(rounds):
-        log.info("steps, round %d of %d", number + 1, rounds)
-        with bench.timed("step: no LoRA", "ours"):
-            step()
-        for count in (1, STACK_OF_FOUR):
-            for mode in (Mode.DYNAMIC, Mode.MERGED):
-                stack = [LoraUse(file, 0.3) for file in files[:count]]
-                with (
-                    bench.engine.applied(stack, mode),
-                    bench.timed(f"step: {count} {mode}", "ours"),
-                ):
-                    step()
-            for index, path in enumerate(paths[:count]):
-                bench.pipeline.load_lora_weights(str(path), adapter_name=f"a{index}")
-            bench.pipeline.set_adapters([f"a{i}" for i in range(count)], [0.3] * count)
-            with bench.timed(f"step: {count} dynamic", "theirs"):
-                step()
-            bench.pipeline.unload_lora_weights()
-
-
-def _step(bench: Bench, side: int) -> Callable[[], Any]:
-    """One forward of the UNet on a latent of side x side; on CUDA with guidance, two pictures at once."""
-    dtype, config = next(bench.unet.parameters()).dtype, bench.unet.config
-    batch = 2 if bench.device.type == "cuda" else 1
-    place: dict[str, Any] = {"device": bench.device, "dtype": dtype}
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    inputs = {
-        "sample": torch.randn(batch, 4, side, side, **place),
-        "timestep": torch.tensor(500, device=bench.device),
-        "encoder_hidden_states": torch.randn(batch, 77, config.cross_attention_dim, **place),
-        "added_cond_kwargs": {
-            "text_embeds": torch.randn(batch, pooled, **place),
-            "time_ids": torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch, **place),
-        },
-    }
-    forward: Any = bench.unet
-
-    @torch.no_grad()
-    def step() -> Any:
-        return forward(**inputs)
-
-    return step
-
-
-def measure_compiled(bench: Bench, paths: list[Path], side: int, steps: int) -> dict[str, float]:
+def measure_compiled(bench: Bench, path: Path, side: int, steps: int) -> dict[str, float]:
     """CUDA only: images per second of `steps` UNet steps, eager and compiled, by engine and mode."""
     rates: dict[str, float] = {}
-    files = [load(path, bench.engine.key_map, path.stem, mapped=True) for path in paths[:1]]
-    step = _step(bench, side)
+    file = load(path, bench.engine.key_map, path.stem, mapped=True)
+    step = make_step(bench.unet, side)
     for kind in ("eager", "compiled"):
         if kind == "compiled":
             bench.unet.compile()
         rates[f"{kind}: no LoRA"] = _rate(bench, step, steps)
         for mode in (Mode.MERGED, Mode.DYNAMIC):
-            with bench.engine.applied([LoraUse(files[0], 0.3)], mode):
+            with bench.engine.applied([LoraUse(file, 0.3)], mode):
                 rates[f"{kind}: ours, {mode}"] = _rate(bench, step, steps)
-        bench.pipeline.load_lora_weights(str(paths[0]), adapter_name="one")
+        bench.pipeline.load_lora_weights(str(path), adapter_name="one")
         rates[f"{kind}: diffusers + peft"] = _rate(bench, step, steps)
         bench.pipeline.unload_lora_weights()
     return rates
@@ -298,12 +247,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--side", type=int, help="the latent's side of a step; 128 is 1024 pixels")
+    parser.add_argument(
+        "--side", type=int, default=128, help="CUDA: the latent's side; 128 is 1024 pixels"
+    )
     parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
-    side = options.side or (128 if cuda else 48)
     bench = new_bench(options.device, tiny=options.tiny)
     options.folder.mkdir(parents=True, exist_ok=True)
     own = "float16" if cuda else "bfloat16"
@@ -320,29 +270,24 @@ def main() -> None:
             measure_file(bench, path, f"rank {rank}, {same}", turn if number % 2 else turn[::-1])
     bench.engine.free()
     measure_merged_again(bench, files[16, own], "rank 16, the model's dtype", options.rounds)
-    stack = [write_lora(bench.unet, options.folder, 16, own, seed) for seed in range(STACK_OF_FOUR)]
     exactness = measure_exactness(bench, files[16, own])
-    bench.engine.free()
-    if not cuda:  # the worker's own precision on a CPU; not every one has units for bfloat16
-        bench.unet.float()
-    measure_steps(bench, stack, side, max(3, options.rounds))
     figures: dict[str, Any] = {
         "model": "miniature" if options.tiny else "SDXL's UNet, 2.57 billion random parameters",
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "dtype": own,
         "rounds": options.rounds,
-        "latent_side": side,
-        "step_dtype": str(bench.unet.dtype).removeprefix("torch."),
         "numbers_changed_after_merge_and_restore": exactness,
         "median_seconds": medians(bench),
     }
     if cuda:
-        figures["unet_only_images_per_second_30_steps"] = measure_compiled(bench, stack, side, 30)
+        figures["unet_only_images_per_second_30_steps"] = measure_compiled(
+            bench, files[16, own], options.side, 30
+        )
     name = "lora_engine_cuda" if cuda else "lora_engine"
     path = write_result(f"{name}_tiny" if options.tiny else name, figures)
     log.info("written to %s", path)
     if not options.tiny and not cuda:
-        write_page(path)
+        write_page()
 
 
 if __name__ == "__main__":

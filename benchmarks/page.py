@@ -70,17 +70,19 @@ STEP_TARGETS = {1: 3.0, 4: 10.0}
 """LoRAs -> percent that a step may take longer, dynamic."""
 
 
-def write_page(path: Path) -> None:
-    """Puts the table of a result file into docs/benchmarks.md, and draws docs/benchmarks.svg."""
-    result = json.loads(path.read_text())
+def write_page() -> None:
+    """Puts the results' tables into docs/benchmarks.md, and draws docs/benchmarks.svg."""
+    result, steps = (
+        json.loads((RESULTS / f"{name}.json").read_text()) for name in ("lora_engine", "lora_steps")
+    )
     page = DOCS / "benchmarks.md"
     text = page.read_text()
     begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    page.write_text(f"{text[:begin]}\n{table(result)}\n{text[end:]}")
+    page.write_text(f"{text[:begin]}\n{table(result, steps)}\n{text[end:]}")
     (DOCS / "benchmarks.svg").write_text(plot(result))
 
 
-def table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any], steps: Mapping[str, Any]) -> str:
     """The result as Markdown, each figure with its target and whether it was reached."""
     figures, machine = result["figures"], result["machine"]
     seconds = figures["median_seconds"]
@@ -115,22 +117,32 @@ def table(result: Mapping[str, Any]) -> str:
         f"Of {exact['of']:,} adapted numbers, {exact['theirs']:,} differed after diffusers' fuse and unfuse, "
         f"and {exact['ours']:,} after our merge and restore.",
         "",
-        f"A step in {figures['step_dtype']} (rank 16, latent {figures['latent_side']} squared), "
-        f"against one without a LoRA of {_time(seconds['step: no LoRA']['ours'])}:",
+        *_steps(steps["figures"]),
+    ]
+    return "\n".join(lines)
+
+
+def _steps(figures: Mapping[str, Any]) -> list[str]:
+    """What LoRAs cost per step."""
+    least, most = figures["seconds_without_spread"]
+    lines = [
+        f"A step in {figures['dtype']} (rank 16, latent {figures['latent_side']} squared), against one "
+        f"without a LoRA just before, of {_time(figures['seconds_without'])} in the median ({_time(least)} "
+        f"to {_time(most)}); medians of {figures['rounds']} rounds:",
         "",
         "| LoRAs | diffusers + peft | ours, dynamic | at most | | ours, merged |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    none = seconds["step: no LoRA"]["ours"]
     for count, target in STEP_TARGETS.items():
-        dynamic, merged = seconds[f"step: {count} dynamic"], seconds[f"step: {count} merged"]
-        ours = 100 * (dynamic["ours"] / none - 1)
-        theirs, still = 100 * (dynamic["theirs"] / none - 1), 100 * (merged["ours"] / none - 1)
+        theirs, ours, merged = (
+            100 * (figures["ratios"][f"{count} {way}"] - 1)
+            for way in ("dynamic, theirs", "dynamic, ours", "merged, ours")
+        )
         lines.append(
             f"| {count} | {theirs:+.1f}% | {ours:+.1f}% | +{target:.0f}% | "
-            f"{'reached' if ours <= target else 'missed'} | {still:+.1f}% |"
+            f"{'reached' if ours <= target else 'missed'} | {merged:+.1f}% |"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _verdict(target: float | None, ratio: float) -> str:
@@ -180,4 +192,4 @@ def plot(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    write_page(RESULTS / "lora_engine.json")
+    write_page()
