@@ -37,6 +37,10 @@ SECONDS = 0.12
 """How long the slow server takes for a file."""
 
 LEASE = 5.0
+"""Seconds of silence. A dead process of this machine whose lease has its name is taken over at once."""
+
+SLACK = 3.0
+"""Seconds for the download of whoever takes over, on a busy machine."""
 
 HONEST_OR_NOT = pytest.mark.parametrize("useless", [False, True], ids=["lease", "useless lease"])
 NEW_OR_REFRESHED = pytest.mark.parametrize("refresh", [False, True], ids=["new", "refreshed"])
@@ -84,7 +88,7 @@ class Scene:
 
     def check_end(self, why: str) -> None:
         """The next one gets the right file; what the dead left is swept; nothing else lies around."""
-        cache = VolumeCache(self.root, Limits(timeout=5, lease=LEASE), LOOPBACK)
+        cache = VolumeCache(self.root, Limits(timeout=20, lease=LEASE), LOOPBACK)
         entry = get(cache, self.job.url, refresh=self.job.refresh)
         assert sha256(entry.path.read_bytes()) == entry.record.sha256 == self.new, why
         long_ago = time.time() - 3 * cache.limits.timeout
@@ -151,11 +155,13 @@ def test_a_hundred_processes_killed_at_random_moments_harm_nobody(
         while (missing := KILLS - sum(killed for killed, _ in rounds)) > 0:
             assert len(rounds) < 2 * KILLS, f"CACHE_TEST_SEED={SEED}: most are never killed"
             rounds += pool.map(one_round, itertools.islice(numbers, missing))
-    longest = max(seconds for _, seconds in rounds)
+    times = sorted(seconds for _, seconds in rounds)
     print(
-        f"CACHE_TEST_SEED={SEED}: {KILLS} were killed in {len(rounds)} rounds; "
-        f"the others had the file after {longest:.2f} s at most"
+        f"CACHE_TEST_SEED={SEED}: {KILLS} were killed in {len(rounds)} rounds; the others had the file "
+        f"{times[len(times) // 2]:.2f} s later, {times[-1]:.2f} s at most"
     )
+    # Between making a lease and writing its name into it lies a moment: who dies there must be waited for.
+    assert times[len(times) * 9 // 10] < LEASE, f"CACHE_TEST_SEED={SEED}"
 
 
 def _killed_at_random(workers: Workers, scene: Scene, number: int) -> tuple[bool, float]:
@@ -184,7 +190,7 @@ def _killed_at_random(workers: Workers, scene: Scene, number: int) -> tuple[bool
     results = [news for worker in waiting for news in worker.rest()]
     scene.check(results, why, gets=4)
     seconds = max(news.get("at", 0.0) for news in results) - died
-    assert seconds < LEASE, (why, results)
+    assert seconds < LEASE + SLACK, (why, results)
     scene.check([*told, *(news for reader in readers for news in reader.end())], why)
     scene.check_end(why)
     return not any("bytes" in news for news in told), seconds
@@ -238,7 +244,10 @@ def test_a_process_that_freezes_is_overtaken_and_harms_nobody_when_it_wakes(
         results = [news for worker in waiting for news in worker.rest()]
         frozen.send(signal.SIGCONT)
         one.check(results, why, gets=2)
-        assert max(news.get("at", 0.0) for news in results) - began < silence + 3, (why, results)
+        assert max(news.get("at", 0.0) for news in results) - began < silence + SLACK, (
+            why,
+            results,
+        )
         one.check(frozen.rest(), why, gets=1)
         assert list((one.root / INCOMING).iterdir()) == [], why
         one.check_end(why)

@@ -1,0 +1,162 @@
+"""`python -m emulator [options] -- python handler.py`"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from emulator.app import counts, new_app
+from emulator.jobs import JobQueue
+from emulator.worker_api import wire_environment
+from emulator.workers import Scale, WorkerPool
+
+log = logging.getLogger("emulator")
+
+STATUS_EVERY = 5.0
+
+
+def main() -> int:
+    """Serves until Ctrl-C or SIGTERM, then ends every worker and all that they started."""
+    options = _options()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        listening = socket.create_server((options.host, options.port))
+    except OSError as error:
+        log.error("%s port %d cannot be used: %s", options.host, options.port, error.strerror)
+        return 2
+    homes = tempfile.TemporaryDirectory(prefix="emulator-", ignore_cleanup_errors=True)
+    with listening, homes as folder:
+        try:
+            asyncio.run(_serve(options, listening, Path(folder)))
+        except OSError as error:
+            log.error("the workers cannot be started: %s", error)
+            return 2
+    return 0
+
+
+async def _serve(options: argparse.Namespace, listening: socket.socket, homes: Path) -> None:
+    everywhere = options.host in ("", "0.0.0.0")
+    port = listening.getsockname()[1]
+    address = f"http://{'127.0.0.1' if everywhere else options.host}:{port}"
+    key = secrets.token_hex(8)
+    queue = JobQueue()
+    environment = _environment(options.volume) | wire_environment(address, options.endpoint, key)
+    scale = Scale(options.min_workers, options.workers, options.scale_delay, options.idle_timeout)
+    pool = WorkerPool(options.command, environment, queue, scale, homes)
+    app = new_app(
+        queue,
+        pool,
+        endpoint=options.endpoint,
+        worker_key=key,
+        api_key=options.api_key,
+        webhook_pause=options.webhook_pause,
+    )
+    over = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, over.set)
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            lifespan="off",
+            timeout_keep_alive=75,  # the SDK posts on connections that were idle for a while
+            timeout_graceful_shutdown=2,
+        )
+    )
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    log.info("%s/v2/%s is open; see %s for its state", address, options.endpoint, address)
+    status = asyncio.create_task(_status_line(queue, pool))
+    try:
+        await pool.run(over)
+    finally:
+        # The workers are gone: until then they had to be answered.
+        status.cancel()
+        queue.close()
+        server.should_exit = True
+        await serving
+
+
+def _environment(volume: Path | None) -> dict[str, str]:
+    """What workers inherit."""
+    found = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    found.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's own default tells each poll
+    found.pop("RUNPOD_REALTIME_PORT", None)  # would make the SDK serve HTTP instead of taking jobs
+    if volume:
+        volume.mkdir(parents=True, exist_ok=True)
+        found["LORA_CACHE_DIR"] = str(volume.resolve() / "loras")
+    return found
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to us: the workers end first."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _status_line(queue: JobQueue, pool: WorkerPool) -> None:
+    """The counts, whenever they changed."""
+    last = None
+    while True:
+        now = counts(queue, pool)
+        if now != last:
+            log.info("  ".join(f"{name} {count}" for name, count in now.items()))
+            last = now
+        await asyncio.sleep(STATUS_EVERY)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m emulator",
+        description="RunPod serverless on this machine: its public API over real worker processes.",
+        epilog="Everything after -- is the worker's command; by default, python handler.py.",
+    )
+    add = parser.add_argument
+    add("--workers", type=int, default=1, help="most workers (1)")
+    add("--min-workers", type=int, help="least workers (as many as --workers)")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8000, help="port; 0 takes a free one (8000)")
+    add("--endpoint", default="local", help="the endpoint's id in URLs (local)")
+    add("--api-key", help="what clients must send as Bearer; none by default")
+    add("--volume", type=Path, help="folder that stands for the network volume")
+    add(
+        "--scale-delay",
+        type=float,
+        default=4.0,
+        help="seconds in the queue before one more starts (4)",
+    )
+    add(
+        "--idle-timeout",
+        type=float,
+        default=5.0,
+        help="seconds before an idle extra worker ends (5)",
+    )
+    add("--webhook-pause", type=float, default=10.0, help="seconds between tries of a webhook (10)")
+    add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.min_workers is None:
+        options.min_workers = options.workers
+    if not (options.workers >= 1 and 0 <= options.min_workers <= options.workers):
+        parser.error("--workers must be at least 1, --min-workers from 0 to --workers")
+    if not 0 <= options.port <= 65535:
+        parser.error("--port must be from 0 to 65535")
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    options.command = command or [sys.executable, "handler.py"]
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

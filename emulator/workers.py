@@ -1,0 +1,241 @@
+"""Worker processes: started, scaled, replaced when they die, and never left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import Collection, Coroutine, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emulator.jobs import JobQueue
+
+log = logging.getLogger(__name__)
+
+GRACE, LAST_GRACE = 30.0, 5.0
+"""Seconds between asking a worker to end and ending it: while the others work on, and when all is over."""
+
+POLL = 0.1
+
+RESTART_PAUSE = 1.0
+"""Seconds after a worker that could not start: it is not tried in a tight loop."""
+
+
+@dataclass
+class Worker:
+    """One worker process, in a session of its own, so that all that it started ends with it."""
+
+    id: str
+    process: asyncio.subprocess.Process
+    ready: bool = False
+    """Whether it asked for a job."""
+    stopping: bool = False
+    """Whether it gets no more jobs."""
+    asked: bool = False
+    """Whether it was asked to end."""
+    idle_since: float | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs.
+
+        Not `process.wait()`: that also waits for whoever else holds the process's output, and the SDK's
+        heartbeat outlives its worker.
+        """
+        return self.process.returncode is None
+
+    def ask_to_end(self) -> None:
+        """SIGTERM to the process alone: it ends what it does, and itself."""
+        self.stopping = self.asked = True
+        with suppress(ProcessLookupError):
+            self.process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL to the process and all that it started."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How many workers there are."""
+
+    least: int = 1
+    most: int = 1
+    delay: float = 4.0
+    """Seconds that a job waits before another worker is started; the first is started at once."""
+    idle: float = 5.0
+    """Seconds after which an idle worker above the least number ends."""
+
+
+class WorkerPool:
+    """Keeps between `least` and `most` workers running `command`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        queue: JobQueue,
+        scale: Scale,
+        homes: Path,
+    ) -> None:
+        """`environment` is what each worker gets besides RUNPOD_POD_ID and a HOME below `homes`."""
+        self._command, self._environment = list(command), dict(environment)
+        self._queue, self._scale, self._homes = queue, scale, homes
+        self.workers: dict[str, Worker] = {}
+        self.deaths = 0
+        """How many workers ended without having been asked to."""
+        self._number = 0
+        self._not_before = 0.0
+        self._ends: set[asyncio.Task[None]] = set()
+        self._outputs: set[asyncio.Task[None]] = set()
+
+    async def run(self, over: asyncio.Event) -> None:
+        """Starts, watches and scales until it is over; then ends all workers and what they started.
+
+        Raises: OSError if the command cannot be started.
+        """
+        try:
+            while not over.is_set():
+                self._bury()
+                self._queue.tick()
+                while self._wants_another() and not over.is_set():
+                    await self._start()
+                self._scale_down()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(over.wait(), POLL)
+        finally:
+            await self._end_all()
+
+    def heard_of(self, worker: str) -> None:
+        """A worker asked for a job: it has started."""
+        if found := self.workers.get(worker):
+            found.ready = True
+
+    def takes(self, worker: str) -> bool:
+        """Whether a worker gets jobs."""
+        found = self.workers.get(worker)
+        return found is not None and found.alive and not found.stopping
+
+    def ends(self, worker: str) -> bool:
+        """Whether a worker was asked to end, or did."""
+        found = self.workers.get(worker)
+        return found is None or found.asked
+
+    def stop(self, worker: str) -> None:
+        """Lets a worker end its jobs and itself; it gets no more, and another takes its place."""
+        found = self.workers.get(worker)
+        if found and not found.stopping:
+            found.stopping = True
+            _keep(self._ends, self._end(found))
+
+    async def _start(self) -> None:
+        name = f"w{self._number}"
+        self._number += 1
+        home = self._homes / name
+        home.mkdir(parents=True, exist_ok=True)
+        process = await asyncio.create_subprocess_exec(
+            *self._command,
+            env={**self._environment, "RUNPOD_POD_ID": name, "HOME": str(home)},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,
+            limit=1 << 20,
+        )
+        worker = self.workers[name] = Worker(name, process)
+        log.info("%s started (pid %d)", name, process.pid)
+        _keep(self._outputs, self._show(worker))
+
+    async def _show(self, worker: Worker) -> None:
+        """Each line that it prints, with its name before it."""
+        assert worker.process.stdout is not None  # noqa: S101 - for the type checker; PIPE was asked for
+        while True:
+            try:
+                line = await worker.process.stdout.readline()
+            except ValueError:  # a line of over a megabyte
+                continue
+            if not line:
+                return
+            log.info("[%s] %s", worker.id, line.decode(errors="replace").rstrip())
+
+    def _bury(self) -> None:
+        """Takes workers that ended off the list; their jobs go back to the queue."""
+        for worker in [one for one in self.workers.values() if not one.alive]:
+            worker.kill()  # what it left behind
+            del self.workers[worker.id]
+            self._queue.lost(worker.id)
+            if worker.stopping:
+                log.info("%s ended", worker.id)
+                continue
+            self.deaths += 1
+            log.warning("%s died (exit %s)", worker.id, worker.process.returncode)
+            if not worker.ready:
+                self._not_before = time.monotonic() + RESTART_PAUSE
+
+    def _wants_another(self) -> bool:
+        """Whether to start a worker. One that is ending counts: it still has the device's memory."""
+        count, scale = len(self.workers), self._scale
+        if count >= scale.most or time.monotonic() < self._not_before:
+            return False
+        if count < scale.least:
+            return True
+        starting = any(not one.ready for one in self.workers.values())
+        return not starting and self._queue.waited > (scale.delay if count else 0)
+
+    def _scale_down(self) -> None:
+        now = time.monotonic()
+        serving = [one for one in self.workers.values() if not one.stopping]
+        spare = len(serving) - self._scale.least
+        for worker in serving:
+            if self._queue.holds(worker.id) or not worker.ready:
+                worker.idle_since = None
+                continue
+            worker.idle_since = worker.idle_since or now
+            if spare > 0 and now - worker.idle_since > self._scale.idle:
+                self.stop(worker.id)
+                spare -= 1
+
+    async def _end(self, worker: Worker) -> None:
+        """Not only when it has no more jobs: one whose answer could not be posted never ends for us."""
+        worker.ask_to_end()
+        while not await _ended([worker], GRACE):
+            if not self._queue.holds(worker.id):
+                log.warning("%s did not end in %g s", worker.id, GRACE)
+                worker.kill()
+
+    async def _end_all(self) -> None:
+        """All workers and what they started, whatever they are doing."""
+        for task in self._ends:
+            task.cancel()
+        workers = list(self.workers.values())
+        for worker in workers:
+            worker.ask_to_end()
+        await _ended(workers, LAST_GRACE)
+        for worker in workers:
+            worker.kill()
+        await _ended(workers, 1)
+        if self._outputs:  # their last words
+            await asyncio.wait(self._outputs, timeout=1)
+
+
+async def _ended(workers: Collection[Worker], seconds: float) -> bool:
+    """Waits until all have ended; False if they did not in so many seconds."""
+    deadline = time.monotonic() + seconds
+    while any(one.alive for one in workers):
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL / 4)
+    return True
+
+
+def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    """Runs it beside us; the set keeps it from being collected."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
