@@ -26,10 +26,19 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import TypeGuard
 
 from lora.civitai import Civitai
 from lora.download import Download, Fetched, Limits, NotModified, Progress
-from lora.errors import CacheFull, DownloadFailed, LoraCorrupt, LoraError, LoraNotFound, nearest
+from lora.errors import (
+    AccessDenied,
+    CacheFull,
+    DownloadFailed,
+    LoraCorrupt,
+    LoraError,
+    LoraNotFound,
+    nearest,
+)
 from lora.header import read_header
 from lora.hub import PEFT_CONFIG, PEFT_STEM, Hub
 from lora.lease import Lease, Watch
@@ -220,7 +229,9 @@ class VolumeCache:
         if kept and (remote.fixed or (not refresh and self._is_current(kept, remote))):
             return kept
         try:
-            with self._refusals.remembered(remote.identity, ask_anyway=refresh):
+            # With an old file at hand, one job waits for a source in trouble, and not each.
+            kinds = (LoraError,) if kept else (LoraNotFound, AccessDenied)
+            with self._refusals.remembered(remote.identity, ask_anyway=refresh, kinds=kinds):
                 return self._fetch_anew(remote, kept, progress, begun)
         except LoraError as error:
             if kept is None or refresh:
@@ -263,21 +274,23 @@ class VolumeCache:
     ) -> CacheEntry:
         """The file by this worker's download, or by that of another which holds the lease."""
 
-        def news() -> CacheEntry | None:
+        def look() -> CacheEntry | None:
             try:
-                found = self.shelf.kept(remote)
+                return self.shelf.kept(remote)
             except Damaged:
                 return None
-            fresh = found and self._is_current(found, remote, begun if kept else None)
-            return found if fresh else None
+
+        def is_news(found: CacheEntry | None) -> TypeGuard[CacheEntry]:
+            return found is not None and self._is_current(found, remote, begun if kept else None)
 
         path = root / INCOMING / f"{file_name(remote)}.lease"
         lease, watch = self._lease(path, self.limits.lease), Watch(path, self.limits.lease)
         while not lease.take():
-            if entry := news():
-                return entry
+            if is_news(found := look()):
+                return found
             if watch.is_dead():
-                watch.remove()
+                if not watch.remove():
+                    break  # nobody can have it any more: then all of us download
             elif time.monotonic() > deadline:
                 raise DownloadFailed(
                     f"{remote.shown} is being downloaded by another worker, which takes too long",
@@ -286,7 +299,10 @@ class VolumeCache:
             else:
                 time.sleep(POLL)
         with lease:
-            return news() or self._download(root, remote, kept, progress, deadline)
+            if is_news(found := look()):
+                return found
+            # What lies there now, not what lay there before waiting: a 304 says that this is the newest.
+            return self._download(root, remote, found, progress, deadline)
 
     def _download(
         self,
@@ -305,7 +321,9 @@ class VolumeCache:
             download = Download(self.web, remote, part, self.limits, progress, deadline=deadline)
             keep = self.in_use(kept.path) if kept else nullcontext()
             with keep:
-                fetched = download.run(lambda more: self._make_room(root, more, more), known)
+                fetched = download.run(
+                    lambda more: self._make_room(root, more, more, root / file_name(remote)), known
+                )
             config = self._config(root, remote, deadline)
             return self._publish(root, remote, part, fetched, config)
         except NotModified:
@@ -351,7 +369,8 @@ class VolumeCache:
                 _sync(part)
             read_header(part)
             stat = _stamped(part, sha256)
-            self._make_room(root, stat.st_size, 0)  # again: not every server tells the size first
+            # Again: not every server tells the size first.
+            self._make_room(root, stat.st_size, 0, path)
             now = time.time()
             record = Record(
                 source=remote.shown,
@@ -379,10 +398,10 @@ class VolumeCache:
 
     # --- keeping ---------------------------------------------------------------------------------
 
-    def _make_room(self, root: Path, size: int, to_write: int) -> None:
+    def _make_room(self, root: Path, size: int, to_write: int, instead_of: Path) -> None:
         with self._guard:
             keep = set(self._in_use)
-        make_room(root, size, to_write, self.limits.total_bytes, keep)
+        make_room(root, size, to_write, self.limits.total_bytes, keep, instead_of)
 
     @contextmanager
     def in_use(self, path: Path) -> Iterator[None]:

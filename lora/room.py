@@ -28,18 +28,24 @@ def adapter_files(root: Path) -> list[Path]:
 
 
 def make_room(
-    root: Path, size: int, to_write: int, budget: int | None, keep: Iterable[Path]
+    root: Path,
+    size: int,
+    to_write: int,
+    budget: int | None,
+    keep: Iterable[Path],
+    instead_of: Path | None = None,
 ) -> None:
     """Removes the files used least recently until another of `size` bytes fits the budget, and the disk
     what of it is still `to_write`.
 
-    Only what was downloaded goes; what an operator put there, what is pinned and `keep` stay.
+    Only what was downloaded goes; what an operator put there, what is pinned and `keep` stay. So does
+    `instead_of`, which the new file will replace, and it does not count.
     Raises: CacheFull, saying by how much it does not fit; then nothing was removed. OSError.
     """
     lacking = to_write + RESERVE - shutil.disk_usage(root).free
     if lacking <= 0 and budget is None:
         return  # the usual case, without a look at thousands of records
-    files = _by_last_use(root)
+    files = [(path, bytes_) for path, bytes_ in _by_last_use(root) if path != instead_of]
     kept = {*keep, *(path for path, _ in files if pin_path(path).exists())}
     if budget is not None:
         over = sum(size for _, size in files) + size - budget

@@ -153,17 +153,23 @@ class Shelf:
                 break
             time.sleep(wait)
         fetched = record is not None and record.fetched is not None
+        trouble: LoraError | None = None
+        sha256 = ""
         try:
             read_header(path)
             sha256 = sha256_of(path)
         except LoraError as error:
-            if fetched:
-                raise _damaged(path) from error
-            raise
+            trouble = error
+        now = path.stat()
+        same = (now.st_size, now.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        if not same or read_as(Record, beside) != record:
+            return self._record(root, path, source)  # a worker published while it was hashed
         if record and fetched:
             if record.sha256 != sha256:
-                raise _damaged(path)
+                raise _damaged(path) from trouble
             record = replace(record, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
+        elif trouble:
+            raise trouble
         else:
             record = Record(source or path.name, sha256, stat.st_size, stat.st_mtime_ns, None)
         with suppress(OSError):  # a read-only volume: the next worker hashes it again

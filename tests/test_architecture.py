@@ -14,7 +14,16 @@ import pytest
 from tests.conftest import ROOT
 
 TEXT = (ROOT / "docs" / "architecture.md").read_text()
-PARTS = ("handler", "download_weights", "worker", "pipelines", "schemas", "settings", "lora")
+PARTS = (
+    "handler",
+    "download_weights",
+    "worker",
+    "pipelines",
+    "schemas",
+    "settings",
+    "lora",
+    "emulator",
+)
 
 
 def allowed() -> dict[str, set[str]]:
