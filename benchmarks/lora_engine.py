@@ -26,8 +26,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
 from benchmarks.full_size import CONFIG, linear_layers, make_step, write_lora
-from benchmarks.page import write_page
-from benchmarks.report import write_result
+from benchmarks.page import keep
 from demo.networks import TOPOLOGY, new_unet
 from lora.engine import GB, Budgets, LoraEngine
 from lora.files import load
@@ -283,11 +282,7 @@ def main() -> None:
         figures["unet_only_images_per_second_30_steps"] = measure_compiled(
             bench, files[16, own], options.side, 30
         )
-    name = "lora_engine_cuda" if cuda else "lora_engine"
-    path = write_result(f"{name}_tiny" if options.tiny else name, figures)
-    log.info("written to %s", path)
-    if not options.tiny and not cuda:
-        write_page()
+    log.info("written to %s", keep("lora_engine", figures, cuda=cuda, tiny=options.tiny))
 
 
 if __name__ == "__main__":

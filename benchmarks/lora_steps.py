@@ -25,8 +25,7 @@ import torch
 
 from benchmarks.full_size import make_step, write_lora
 from benchmarks.lora_engine import Bench, new_bench
-from benchmarks.page import write_page
-from benchmarks.report import write_result
+from benchmarks.page import keep
 from lora.files import load
 from lora.stack import LoraUse, Mode
 
@@ -114,11 +113,7 @@ def main() -> None:
         "seconds_without_spread": [round(min(plain), 4), round(max(plain), 4)],
         "ratios": {name: round(statistics.median(found), 4) for name, found in ratios.items()},
     }
-    name = "lora_steps_cuda" if cuda else "lora_steps"
-    path = write_result(f"{name}_tiny" if options.tiny else name, figures)
-    log.info("written to %s", path)
-    if not options.tiny and not cuda:
-        write_page()
+    log.info("written to %s", keep("lora_steps", figures, cuda=cuda, tiny=options.tiny))
 
 
 if __name__ == "__main__":

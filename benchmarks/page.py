@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS
+from benchmarks.report import RESULTS, write_result
 
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- lora_engine: begin -->", "<!-- lora_engine: end -->"
@@ -68,6 +68,14 @@ OURS_ALONE = (
 
 STEP_TARGETS = {1: 3.0, 4: 10.0}
 """LoRAs -> percent that a step may take longer, dynamic."""
+
+
+def keep(name: str, figures: dict[str, Any], *, cuda: bool, tiny: bool) -> Path:
+    """Writes a result, and brings the page up to date where it is one that the page shows."""
+    path = write_result(f"{name}{'_cuda' if cuda else ''}{'_tiny' if tiny else ''}", figures)
+    if not tiny and not cuda:
+        write_page()
+    return path
 
 
 def write_page() -> None:
