@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 # The CPU build of torch serves demo, tests and checks; the image installs its own CUDA build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check format evaluate bench-lora bench-cache clean
+.PHONY: demo test check format evaluate bench-lora bench-cache bench-jobs bench-tools clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -32,6 +32,12 @@ bench-lora: $(VENV)/ready
 
 bench-cache: $(VENV)/ready
 	$(RUN) -m benchmarks.cache
+
+bench-jobs: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.jobs
+
+bench-tools: $(VENV)/ready
+	$(RUN) -m benchmarks.tools
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

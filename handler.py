@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,14 +35,17 @@ from worker.actions import Actions, action_of
 from worker.image_job import PHASES, Answer, ImageJob, Job, Parts
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
-from worker.outputs import open_bucket
+from worker.outputs import guard_size, open_bucket, sendable
 from worker.progress import Progress
 from worker.sender import Sender
+from worker.shutdown import Shutdown
 from worker.stop import Cancelled, Stop, seconds_for
 
 __all__ = ["PHASES", "Worker", "default_worker", "generate_image", "main"]
 
 log = logging.getLogger("worker")
+
+Result = TypeVar("Result")
 
 SendProgress = Callable[[Job, dict[str, Any]], None]
 
@@ -91,7 +94,8 @@ class Worker:
 
     def check_fitness(self) -> None:
         """Raises: CodedError or OSError if this worker cannot serve: LORA_PRELOAD names what can mean
-        nothing, no folder for LoRAs can be written, the device does not compute.
+        nothing, no folder for LoRAs can be written, the device does not compute. (That the weights are
+        there and whole, `setup` has found out.)
 
         A preloaded LoRA that cannot be had at the moment is logged, and is no reason to stop.
         """
@@ -119,16 +123,22 @@ class Worker:
         `refresh_worker` is in it where the process must not go on: weights that could not be put back,
         memory that did not suffice, a device that failed.
         """
+        return self._sendable(self._answer(job))
+
+    def _answer(self, job: Job) -> Answer:
         if action_of(job):
             return self._acted(job)
         progress = Progress(lambda update: self._send(job, update))
         one = ImageJob(self.parts, job, progress, Stop(seconds_for(job, self.settings.deadline)))
-        return self._caught(one.prepare) or self._caught(self._draw, one) or self._answered(one)
+        for stage in (one.prepare, lambda: self._draw(one)):
+            if failed := self._caught(stage):
+                return failed
+        return self._caught(one.answer)
 
-    def _caught(self, work: Callable[..., None], *given: Any) -> Answer | None:
-        """Does a stage of a job. None, or the answer that says why it failed."""
+    def _caught(self, work: Callable[..., Result], *given: Any) -> Result | Answer:
+        """Does a stage of a job: what it returns, or the answer that says why it failed."""
         try:
-            work(*given)
+            return work(*given)
         except RestoreFailed as error:
             return _failure(error, refresh=True)
         except CodedError as error:
@@ -139,8 +149,6 @@ class Worker:
             return _failure(_unexpected(error), refresh=True)
         except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer
             return _failure(_unexpected(error))
-        else:
-            return None
         # Here, and not in the clause above: there the error still holds the job's tensors.
         self._free()
         return _failure(OutOfMemory("the device's memory did not suffice", OOM_HINT), refresh=True)
@@ -158,14 +166,13 @@ class Worker:
             one.draw()
         one.warnings.append("memory was short: the pictures were decoded in tiles")
 
-    def _answered(self, one: ImageJob) -> Answer:
-        answers: list[Answer] = []
-        return self._caught(lambda: answers.append(one.answer())) or answers[0]
-
     def _acted(self, job: Job) -> Answer:
-        answers: list[Answer] = []
-        actions = Actions(self.parts, self.preloaded)
-        return self._caught(lambda: answers.append(actions.answer(job))) or answers[0]
+        answer: Answer = self._caught(Actions(self.parts, self.preloaded).answer, job)
+        return self._caught(guard_size, answer, self.settings.max_answer_mb) or answer
+
+    def _sendable(self, answer: Answer) -> Answer:
+        """The last guard: what the platform cannot carry would leave the job without an end."""
+        return self._caught(sendable, answer)
 
     def _free(self) -> None:
         with self.parts.drawing:
@@ -187,7 +194,7 @@ class Worker:
             log.info("the platform asks again: answered as before")
             return kept
         begun = time.perf_counter()
-        answer = await self._handle(job)
+        answer = self._sendable(await self._handle(job))
         seconds = round(time.perf_counter() - begun, 3)
         about = {"event": "job", "seconds": seconds, "timings": answer.get("timings")}
         log.info("failed" if "error" in answer else "done", extra={"about": about})
@@ -208,7 +215,7 @@ class Worker:
                     stop, self._drawing, self._caught, self._draw, one, to_its_end=True
                 )
             if answer is None:
-                answer = await self._stage(stop, self._preparing, self._answered, one)
+                answer = await self._stage(stop, self._preparing, self._caught, one.answer)
         return answer or _failure(Unexpected("the job has no answer"))
 
     async def _stage(
@@ -282,12 +289,14 @@ def generate_image(job: Job) -> Answer:
 def main() -> None:
     """Loads the models, then serves RunPod's jobs for ever (or one, with --test_input)."""
     import runpod
+    from runpod.serverless.modules import rp_scale
 
     set_up(json_lines="RUNPOD_POD_ID" in os.environ)
     quiet_libraries()
     worker = default_worker()
     runpod.serverless.register_fitness_check(worker.check_fitness)
     concurrency = int(worker.settings.concurrency)
+    Shutdown().guard(rp_scale)
     runpod.serverless.start(
         {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}
     )

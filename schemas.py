@@ -182,6 +182,11 @@ IMAGE_REQUEST: dict[str, Any] = {
             "default": None,
             "description": "File format to take where the answer would be too large for the platform",
         },
+        "preview": {
+            "type": "boolean",
+            "default": False,
+            "description": "Send a small picture of how far it is with the progress, every few steps",
+        },
     },
 }
 
@@ -296,6 +301,7 @@ class ImageRequest:
     output_format: str
     output_quality: int
     output_fallback: str | None
+    preview: bool
     warnings: tuple[str, ...] = ()
     """What was let pass, in sentences for the answer."""
 
@@ -332,6 +338,15 @@ def parse_job(job: object) -> ImageRequest:
 HINT = "See the README's table of parameters."
 
 
+NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
+
+
+def as_entry(given: object) -> Mapping[str, Any] | None:
+    """An entry of `loras` as an object with `path`; None if it names no LoRA."""
+    entry = {"path": given} if isinstance(given, str) else given
+    return entry if isinstance(entry, Mapping) and entry.get("path") else None
+
+
 def _read_loras(
     entries: object, strict: bool
 ) -> tuple[tuple[LoraRequest, ...], list[str], list[str]]:
@@ -341,9 +356,9 @@ def _read_loras(
     faults: list[str] = []
     for index, given in enumerate(entries if isinstance(entries, list) else []):
         where = f"loras[{index}]"
-        entry = {"path": given} if isinstance(given, str) else given
-        if not isinstance(entry, Mapping) or not entry.get("path"):
-            words = f"{where} names no LoRA (a string or an object with path)"
+        entry = as_entry(given)
+        if entry is None:
+            words = f"{where} {NAMES_NO_LORA}"
             (faults if strict else warnings).append(words if strict else f"{words} and was skipped")
             continue
         found = list(faults_of(LORA_ENTRY, entry, f"{where}."))

@@ -81,7 +81,8 @@ def new_app(
         job = queue.find(job_id)
         if job is None:
             raise HTTPException(404, "job not found")
-        return Json({"updates": job.updates, "late": job.late, "answers": job.answers})
+        names = ("updates", "late", "answers", "created", "started", "ended", "let_go")
+        return Json({name: getattr(job, name) for name in names})
 
     clients = ClientApi(queue, pool, webhook_pause=webhook_pause).router
     workers = WorkerApi(queue, pool).router

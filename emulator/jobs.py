@@ -72,6 +72,8 @@ class Job:
     """How many updates came after the answer."""
     answers: int = 0
     """How many results were taken for the job's answer."""
+    let_go: float | None = None
+    """When its worker posted the end of a job that had ended without it: cancelled, or timed out."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -172,6 +174,7 @@ class JobQueue:
             return False
         self._clear(job)
         job.error, job.ended, job.lives, job.answers, job.late = None, None, 0, 0, 0
+        job.let_go = None
         job.created = time.monotonic()
         job.done.clear()
         self.retried += 1
@@ -243,6 +246,8 @@ class JobQueue:
         Raises: TooLarge; the job is then COMPLETED without an output, as on the platform.
         """
         mine = _is_of(job, worker)
+        if not mine and job.worker == worker and not job.answers:
+            job.let_go = job.let_go or time.monotonic()
         if size > job.limit:
             if mine:
                 job.output = None

@@ -1,6 +1,7 @@
 """The tree of errors that a user can be told about.
 
     CodedError
+    ├── ToolError              TOOL_ERROR            a tool's input does not fit, or its output cannot be written
     └── LoraError
         ├── SourceInvalid      LORA_SOURCE_INVALID   the reference cannot mean anything
         ├── LoraNotFound       LORA_NOT_FOUND        nothing is there
@@ -38,6 +39,12 @@ class CodedError(Exception):
         self.sentence = sentence[:MAX_SENTENCE].rstrip(".")
         self.hint = hint
         super().__init__(f"{self.code}: {self.sentence}. {hint}".rstrip())
+
+
+class ToolError(CodedError):
+    """What was given to a tool does not fit together, or its result cannot be written."""
+
+    code = "TOOL_ERROR"
 
 
 class LoraError(CodedError):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 from lora.embeddings import TokenEmbedding
 from pipelines.loading import LoadedModels
+from pipelines.preview import LatentColours, Watch
 from pipelines.schedulers import make_scheduler
 from pipelines.tokens import added_tokens
 from schemas import HINT, ImageRequest, InvalidInput
@@ -31,8 +33,12 @@ ENCODED = (
 )
 """What `encode_prompt` returns, under the names that the pipeline's call takes."""
 
-StepCallback = Callable[[int, int], None]
-"""Called after each denoising step with (steps done, steps in all)."""
+Preview = Callable[[], Image.Image | None]
+"""Makes a small picture of how far a denoising is; costs nothing unless it is called."""
+
+StepCallback = Callable[[int, int, Preview], None]
+"""Called after each denoising step with (steps done, steps in all, a preview; it makes one within the call
+alone, and only where the request has `preview`)."""
 
 
 class Route(Enum):
@@ -138,6 +144,10 @@ class ImagePipeline:
         """The width and height that the model was made for, in pixels."""
         return int(self._base.unet.config.sample_size * self._base.vae_scale_factor)
 
+    @cached_property
+    def _colours(self) -> LatentColours:
+        return LatentColours.fit(self._base.vae)
+
     def tokens(
         self, embeddings: Sequence[TokenEmbedding]
     ) -> AbstractContextManager[tuple[str, ...]]:
@@ -151,16 +161,16 @@ class ImagePipeline:
         route: Route,
         picture: Image.Image | None,
         timings: Timings,
-        on_step: StepCallback = lambda done, total: None,
+        on_step: StepCallback = lambda done, total, preview: None,
     ) -> list[Image.Image]:
         """Draws the request: `num_images` RGB pictures.
 
         `picture` is what `image_url` held, for the two image routes. The same request and seed give the
         same pixels, whatever was drawn before. Adds encode_prompt, denoise and decode to `timings`.
         """
-        draw = _Drawing(
-            request, torch.Generator(self.device).manual_seed(request.seed), timings, on_step
-        )
+        generator = torch.Generator(self.device).manual_seed(request.seed)
+        colours = self._colours if request.preview else None
+        draw = _Drawing(request, generator, timings, on_step, colours)
         with self._as_they_were(request, route):
             if route is Route.REFINER_IMAGE:
                 return self._refine(draw, image=picture)
@@ -266,6 +276,8 @@ class _Drawing:
     generator: torch.Generator
     timings: Timings
     on_step: StepCallback
+    colours: LatentColours | None = None
+    """For previews, where the request wants them."""
 
     def run(
         self,
@@ -283,23 +295,29 @@ class _Drawing:
             conditions = self._encode(pipeline, negative_prompt, guidance_scale)
         begun = time.perf_counter()
         denoised = begun
+        watch = Watch(pipeline.scheduler)
+
+        def preview() -> Image.Image | None:
+            latents = watch.finished()
+            return None if latents is None or not self.colours else self.colours.picture(latents[0])
 
         def after_step(pipe: Any, step: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal denoised
             if step + 1 >= pipe.num_timesteps and pipe._execution_device.type == "cuda":
                 torch.cuda.synchronize()  # else the last steps would count as decoding
             denoised = time.perf_counter()
-            self.on_step(step + 1, pipe.num_timesteps)
+            self.on_step(step + 1, pipe.num_timesteps, preview)
             return tensors
 
-        images = pipeline(
-            **conditions,
-            **options,
-            guidance_scale=guidance_scale,
-            num_images_per_prompt=self.request.num_images,
-            generator=self.generator,
-            callback_on_step_end=after_step,
-        ).images
+        with watch if self.colours else nullcontext():
+            images = pipeline(
+                **conditions,
+                **options,
+                guidance_scale=guidance_scale,
+                num_images_per_prompt=self.request.num_images,
+                generator=self.generator,
+                callback_on_step_end=after_step,
+            ).images
         self.timings.add("denoise", denoised - begun)
         self.timings.add("decode", time.perf_counter() - denoised)
         return images

@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
-from pipelines.weights import find_weights
+from pipelines.weights import check, find_weights
 from settings import STOCK_MODEL, Settings
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -35,7 +35,7 @@ class LoadedModels:
 def load_models(settings: Settings) -> LoadedModels:
     """Loads base, VAE and refiner as the settings say, without asking any network.
 
-    Raises: WeightsMissing.
+    Raises: WeightsMissing; WeightsIncomplete, which names the file, if one is cut or not there.
     """
     device = torch.device(_device(settings.device))
     dtype = DTYPES[_dtype(settings.dtype, device)]
@@ -66,6 +66,7 @@ def _load(
         return pipeline.from_single_file(
             str(where), config=config, dtype=dtype, local_files_only=True, **parts
         )
+    check(where)
     half = any(where.glob("*/*.fp16.safetensors"))
     return pipeline.from_pretrained(
         where,

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,7 +97,11 @@ class Platform:
 
 @contextmanager
 def platform(
-    folder: Path, *, workers: int = 2, environment: dict[str, str] | None = None
+    folder: Path,
+    *,
+    workers: int = 2,
+    environment: dict[str, str] | None = None,
+    program: Sequence[str] = ("handler.py",),
 ) -> Iterator[Platform]:
     """An emulator whose workers serve the demo model, its adapters on the volume."""
     loras = folder / "volume" / "loras"
@@ -105,7 +109,7 @@ def platform(
     for file in (ROOT / "demo" / "loras").glob("*.safetensors"):
         shutil.copy(file, loras)
     command = [sys.executable, "-m", "emulator", "--port", "0", "--workers", str(workers)]
-    command += ["--volume", str(folder / "volume"), "--", sys.executable, "handler.py"]
+    command += ["--volume", str(folder / "volume"), "--", sys.executable, *program]
     process = subprocess.Popen(
         command,
         cwd=ROOT,

@@ -104,9 +104,9 @@ def test_a_job_that_is_cancelled_while_drawing_ends_at_the_next_step(demo_worker
     generate = demo_worker.parts.pipeline.generate
 
     def watched(request: Any, route: Any, given: Any, timings: Any, on_step: Any) -> Any:
-        def step(done: int, total: int) -> None:
+        def step(done: int, total: int, preview: Any) -> None:
             steps.append(time.perf_counter())
-            on_step(done, total)
+            on_step(done, total, preview)
 
         return generate(request, route, given, timings, step)
 

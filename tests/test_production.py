@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -19,11 +20,13 @@ from typing import Any
 
 import pytest
 
+from benchmarks.jobs import KINDS, measure
 from lora.shelf import sha256_of
 from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
 from tests.production import BAD, ENVIRONMENT, Platform, kinds, mix, platform
 from tests.server import LoopbackServer
+from tests.worst import HUGE, PROMPTS, TOKEN
 
 JOBS, SEED = 200, 20261121
 
@@ -48,6 +51,13 @@ def expected(
     found = alone(tmp_path_factory.mktemp("alone") / "loras", good)
     assert len({str(images) for images in found.values()}) == len(good)
     return found
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    """Two workers, for all tests that leave them as they were."""
+    with platform(tmp_path_factory.mktemp("platform")) as running:
+        yield running
 
 
 def alone(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -102,24 +112,22 @@ def check_answers(
 
 
 def test_no_job_leaves_a_trace_in_anothers_picture_and_progress_is_in_order(
-    tmp_path: Path, good: dict[str, dict[str, Any]], expected: dict[str, Any]
+    shared: Platform, good: dict[str, dict[str, Any]], expected: dict[str, Any]
 ) -> None:
     jobs = mix(JOBS, list(good), SEED)
-    with platform(tmp_path) as running:
-        ids = submit(running, jobs, good)
-        states = running.wait(ids, 400)
-        check_answers(ids, jobs, states, expected)
-        ends = Counter(state["status"] for state in states.values())
-        assert ends["COMPLETED"] > JOBS / 2
-        assert ends["CANCELLED"] > 0
-        for job_id in ids:
-            story = running.story(job_id)
-            assert story["late"] == 0, story
-            _assert_in_order(story["updates"])
-        assert len({states[job_id].get("workerId") for job_id in ids} - {None}) == 2
-        assert len(running.pids()) == 2  # none had to be replaced
-    parts = list((running.volume / "loras" / ".incoming").iterdir())
-    assert parts == []
+    ids = submit(shared, jobs, good)
+    states = shared.wait(ids, 400)
+    check_answers(ids, jobs, states, expected)
+    ends = Counter(state["status"] for state in states.values())
+    assert ends["COMPLETED"] > JOBS / 2
+    assert ends["CANCELLED"] > 0
+    for job_id in ids:
+        story = shared.story(job_id)
+        assert story["late"] == 0, story
+        _assert_in_order(story["updates"])
+    assert len({states[job_id].get("workerId") for job_id in ids} - {None}) == 2
+    assert len(shared.pids()) == 2  # none had to be replaced
+    assert list((shared.volume / "loras" / ".incoming").iterdir()) == []
     print(f"{JOBS} jobs: {dict(ends)}")
 
 
@@ -167,33 +175,73 @@ def test_nothing_is_lost_while_workers_are_killed(
     print(f"{len(killed)} kills, {len(ids)} jobs: {Counter(s['status'] for s in states.values())}")
 
 
-def test_cancelling_is_quick_and_the_next_job_is_right(
-    tmp_path: Path,
+def test_cancelling_takes_less_than_a_step_and_half_a_second_and_the_next_jobs_are_right(
+    shared: Platform,
     server: LoopbackServer,
     good: dict[str, dict[str, Any]],
     expected: dict[str, Any],
 ) -> None:
-    slow = server.serve("/slow.safetensors", as_bytes(kohya(seed=4)), pause=3.0)
-    long = {**good["stripes"], "num_inference_steps": 400}
-    with platform(tmp_path, workers=1) as running:
-        for where in ("while queued", "in the download", "in the denoising"):
-            first = running.run({**good["plain"], "loras": [slow]} if "download" in where else long)
-            deadline = time.monotonic() + 60
-            while running.status(first)["status"] != "IN_PROGRESS":
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            time.sleep(0.7)
-            last = running.run(good["plain"]) if where == "while queued" else first
-            running.cancel(last)
-            assert running.status(last)["status"] == "CANCELLED"
-            if where == "while queued":
-                running.cancel(first)
-            begun = time.monotonic()
-            following = running.run(good["plain"])
-            state = running.wait([following], 60)[following]
-            assert state["output"]["images"] == expected["plain"], where
-            # The stop signal's poll, one step, the queue's poll: far from 400 steps or the download.
-            assert time.monotonic() - begun < 2.5, where
+    url = server.serve("/slow.safetensors", as_bytes(kohya(seed=4)), pause=20.0)
+    slow = {**good["plain"], "loras": [url]}
+    long = {**good["stripes"], "num_inference_steps": 499, "scheduler": "DDIM"}
+    step = seconds_of_a_step(shared, good)
+    for where, values in (("in the download", slow), ("in the denoising", long)):
+        ends = [seconds_to_stop(shared, values, after=0.7 + 0.1 * n) for n in range(5)]
+        print(
+            f"cancelled {where}: let go after {[round(s, 2) for s in ends]} s; a step {step:.2f} s"
+        )
+        # The SDK does not ask what to stop for a second out of eleven.
+        assert statistics.median(ends) < step + 0.5, where
+        check_right(shared, good, expected)
+
+
+def test_a_job_that_is_cancelled_in_the_queue_is_never_begun(
+    shared: Platform, good: dict[str, dict[str, Any]], expected: dict[str, Any]
+) -> None:
+    long = {**good["stripes"], "num_inference_steps": 499}
+    running = [shared.run(long) for _ in range(6)]  # two workers take two each
+    last = shared.run(good["plain"])
+    shared.cancel(last)
+    assert shared.status(last)["status"] == "CANCELLED"
+    for job_id in running:
+        shared.cancel(job_id)
+    check_right(shared, good, expected)
+    story = shared.story(last)
+    assert (story["started"], story["updates"], story["answers"]) == (None, [], 0)
+
+
+def seconds_of_a_step(running: Platform, good: dict[str, dict[str, Any]]) -> float:
+    steps = 40
+    job_id = running.run({**good["stripes"], "num_inference_steps": steps})
+    output = running.wait([job_id], 60)[job_id]["output"]
+    seconds: float = output["timings"]["denoise"] / steps
+    return seconds
+
+
+def seconds_to_stop(running: Platform, values: dict[str, Any], after: float) -> float:
+    """From the client's cancelling to the moment when the worker is done with the job."""
+    job_id = running.run(values)
+    deadline = time.monotonic() + 60
+    while running.status(job_id)["status"] != "IN_PROGRESS":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(after)
+    running.cancel(job_id)
+    while (story := running.story(job_id))["let_go"] is None:
+        assert time.monotonic() < deadline, story
+        time.sleep(0.02)
+    assert running.status(job_id)["status"] == "CANCELLED"
+    seconds: float = story["let_go"] - story["ended"]
+    return seconds
+
+
+def check_right(
+    running: Platform, good: dict[str, dict[str, Any]], expected: dict[str, Any]
+) -> None:
+    """As many plain jobs as both workers can hold draw what they should."""
+    ids = [running.run(good["plain"]) for _ in range(4)]
+    for state in running.wait(ids, 60).values():
+        assert state["output"]["images"] == expected["plain"]
 
 
 def test_downloads_overlap_the_drawing(
@@ -216,3 +264,37 @@ def test_downloads_overlap_the_drawing(
             assert {state["status"] for state in states.values()} == {"COMPLETED"}
     print(f"8 jobs: {seconds[1]:.1f} s one by one, {seconds[2]:.1f} s two at once")
     assert seconds[2] <= 0.75 * seconds[1]
+
+
+def test_what_a_job_costs_beside_its_drawing(
+    shared: Platform, good: dict[str, dict[str, Any]]
+) -> None:
+    """The figures of `make bench-jobs`, from a few jobs: printed, and far from what a user would notice."""
+    for kind in KINDS:
+        found = measure(shared, kind, 10)
+        medians = {part: round(statistics.median(values), 1) for part, values in found.items()}
+        print(f"{kind}: {medians} ms")
+        assert medians["in all"] < 200, kind  # the aim is 30 on a quiet machine: docs/deployment.md
+
+
+def test_the_worst_answers_end_their_jobs(tmp_path: Path) -> None:
+    with platform(tmp_path, workers=1, program=["-m", "tests.worst"]) as running:
+        ids = {}
+        for prompt in PROMPTS:
+            file_format = "png" if prompt == HUGE else "jpeg"  # jpeg holds no text
+            values = {"prompt": prompt, "num_inference_steps": 1, "output_format": file_format}
+            ids[prompt] = running.run(values)
+        states = running.wait(list(ids.values()), 120)
+        log = "\n".join(running.lines)
+    for prompt, job_id in ids.items():
+        state = states[job_id]
+        if prompt == "half a surrogate pair":
+            assert state["status"] == "COMPLETED"
+            assert state["output"]["model"] == "half \ufffd pair"
+            continue
+        assert state["status"] == "FAILED", prompt
+        code = "OUTPUT_TOO_LARGE" if prompt == HUGE else "INTERNAL"
+        assert isinstance(state["error"], str)
+        assert state["error"].startswith(f"{code}: "), state["error"]
+    assert TOKEN not in json.dumps(states)
+    assert TOKEN not in log

@@ -13,7 +13,7 @@ import torch
 from lora.library import Loaded
 from lora.records import Record, pin_path, read_as, record_path
 from lora.sources import Reference
-from schemas import LORA_ENTRY, InvalidInput, faults_of, filled
+from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
 from worker.image_job import Parts, unused_keys
 
 VERSION = "0.5"
@@ -124,7 +124,8 @@ class Actions:
         shelf = self.parts.library.cache.shelf
         found = []
         for path in shelf.files():
-            record, beside = read_as(Record, record_path(path)), record_path(path)
+            beside = record_path(path)
+            record = read_as(Record, beside)
             with suppress(OSError):  # evicted just now
                 found.append(
                     {
@@ -142,10 +143,10 @@ class Actions:
     def _prefetch(self, values: Mapping[str, Any]) -> Answer:
         references, faults = [], []
         for index, given in enumerate(values["loras"]):
-            entry = {"path": given} if isinstance(given, str) else given
+            entry = as_entry(given)
             schema = {"type": "object", "additionalProperties": False, "properties": _ENTRY}
-            if not isinstance(entry, Mapping) or not entry.get("path"):
-                faults.append(f"loras[{index}] names no LoRA (a string or an object with path)")
+            if entry is None:
+                faults.append(f"loras[{index}] {NAMES_NO_LORA}")
                 continue
             found = list(faults_of(schema, entry, f"loras[{index}]."))
             faults += found

@@ -14,7 +14,7 @@ from lora.engine import Block, LoraEngine
 from lora.errors import LoraUnsupported
 from lora.library import Loaded, LoraLibrary
 from lora.stack import LoraUse, Mode
-from pipelines.image import ImagePipeline, Route, StepCallback, Timings, choose_route
+from pipelines.image import ImagePipeline, Preview, Route, StepCallback, Timings, choose_route
 from schemas import ImageRequest, LoraRequest, parse_job
 from settings import Settings
 from worker.inputs import load_picture
@@ -45,6 +45,9 @@ PHASES = (
     "encode",
 )
 """The answer's timings, in the order in which they happen."""
+
+
+PREVIEW_QUALITY = 70
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,13 @@ class ImageJob:
         """
         reached = 0.0
 
-        def on_step(done: int, total: int) -> None:
+        def on_step(done: int, total: int, preview: Preview) -> None:
             nonlocal reached
             self._stop.check()
             if block and done < total and done / total > reached:
                 reached = done / total
                 block.at(reached)
-            self._progress.step(done, total)
+            self._progress.step(done, total, lambda: _as_uri(preview()))
 
         return on_step
 
@@ -205,6 +208,10 @@ class Drawn:
     images: list[Image.Image]
     mode: Mode | None = None
     warnings: tuple[str, ...] = ()
+
+
+def _as_uri(preview: Image.Image | None) -> str | None:
+    return encode(preview, "webp", PREVIEW_QUALITY, "").data_uri if preview else None
 
 
 def _use(lora: LoraRequest, found: Loaded) -> LoraUse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -184,6 +185,30 @@ def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> 
                 "Check the BUCKET_* settings.",
             ) from error
     return urls
+
+
+def sendable(value: Any) -> Any:
+    """A copy of `value` as the SDK can post it: half surrogate pairs, which a file's or a client's text may
+    hold, are U+FFFD; tuples are lists.
+
+    Raises: TypeError, ValueError if strict JSON has no form for it (bytes, an object, NaN): the SDK would
+    post nothing, and the job never end.
+    """
+    if isinstance(value, str):
+        if value.isascii():
+            return value
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("not a finite number")
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, Mapping):
+        if not all(isinstance(name, str) for name in value):
+            raise TypeError("a name that is not text")
+        return {sendable(name): sendable(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [sendable(one) for one in value]
+    raise TypeError(type(value).__name__)
 
 
 def guard_size(answer: Mapping[str, Any], limit_mb: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from lora.transfers import Transfer
 
 Send = Callable[[dict[str, Any]], None]
-"""Takes one update, {phase, fraction, text}."""
+"""Takes one update, {phase, fraction, text} and perhaps `preview`."""
 
 INTERVAL = 0.5
 """Least seconds between two updates of one phase."""
@@ -24,17 +24,29 @@ class Progress:
         self._phase = ""
         self._last = float("-inf")
 
-    def tell(self, phase: str, fraction: float, text: str) -> None:
-        """Reports `fraction` (0 to 1) of a phase, with a few words for a person."""
+    def tell(
+        self,
+        phase: str,
+        fraction: float,
+        text: str,
+        preview: Callable[[], str | None] | None = None,
+    ) -> None:
+        """Reports `fraction` (0 to 1) of a phase, with a few words for a person.
+
+        `preview` makes a picture's data URI; it is asked only for an update that is sent.
+        """
         now = self._clock()
         if phase == self._phase and now - self._last < INTERVAL and fraction < 1.0:
             return
         self._phase, self._last = phase, now
-        self._send({"phase": phase, "fraction": round(fraction, 3), "text": text})
+        update: dict[str, Any] = {"phase": phase, "fraction": round(fraction, 3), "text": text}
+        if preview and (picture := preview()):
+            update["preview"] = picture
+        self._send(update)
 
-    def step(self, done: int, total: int) -> None:
+    def step(self, done: int, total: int, preview: Callable[[], str | None] | None = None) -> None:
         """One more denoising step is done."""
-        self.tell("generating", done / max(total, 1), f"step {done}/{total}")
+        self.tell("generating", done / max(total, 1), f"step {done}/{total}", preview)
 
     def download(self, now: Transfer) -> None:
         """More bytes of the job's LoRAs have come in."""

@@ -306,7 +306,7 @@ def test_a_lora_before_changes_nothing_with_a_refiner(
 def test_timings_tell_the_phases(models: LoadedModels) -> None:
     timings, steps = Timings(), []
     ImagePipeline(models).generate(
-        request(), Route.BASE, None, timings, lambda done, total: steps.append((done, total))
+        request(), Route.BASE, None, timings, lambda done, total, _: steps.append((done, total))
     )
     assert set(timings.seconds) == {"encode_prompt", "denoise", "decode"}
     assert all(seconds > 0 for seconds in timings.seconds.values())

@@ -16,7 +16,7 @@ from torch import Tensor
 from lora.sgm import sgm_path
 from pipelines import loading
 from pipelines.loading import LoadedModels, load_models
-from pipelines.weights import DEMO_MODEL, WeightsMissing, find_weights
+from pipelines.weights import DEMO_MODEL, WeightsIncomplete, WeightsMissing, find_weights
 from settings import STOCK_MODEL, Settings
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -50,6 +50,23 @@ def test_a_folder_in_another_precision(tmp_path: Path, demo: LoadedModels) -> No
     assert_same_weights(load(str(folder)), demo)
     half = load(str(folder), dtype="bfloat16")
     assert (half.name, half.base.unet.dtype) == ("my-model-1.0", torch.bfloat16)
+
+
+def test_a_folder_whose_weights_are_cut_or_gone_is_refused_by_the_files_name(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "cut"
+    shutil.copytree(DEMO_MODEL, folder)
+    weights = next((folder / "vae").glob("*.safetensors"))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    with pytest.raises(WeightsIncomplete) as caught:
+        load(str(folder))
+    assert "vae/diffusion_pytorch_model.safetensors" in str(caught.value)
+    weights.unlink()
+    with pytest.raises(WeightsIncomplete) as caught:
+        load(str(folder))
+    assert str(caught.value) == "vae holds no .safetensors file"
 
 
 def test_a_folder_with_half_precision_files(tmp_path: Path, demo: LoadedModels) -> None:

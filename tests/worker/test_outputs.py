@@ -1,5 +1,6 @@
 import base64
 import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ from worker.outputs import (
     open_bucket,
     parameters_text,
     requested_bucket,
+    sendable,
 )
 
 VALUES: dict[str, Any] = {
@@ -159,3 +161,13 @@ def test_a_requests_bucket_is_whole_and_on_a_host_that_may_be_asked() -> None:
             requested_bucket({"s3Config": given}, Web())
         assert said in str(caught.value)
         assert "canary" not in str(caught.value)
+
+
+def test_what_is_sendable_is_strict_json_and_nothing_else() -> None:
+    value = {"a": (1, 2.5, None, True), "half \ud83d": "whole \U0001f600", "b": ["\udc00"]}
+    sent = sendable(value)
+    assert sent == {"a": [1, 2.5, None, True], "half \ufffd": "whole \U0001f600", "b": ["\ufffd"]}
+    assert json.loads(json.dumps(sent, allow_nan=False, ensure_ascii=False).encode()) == sent
+    for worst in (float("nan"), b"x", {1, 2}, {1: 2}, object(), [float("inf")]):
+        with pytest.raises((TypeError, ValueError)):
+            sendable({"x": worst})
