@@ -40,8 +40,9 @@ from lora.errors import (
     nearest,
 )
 from lora.header import read_header
-from lora.hub import PEFT_CONFIG, PEFT_STEM, Hub
+from lora.hub import Hub
 from lora.lease import Lease, Watch
+from lora.peft_files import CONFIG_BYTES, PEFT_CONFIG, config_beside
 from lora.pickles import convert, looks_like_pickle
 from lora.records import INCOMING, Record, pin_path, record_path, write
 from lora.refusals import Refusals
@@ -63,7 +64,6 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 POLL = 0.1
 """Seconds between two looks at what another worker downloads."""
 
-MAX_CONFIG = 10_000_000
 """Bytes of an adapter_config.json."""
 
 
@@ -174,11 +174,7 @@ class VolumeCache:
         try:
             shutil.copyfile(path, part)
             fetched = Fetched(sha256_of(part), stat.st_size, None, None)
-            beside = path.with_name(PEFT_CONFIG)
-            config = None
-            if path.stem == PEFT_STEM and beside.is_file():
-                config = beside.read_text(errors="replace")
-            return self._publish(root, made, part, fetched, config)
+            return self._publish(root, made, part, fetched, config_beside(path))
         finally:
             part.unlink(missing_ok=True)
 
@@ -343,7 +339,7 @@ class VolumeCache:
         part = root / INCOMING / f"{uuid.uuid4().hex}.part"
         about = RemoteFile(remote.config_url, "", f"{remote.shown}'s {PEFT_CONFIG}", PEFT_CONFIG)
         try:
-            limits = replace(self.limits, file_bytes=MAX_CONFIG)
+            limits = replace(self.limits, file_bytes=CONFIG_BYTES)
             Download(self.web, about, part, limits, deadline=deadline).run(lambda size: None)
             return part.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:

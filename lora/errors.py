@@ -1,7 +1,7 @@
 """The tree of errors that a user can be told about.
 
     CodedError
-    ├── ToolError              TOOL_ERROR            a tool's input does not fit, or its output cannot be written
+    ├── ToolError              TOOL_ERROR            a tool's input does not fit, or its output fails
     └── LoraError
         ├── SourceInvalid      LORA_SOURCE_INVALID   the reference cannot mean anything
         ├── LoraNotFound       LORA_NOT_FOUND        nothing is there

@@ -17,13 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
+from lora.peft_files import PEFT_CONFIG, PEFT_STEM, STEMS
 from lora.sources import HUB, PICKLES, SAFETENSORS, HubFile, RemoteFile
-
-PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
-"""A folder that PEFT saved: the tensors, and beside them the numbers that scale them."""
-
-STEMS = ("pytorch_lora_weights", PEFT_STEM)
-"""Which file of a repo is meant when none is named, in this order; else the only one there is."""
 
 TIMEOUT = 30.0
 """Seconds that the hub may take for an answer."""

@@ -16,16 +16,14 @@ from lora.cache import CacheEntry, Progress, Resolved, VolumeCache
 from lora.embeddings import TokenEmbedding, word_of
 from lora.errors import DownloadFailed, LoraCorrupt, LoraError
 from lora.files import LoraFile, load
-from lora.hub import PEFT_CONFIG, PEFT_STEM
 from lora.keys import KeyMap
 from lora.lru import ByteLru
+from lora.peft_files import PEFT_CONFIG, PEFT_STEM, config_beside
 from lora.sources import SAFETENSORS, Reference, RemoteFile
 from lora.transfers import Transfer, Transfers
 
 WARM_BYTES = 2_000_000_000
 """How many bytes of parsed files are kept."""
-
-CONFIG_BYTES = 10_000_000
 
 AT_ONCE = 4
 """How many LoRAs of one job are fetched at the same time."""
@@ -211,14 +209,4 @@ def _results(futures: Sequence[Future[Result]]) -> list[Result]:
 
 def _config(entry: CacheEntry) -> str | None:
     """The text of the PEFT config that goes with an adapter. Raises: LoraCorrupt if it cannot be read."""
-    if entry.record.config is not None:
-        return entry.record.config
-    path = entry.path.with_name(PEFT_CONFIG)
-    if entry.path.name != PEFT_STEM + SAFETENSORS or not path.is_file():
-        return None
-    try:
-        if path.stat().st_size > CONFIG_BYTES:
-            raise LoraCorrupt(f"{PEFT_CONFIG} is no adapter's config")
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LoraCorrupt(f"{PEFT_CONFIG} cannot be read") from error
+    return config_beside(entry.path) if entry.record.config is None else entry.record.config

@@ -19,9 +19,14 @@ MAX_TEXT = 1_000_000
 
 
 def looks_like_pickle(path: Path) -> bool:
-    """Whether the first bytes are those of a file of torch.save, old form or new."""
+    """Whether the first bytes are those of a file of torch.save, old form or new.
+
+    A .safetensors file begins with its header's length, eight bytes that may be any, and then a brace.
+    """
     with path.open("rb") as stream:
-        return stream.read(4).startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04"))
+        head = stream.read(9)
+    starts = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
+    return head.startswith(starts) and head[8:] != b"{"
 
 
 def convert(source: Path, target: Path, limit: int) -> None:

@@ -75,6 +75,24 @@ def read_as(kind: type[Kind], path: Path) -> Kind | None:
         return None
 
 
+def told_of(root: Path, path: Path) -> dict[str, Any] | None:
+    """An adapter file as lists tell it, times in seconds since 1970; None if it was evicted just now."""
+    beside = record_path(path)
+    record = read_as(Record, beside)
+    try:
+        return {
+            "name": str(path.relative_to(root)),
+            "bytes": path.stat().st_size,
+            "source": record.source if record else None,
+            "sha256": record.sha256 if record else None,
+            "downloaded": record.fetched if record else None,
+            "used": beside.stat().st_mtime if record else None,
+            "pinned": pin_path(path).exists(),
+        }
+    except OSError:
+        return None
+
+
 def write(root: Path, path: Path, value: Any) -> None:
     """Writes a dataclass, whole or not at all. Raises: OSError."""
     folder = root / INCOMING

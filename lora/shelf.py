@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from lora.errors import LoraCorrupt, LoraError, SourceInvalid
 from lora.header import read_header
-from lora.hub import STEMS
 from lora.mounts import on_local_disk
+from lora.peft_files import STEMS
 from lora.records import INCOMING, Record, read_as, record_path, touch, write
 from lora.room import DAMAGED, adapter_files
 from lora.sources import EXTENSIONS, SAFETENSORS, RemoteFile

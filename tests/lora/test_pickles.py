@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save, save_file
 
 from lora.cache import VolumeCache
 from lora.engine import LoraEngine
 from lora.errors import LoraError
 from lora.library import LoraLibrary
-from lora.pickles import convert
+from lora.pickles import convert, looks_like_pickle
 from lora.sources import CachedName, Reference
 from tests.adapters import kohya
 from tests.server import LOOPBACK, LoopbackServer
@@ -138,3 +138,16 @@ def test_a_peft_folder_is_named_by_its_folder(tmp_path: Path, engine: LoraEngine
     entry = cache.find(CachedName("mine/checkpoint-500"))
     assert entry.record.config is not None
     assert LoraLibrary(cache, engine.key_map).load(Reference("mine/checkpoint-500")).file.layers
+
+
+def test_a_safetensors_file_whose_length_looks_like_a_pickles_start_is_none(tmp_path: Path) -> None:
+    """Its first bytes are the header's length, here 0x0480 and 0x0280 in a little-endian number."""
+    for length in (0x0280, 0x0380, 0x0480):
+        bare = len(save({"a": torch.ones(1)}, {"x": ""})) - 4 - 8
+        path = tmp_path / f"{length}.safetensors"
+        save_file({"a": torch.ones(1)}, path, {"x": "y" * (length - bare)})
+        assert path.read_bytes()[:2] == length.to_bytes(2, "little")
+        assert not looks_like_pickle(path)
+    assert looks_like_pickle(saved(tmp_path, {"a": torch.ones(1)}))
+    old = saved(tmp_path, {"a": torch.ones(1)}, "old.pt", _use_new_zipfile_serialization=False)
+    assert looks_like_pickle(old)
