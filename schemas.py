@@ -151,6 +151,14 @@ IMAGE_REQUEST: dict[str, Any] = {
             "default": None,
             "description": "LoRAs to apply, in this order: each a source, or an object with `path`",
         },
+        "lora_selection": {
+            "type": ["string", "array", "null"],
+            "items": {"type": "string"},
+            "maxItems": MAX_LORAS,
+            "default": None,
+            "description": "Presets of this volume, whose LoRAs come before `loras`: a name or a list of "
+            "names; `none` for none, not even the worker's default",
+        },
         "strict_loras": {
             "type": "boolean",
             "default": False,
@@ -296,6 +304,7 @@ class ImageRequest:
     high_noise_frac: float | None
     refiner_mode: str
     loras: tuple[LoraRequest, ...]
+    lora_selection: tuple[str, ...] | None
     strict_loras: bool
     lora_mode: str | None
     output_format: str
@@ -330,6 +339,9 @@ def parse_job(job: object) -> ImageRequest:
         raise InvalidInput(start + "; ".join(faults + lora_faults), HINT)
     chosen = filled(IMAGE_REQUEST, values)
     chosen["prompt"] = chosen["prompt"] or ""
+    selected = chosen["lora_selection"]
+    if selected is not None:
+        chosen["lora_selection"] = (selected,) if isinstance(selected, str) else tuple(selected)
     if chosen["seed"] is None:
         chosen["seed"] = secrets.randbits(32)
     return ImageRequest(**{**chosen, "loras": loras, "warnings": tuple(warnings)})

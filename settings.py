@@ -12,9 +12,10 @@ from typing import Any
 
 from lora.cache import FALLBACK_ROOT, Limits, VolumeCache
 from lora.civitai import Civitai
+from lora.errors import CodedError
 from lora.hub import Hub
 from lora.modes import Mode
-from lora.sources import CIVITAI, HUB
+from lora.sources import CIVITAI, HUB, Reference, parse
 from lora.web import Web
 from lora.web_rules import WebRules, origin_of
 
@@ -121,6 +122,23 @@ class Settings:
         "by commas, or a JSON list of them",
         secret=True,
     )
+    lora_training_dir: str = _setting(
+        "LORA_TRAINING_DIR",
+        "",
+        "Folder that trainers write adapters to, in sub-folders too; `library.activate` publishes them "
+        "in the cache",
+    )
+    lora_default_preset: str = _setting(
+        "LORA_DEFAULT_PRESET",
+        "",
+        "Preset of a job that has neither `loras` nor `lora_selection`",
+    )
+    lora_config: str = _setting(
+        "LORA_CONFIG",
+        "",
+        "A config file of LightX2V's form, whose LoRAs are those of a job that has neither `loras` nor "
+        "`lora_selection`",
+    )
     lora_allowed_hosts: str = _setting(
         "LORA_ALLOWED_HOSTS",
         "",
@@ -208,10 +226,13 @@ class Settings:
         for env, token in (("HF_TOKEN", self.hf_token), ("CIVITAI_TOKEN", self.civitai_token)):
             if not (token.isascii() and token.isprintable()):
                 yield f"{env}: it holds a character that no token may"
+        if self.lora_default_preset and self.lora_config:
+            yield "LORA_DEFAULT_PRESET and LORA_CONFIG: only one of them can be the default"
         checks: dict[str, Callable[[], object]] = {
             "HF_ENDPOINT": lambda: origin_of(self.hf_endpoint or HUB),
             "CIVITAI_ENDPOINT": lambda: origin_of(self.civitai_endpoint or CIVITAI),
             "LORA_PRELOAD": lambda: self.preload,
+            "LORA_CONFIG": lambda: self.default_loras,
             "LORA_AUTH_HEADERS": lambda: _auth_headers(self.lora_auth_headers),
         }
         for env, check in checks.items():
@@ -279,6 +300,24 @@ class Settings:
             civitai=Civitai(web, self.civitai_endpoint or CIVITAI),
             fallback=FALLBACK_ROOT,
         )
+
+    @property
+    def default_loras(self) -> tuple[dict[str, Any], ...]:
+        """The LoRAs of LORA_CONFIG, as entries of a job's `loras`. Raises: ValueError."""
+        if not self.lora_config:
+            return ()
+        # Not at the top: the image's layer of base weights, which reads settings, does without it.
+        from lora.presets import cached_names, read_config
+
+        try:
+            found = cached_names(read_config(Path(self.lora_config)), self.lora_cache_dir)
+            for entry in found:
+                parse(Reference(entry["path"]))
+        except CodedError as error:
+            raise ValueError(f"{error.sentence}. {error.hint}".strip()) from error
+        if not found:
+            raise ValueError("it names no LoRA")
+        return found
 
     @property
     def preload(self) -> tuple[str, ...]:

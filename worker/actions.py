@@ -11,10 +11,12 @@ from typing import Any
 import torch
 
 from lora.library import Loaded
-from lora.records import Record, pin_path, read_as, record_path
+from lora.records import told_of
 from lora.sources import Reference
 from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
 from worker.image_job import Parts, unused_keys
+from worker.library_actions import SCHEMAS as LIBRARY_SCHEMAS
+from worker.library_actions import LibraryActions
 
 VERSION = "0.5"
 """Of the worker, as `health` tells it."""
@@ -53,6 +55,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             },
         },
     },
+    **LIBRARY_SCHEMAS,
 }
 """Action -> the schema of its other fields."""
 
@@ -83,6 +86,7 @@ class Actions:
             "loras.inspect": self._inspect,
             "loras.delete": self._delete,
             "loras.pin": self._pin,
+            **LibraryActions(self.parts.catalog, self.parts.selection).known,
         }
         if name not in known:
             raise InvalidInput("action is none of " + ", ".join(known))
@@ -122,23 +126,8 @@ class Actions:
 
     def _list(self, _: Mapping[str, Any]) -> Answer:
         shelf = self.parts.library.cache.shelf
-        found = []
-        for path in shelf.files():
-            beside = record_path(path)
-            record = read_as(Record, beside)
-            with suppress(OSError):  # evicted just now
-                found.append(
-                    {
-                        "name": str(path.relative_to(shelf.root_of(path))),
-                        "bytes": path.stat().st_size,
-                        "source": record.source if record else None,
-                        "sha256": record.sha256 if record else None,
-                        "downloaded": record.fetched if record else None,
-                        "used": beside.stat().st_mtime if record else None,
-                        "pinned": pin_path(path).exists(),
-                    }
-                )
-        return {"loras": found}
+        found = [told_of(shelf.root_of(path), path) for path in shelf.files()]
+        return {"loras": [one for one in found if one]}
 
     def _prefetch(self, values: Mapping[str, Any]) -> Answer:
         references, faults = [], []

@@ -6,13 +6,17 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from lora.catalog import Catalog
 from lora.engine import Block, LoraEngine
 from lora.errors import LoraUnsupported
 from lora.library import Loaded, LoraLibrary
+from lora.presets import Presets
 from lora.stack import LoraUse, Mode
 from pipelines.image import ImagePipeline, Preview, Route, StepCallback, Timings, choose_route
 from schemas import ImageRequest, LoraRequest, parse_job
@@ -28,6 +32,7 @@ from worker.outputs import (
     requested_bucket,
 )
 from worker.progress import Progress
+from worker.selection import Chosen, Selection
 from worker.stop import Stop
 
 Job = Mapping[str, Any]
@@ -62,6 +67,19 @@ class Parts:
     drawing: threading.Lock
     """Held while weights are changed and pictures drawn: one job at a time."""
 
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The volume's LoRAs as a library."""
+        training, cache = self.settings.lora_training_dir, self.library.cache
+        folder = Path(training) if training else None
+        return Catalog(cache, self.engine.key_map, folder, self.settings.model)
+
+    @cached_property
+    def selection(self) -> Selection:
+        """The presets, and what a job gets that asks for no LoRA."""
+        settings, presets = self.settings, Presets(self.library.cache.shelf.root)
+        return Selection(presets, settings.lora_default_preset, settings.default_loras)
+
     @property
     def warnings(self) -> tuple[str, ...]:
         """What every answer must tell: a volume that cannot be written."""
@@ -73,6 +91,7 @@ class ImageJob:
     """One job. Its three stages are called in order, each once, by whatever thread."""
 
     request: ImageRequest
+    """With what its presets add."""
     route: Route
     loaded: list[Loaded]
     picture: Image.Image | None = None
@@ -90,7 +109,10 @@ class ImageJob:
         Raises: CodedError.
         """
         pipeline, library = self._parts.pipeline, self._parts.library
-        self.request = request = parse_job(self._job)
+        request = parse_job(self._job)
+        has_loras = self._job["input"].get("loras") is not None
+        self._chosen: Chosen = self._parts.selection.choose(request, has_loras=has_loras)
+        self.request = request = self._chosen.request
         self.route, warnings = choose_route(request, has_refiner=pipeline.has_refiner)
         self.warnings += [*request.warnings, *warnings]
         self._bucket = requested_bucket(self._job, library.cache.web) or self._parts.bucket
@@ -186,6 +208,7 @@ class ImageJob:
             "image_url": urls[0],
             "seed": request.seed,
             "model": parts.pipeline.name,
+            **self._chosen.as_answer(),
             "loras": [
                 _report(use, found, drawn.mode)
                 for use, found in zip(request.loras, self.loaded, strict=True)

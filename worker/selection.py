@@ -1,0 +1,178 @@
+"""Which LoRAs and prompt a job has, once its presets and the worker's defaults are counted in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lora.errors import CodedError
+from lora.presets import Presets
+from schemas import MAX_LORAS, ImageRequest, InvalidInput, LoraRequest, faults_of, filled, parse_job
+
+NONE = "none"
+"""What a job selects to have no preset, not even the worker's default."""
+
+PRESET: dict[str, Any] = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": {
+        "loras": {
+            "type": "array",
+            "default": [],
+            "description": "LoRAs as in a job: sources, or objects with `path`",
+        },
+        "prompt_prefix": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "Stands before the prompt, unless it stands there already",
+        },
+        "prompt_suffix": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "Stands behind the prompt and a comma, unless it stands there already",
+        },
+        "trigger_words": {
+            "type": "array",
+            "items": {"type": "string"},
+            "default": [],
+            "description": "Each is added to the prompt, behind a comma, unless it stands there already",
+        },
+        "description": {
+            "type": ["string", "null"],
+            "default": None,
+            "description": "For people",
+        },
+    },
+}
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A preset that was checked."""
+
+    name: str
+    loras: tuple[LoraRequest, ...]
+    before: tuple[str, ...]
+    """What comes before the prompt."""
+    after: tuple[str, ...]
+    """What comes behind it, each behind a comma."""
+
+
+def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) -> Ready:
+    """Checks a preset as a job is checked that names its LoRAs itself.
+
+    Raises: InvalidInput, with every fault at once.
+    """
+    faults = list(faults_of(PRESET, preset, ""))
+    values = filled(PRESET, preset)
+    loras: tuple[LoraRequest, ...] = ()
+    if not faults:
+        texts = (values["prompt_prefix"], *values["trigger_words"], values["prompt_suffix"])
+        prompt = " ".join(text for text in texts if text and text.strip()) or "-"
+        given = {"prompt": prompt, "loras": values["loras"], "lora_mode": lora_mode}
+        try:
+            loras = parse_job({"input": {**given, "strict_loras": True}}).loras
+        except InvalidInput as error:
+            faults = [error.sentence]
+        if not values["loras"] and prompt == "-":
+            faults = ["loras is empty, and nothing is added to the prompt"]
+    if faults:
+        raise InvalidInput(f"preset {name!r}: {'; '.join(faults)}", "Mend it by presets.set.")
+    after = (*values["trigger_words"], values["prompt_suffix"])
+    return Ready(name, loras, _texts([values["prompt_prefix"]]), _texts(after))
+
+
+def _texts(given: Sequence[str | None]) -> tuple[str, ...]:
+    stripped = (" ".join((text or "").split()).strip(",").strip() for text in given)
+    return tuple(text for text in stripped if text)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A job's request with what its presets add."""
+
+    request: ImageRequest
+    presets: tuple[str, ...] = ()
+    prompt: str | None = None
+    """The prompt that is drawn, if it is not the job's own."""
+
+    def as_answer(self) -> dict[str, Any]:
+        """What the answer says of it: nothing, if there is nothing to say."""
+        preset = {"preset": list(self.presets)} if self.presets else {}
+        return {**preset, **({} if self.prompt is None else {"prompt": self.prompt})}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The volume's presets, and what a job gets that asks for no LoRA."""
+
+    presets: Presets
+    default_preset: str = ""
+    """LORA_DEFAULT_PRESET; empty for none."""
+    default_loras: tuple[Mapping[str, Any], ...] = ()
+    """LORA_CONFIG's, as entries of a job's `loras`."""
+
+    def choose(self, request: ImageRequest, *, has_loras: bool) -> Chosen:
+        """What the request is with its presets: theirs first, then its own LoRAs.
+
+        `has_loras`: whether the job has a list of LoRAs, be it empty. The defaults are for jobs that have
+        neither that nor a selection.
+        Raises: LoraNotFound for a preset that is not there; InvalidInput for one that has faults; LoraCorrupt
+        if the presets cannot be read.
+        """
+        wanted = request.lora_selection
+        if wanted is None and not has_loras:
+            return self._by_default(request)
+        names = dict.fromkeys(name for name in wanted or () if name.strip().lower() != NONE)
+        return _joined(request, (), [self._ready(name, request) for name in names])
+
+    def _by_default(self, request: ImageRequest) -> Chosen:
+        loras: tuple[LoraRequest, ...] = ()
+        if self.default_loras:
+            entries = {"prompt": "-", "loras": list(self.default_loras), "strict_loras": True}
+            loras = parse_job({"input": entries}).loras
+        if not self.default_preset:
+            return _joined(request, loras, [])
+        try:
+            return _joined(request, loras, [self._ready(self.default_preset, request)])
+        except CodedError as error:
+            raise type(error)(f"LORA_DEFAULT_PRESET: {error.sentence}", error.hint) from error
+
+    def _ready(self, name: str, request: ImageRequest) -> Ready:
+        return ready(name, self.presets.find(name), request.lora_mode)
+
+
+def _joined(
+    request: ImageRequest, defaults: tuple[LoraRequest, ...], chosen: list[Ready]
+) -> Chosen:
+    added = (*defaults, *(lora for preset in chosen for lora in preset.loras))
+    if not added and not chosen:
+        return Chosen(request)
+    loras = (*added, *request.loras)
+    if len(loras) > MAX_LORAS:
+        raise InvalidInput(
+            f"loras: with those of the presets there are {len(loras)}, and at most {MAX_LORAS} can be applied"
+        )
+    prompt = _prompt(request.prompt, chosen)
+    drawn = None if prompt == request.prompt else prompt
+    names = tuple(preset.name for preset in chosen)
+    return Chosen(replace(request, loras=loras, prompt=prompt), names, drawn)
+
+
+def _prompt(prompt: str, chosen: Sequence[Ready]) -> str:
+    before: list[str] = []
+    after: list[str] = [prompt] if prompt else []
+    for preset in chosen:
+        for texts, place in ((preset.before, before), (preset.after, after)):
+            for text in texts:
+                if not _stands_in(text, " ".join((*before, *after))):
+                    place.append(text)
+    return " ".join((*before, ", ".join(after))).strip()
+
+
+def _stands_in(text: str, prompt: str) -> bool:
+    """Whether the prompt has the text, as whole words, in whatever case."""
+    words = re.escape(text.casefold())
+    return re.search(rf"(?<!\w){words}(?!\w)", " ".join(prompt.casefold().split())) is not None
