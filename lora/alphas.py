@@ -28,6 +28,10 @@ LARGEST = 1e30
 """Any number beyond it would be infinite once it is multiplied in float32."""
 
 
+CONFIG_IN_FILE = "lora_adapter_metadata"
+"""Under which name diffusers puts PEFT's config into a file's metadata, one table for all components."""
+
+
 @dataclass(frozen=True)
 class Alphas:
     """One PEFT config per component; the empty name stands for all of them."""
@@ -40,7 +44,7 @@ class Alphas:
 
         Raises: LoraCorrupt if either is there and is not what peft writes; LoraUnsupported.
         """
-        what = "lora_adapter_metadata"
+        what = CONFIG_IN_FILE
         try:
             found = _by_component(json.loads(metadata.get(what, "{}")))
             if config is not None:

@@ -30,6 +30,7 @@ from typing import TypeGuard
 
 from lora.civitai import Civitai
 from lora.download import Download, Fetched, Limits, NotModified, Progress
+from lora.durable import replace_durably
 from lora.errors import (
     AccessDenied,
     CacheFull,
@@ -362,7 +363,6 @@ class VolumeCache:
             if looks_like_pickle(part):
                 convert(part, converted, self.limits.file_bytes)
                 part, sha256 = converted, sha256_of(converted)
-                _sync(part)
             read_header(part)
             stat = _stamped(part, sha256)
             # Again: not every server tells the size first.
@@ -381,8 +381,7 @@ class VolumeCache:
                 config=config,
             )
             write(root, record_path(path), record)
-            part.replace(path)
-            _sync(path.parent)
+            replace_durably(part, path)
         except LoraError as error:
             if remote.shown in error.sentence:
                 raise
@@ -451,14 +450,3 @@ def _stamped(path: Path, sha256: str) -> os.stat_result:
     now = time.time_ns() // 1_000_000 * 1_000_000 + int(sha256[:8], 16) % 1_000_000
     os.utime(path, ns=(now, now))
     return path.stat()
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or a rename durable; that some network file systems cannot sync a folder loses little."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        log.debug("cannot sync %s: %s", path.name, error.strerror)
-    finally:
-        os.close(handle)

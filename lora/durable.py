@@ -4,9 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+
+
+def write_durably(target: Path, *pieces: bytes | memoryview) -> None:
+    """Writes a file, whole or not at all. Raises: OSError."""
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:16]}.part")
+    try:
+        with part.open("xb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+        replace_durably(part, target)
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 def replace_durably(part: Path, target: Path) -> None:
@@ -17,10 +32,15 @@ def replace_durably(part: Path, target: Path) -> None:
     finally:
         os.close(handle)
     part.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until the disk knows the folder's names. Raises: OSError if there is no such folder."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     except OSError as error:  # some network file systems cannot sync a folder; that loses little
-        log.debug("cannot sync %s: %s", target.parent.name, error.strerror)
+        log.debug("cannot sync %s: %s", folder.name, error.strerror)
     finally:
-        os.close(folder)
+        os.close(handle)

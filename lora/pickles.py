@@ -21,12 +21,13 @@ MAX_TEXT = 1_000_000
 def looks_like_pickle(path: Path) -> bool:
     """Whether the first bytes are those of a file of torch.save, old form or new.
 
-    A .safetensors file begins with its header's length, eight bytes that may be any, and then a brace.
+    A .safetensors file begins with its header's length, whose first bytes may be any; the last four of the
+    eight are zero, and a brace follows.
     """
     with path.open("rb") as stream:
         head = stream.read(9)
     starts = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")
-    return head.startswith(starts) and head[8:] != b"{"
+    return head.startswith(starts) and head[4:] != bytes(4) + b"{"
 
 
 def convert(source: Path, target: Path, limit: int) -> None:

@@ -7,6 +7,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from lora.alphas import CONFIG_IN_FILE
 from lora.errors import LoraCorrupt, LoraTooLarge
 from lora.header import read_header
 from lora.pickles import convert, looks_like_pickle
@@ -17,9 +18,6 @@ PIECE = 8 << 20
 
 ALIGNED = 8
 """What the header's length is a multiple of, as the format recommends."""
-
-CONFIG_IN_FILE = "lora_adapter_metadata"
-"""Where diffusers keeps PEFT's config within a file."""
 
 
 def copy_whole(weights: Path, config: str | None, target: Path, limit: int) -> str:

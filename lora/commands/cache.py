@@ -1,0 +1,206 @@
+"""`cache list|add|verify|evict|pin|delete`: the LoRAs on the volume, by the worker's own settings."""
+
+from __future__ import annotations
+
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lora.commands.shared import Tell, add_json, byte_count, progress, size, table, worker_settings
+from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
+
+if TYPE_CHECKING:
+    from lora.cache import VolumeCache
+
+SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("list", help="every file, its source, size, last use and pin")
+    add = actions.add_parser("add", help="fetch sources into the cache, as a job would")
+    add.add_argument("sources", nargs="+", metavar="SOURCE", help="a URL, a repo, civitai:MODEL …")
+    verify = actions.add_parser("verify", help="hash every file and compare with its record")
+    verify.add_argument("--remove", action="store_true", help="set damaged files aside for a day")
+    evict = actions.add_parser("evict", help="remove what was used least recently")
+    evict.add_argument(
+        "--to", type=byte_count, metavar="SIZE", help="bytes to keep (5G); else LORA_CACHE_MAX_GB"
+    )
+    pin = actions.add_parser("pin", help="keep files from being evicted")
+    pin.add_argument("--off", action="store_true", help="take the pin away")
+    delete = actions.add_parser("delete", help="remove files, their records and pins")
+    for one in (pin, delete):
+        one.add_argument("names", nargs="+", metavar="NAME", help="as `cache list` shows it")
+    for one in actions.choices.values():
+        add_json(one)
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Does the action. Raises: CodedError."""
+    cache = worker_settings().open_cache()
+    actions: dict[str, Callable[[VolumeCache, Namespace], Mapping[str, Any]]] = {
+        "list": _list,
+        "add": _add,
+        "verify": _verify,
+        "evict": _evict,
+        "pin": _pin,
+        "delete": _delete,
+    }
+    return {"action": options.action, **actions[options.action](cache, options)}
+
+
+def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:
+    from lora.records import told_of
+
+    shelf = cache.shelf
+    found = [told_of(shelf.root_of(path), path) for path in shelf.files()]
+    return {"root": str(shelf.root), "loras": [one for one in found if one]}
+
+
+def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
+    from lora.sources import Reference
+
+    added, errors = [], []
+    with progress() as tell:
+        for source in options.sources:
+            reference = Reference(source)
+            told = partial(_tell_bytes, tell, reference.shown)
+            try:
+                entry = cache.get(cache.resolve(reference), told)
+            except LoraError as error:
+                errors.append(_naming(error, reference.shown))
+            else:
+                added.append(
+                    {
+                        "source": reference.shown,
+                        "name": entry.name,
+                        "sha256": entry.record.sha256,
+                        "bytes": entry.record.size,
+                        "downloaded": entry.downloaded,
+                        "warnings": list(entry.warnings),
+                    }
+                )
+    return {"loras": added, "errors": errors}
+
+
+def _tell_bytes(tell: Tell, what: str, done: int, total: int | None) -> None:
+    tell(done, total or 0, what)
+
+
+def _naming(error: CodedError, shown: str) -> str:
+    """The error's text, which says what it is about."""
+    if shown in error.sentence:
+        return str(error)
+    return str(type(error)(f"{shown}: {error.sentence}", error.hint))
+
+
+def _verify(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
+    found = cache.shelf.verify()
+    damaged = [name for name, whole in found.items() if not whole]
+    removed = []
+    for name in damaged if options.remove else []:
+        for root in cache.shelf.roots:
+            if (root / name).is_file():
+                cache.shelf.set_aside(root / name)
+                removed.append(name)
+    left = [name for name in damaged if name not in removed]
+    errors = [
+        str(LoraCorrupt(f"{name} is damaged", "--remove sets it aside; its source has it whole."))
+        for name in left
+    ]
+    return {"checked": len(found), "damaged": damaged, "removed": removed, "errors": errors}
+
+
+def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
+    from lora.room import make_room
+
+    budget = cache.limits.total_bytes if options.to is None else options.to
+    if budget is None:
+        raise ToolError("nothing says how much may stay", "Give --to, or set LORA_CACHE_MAX_GB.")
+    before = {path: path.stat().st_size for path in cache.shelf.files()}
+    for root in cache.shelf.roots:
+        if root.is_dir():
+            make_room(root, 0, 0, budget, ())
+    gone = {path: count for path, count in before.items() if not path.exists()}
+    names = [str(path.relative_to(cache.shelf.root_of(path))) for path in gone]
+    return {"evicted": names, "bytes": sum(gone.values())}
+
+
+def _pin(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
+    if options.off:
+        return _each(options.names, cache.unpin, "pin taken away")
+    return _each(options.names, cache.pin, "pinned")
+
+
+def _delete(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
+    return _each(options.names, cache.delete, "deleted")
+
+
+def _each(names: list[str], act: Callable[[str], object], done: str) -> Mapping[str, Any]:
+    """Does it for every name; what fails is told, and the others go on."""
+    worked, errors = [], []
+    for name in names:
+        try:
+            act(name)
+            worked.append(name)
+        except LoraError as error:
+            errors.append(str(error))
+    return {"done": done, "names": worked, "errors": errors}
+
+
+# --- for a person -----------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """A table of the files, or what was done."""
+    action = result["action"]
+    if action == "list":
+        lines = _show_list(result)
+    elif action == "add":
+        lines = _show_added(result)
+    elif action == "verify":
+        counts = (len(result[name]) for name in ("damaged", "removed"))
+        lines = ["{} files checked, {} damaged, {} set aside".format(result["checked"], *counts)]
+    elif action == "evict":
+        names = result["evicted"]
+        lines = [*names, f"{len(names)} files evicted, {size(result['bytes'])}"]
+    else:
+        lines = [f"{name}: {result['done']}" for name in result["names"]]
+    return "\n".join(lines)
+
+
+def _show_list(result: Mapping[str, Any]) -> list[str]:
+    from lora.tools.metadata import clean
+
+    rows = [
+        (
+            clean(one["name"], 100),
+            size(one["bytes"]),
+            _date(one["used"]),
+            "pinned" if one["pinned"] else "",
+            clean(one["source"], 80) if one["downloaded"] else "put here by hand",
+        )
+        for one in result["loras"]
+    ]
+    total = sum(one["bytes"] for one in result["loras"])
+    head = ("name", "size", "last used", "", "source")
+    return [
+        *(table([head, *rows]) if rows else []),
+        f"{len(rows)} files, {size(total)}, in {result['root']}",
+    ]
+
+
+def _show_added(result: Mapping[str, Any]) -> list[str]:
+    lines = []
+    for one in result["loras"]:
+        how = "downloaded" if one["downloaded"] else "was there"
+        lines.append(f"{one['source']} -> {one['name']} ({size(one['bytes'])}, {how})")
+        lines += [f"  note: {words}" for words in one["warnings"]]
+    return lines
+
+
+def _date(seconds: float | None) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "never"

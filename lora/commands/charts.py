@@ -1,0 +1,113 @@
+"""Bars: as text for a terminal, as SVG, or as a PNG by Pillow."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from lora.errors import ToolError
+
+EIGHTHS = "▏▎▍▌▋▊▉█"
+"""Blocks of one to eight eighths of a letter's width."""
+
+MIN_BAR = 10
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a chart."""
+
+    label: str
+    value: float
+    note: str = ""
+
+
+def text_bars(bars: Sequence[Bar], width: int, *, unicode: bool) -> list[str]:
+    """The chart in lines of at most `width` letters (or as many as a bar of 10 needs)."""
+    if not bars:
+        return []
+    largest = max(bar.value for bar in bars) or 1.0
+    label = max(len(bar.label) for bar in bars)
+    value = max(len(_number(bar.value)) for bar in bars)
+    note = max(len(bar.note) for bar in bars)
+    room = max(MIN_BAR, width - label - value - note - 6)
+    lines = []
+    for bar in bars:
+        drawn = _drawn(bar.value / largest * room, unicode=unicode).ljust(room)
+        parts = (bar.label.ljust(label), drawn, _number(bar.value).rjust(value), bar.note)
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _drawn(length: float, *, unicode: bool) -> str:
+    if not unicode:
+        return "#" * round(length)
+    eighths = round(length * len(EIGHTHS))
+    whole, rest = divmod(eighths, len(EIGHTHS))
+    return EIGHTHS[-1] * whole + (EIGHTHS[rest - 1] if rest else "")
+
+
+ROW, MARGIN, LABELS, BARS, VALUES = 20, 16, 190, 420, 150
+"""Pixels of a drawn chart."""
+
+INK, COLOUR = "#1f2933", "#2f6fb0"
+
+
+def drawn_chart(title: str, bars: Sequence[Bar], path: Path) -> bytes:
+    """The chart as a file's bytes: PNG or SVG by the path's ending. Raises: ToolError for another ending."""
+    if path.suffix.lower() == ".svg":
+        return _svg(title, bars).encode()
+    if path.suffix.lower() == ".png":
+        return _png(title, bars)
+    raise ToolError(f"{path.name} is neither .png nor .svg", "Give the plot one of these endings.")
+
+
+def _size(bars: Sequence[Bar]) -> tuple[int, int]:
+    return LABELS + BARS + VALUES + 2 * MARGIN, ROW * (len(bars) + 1) + 3 * MARGIN
+
+
+def _svg(title: str, bars: Sequence[Bar]) -> str:
+    width, height = _size(bars)
+    largest = max((bar.value for bar in bars), default=1.0) or 1.0
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="12" fill="{INK}">',
+        '<rect width="100%" height="100%" fill="white"/>',
+        f'<text x="{MARGIN}" y="{MARGIN + 12}" font-size="14">{escape(title)}</text>',
+    ]
+    for index, bar in enumerate(bars):
+        top = 2 * MARGIN + ROW * (index + 1)
+        length, left = bar.value / largest * BARS, MARGIN + LABELS
+        value = escape(f"{_number(bar.value)}  {bar.note}")
+        lines += [
+            f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{escape(bar.label)}</text>',
+            f'<rect x="{left}" y="{top + 3}" width="{length:.1f}" height="{ROW - 6}" fill="{COLOUR}"/>',
+            f'<text x="{left + length + 6:.1f}" y="{top + 13}">{value}</text>',
+        ]
+    return "\n".join([*lines, "</svg>\n"])
+
+
+def _png(title: str, bars: Sequence[Bar]) -> bytes:
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = Image.new("RGB", _size(bars), "white")
+    draw = ImageDraw.Draw(picture)
+    font, large = ImageFont.load_default(12), ImageFont.load_default(14)
+    largest = max((bar.value for bar in bars), default=1.0) or 1.0
+    draw.text((MARGIN, MARGIN), title, INK, large)
+    for index, bar in enumerate(bars):
+        top = 2 * MARGIN + ROW * (index + 1)
+        length, left = bar.value / largest * BARS, MARGIN + LABELS
+        draw.text((left - 8, top + 3), bar.label, INK, font, anchor="ra")
+        draw.rectangle((left, top + 3, left + length, top + ROW - 4), COLOUR)
+        draw.text((left + length + 6, top + 3), f"{_number(bar.value)}  {bar.note}", INK, font)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,52 @@
+"""`convert F --output G [--naming N] [--algorithm lora --rank N]`: between layouts and algorithms."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from lora.commands.rewriting import add_write_options, show, told, write_options
+from lora.commands.shared import add_rank_options, progress, rank_policy
+
+__all__ = ["SUMMARY", "add_arguments", "run", "show"]
+
+SUMMARY = "rename a LoRA's tensors for another tool, or make a LoRA of another algorithm"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("file", type=Path, metavar="F", help="a file, or a folder that PEFT saved")
+    parser.add_argument(
+        "--algorithm", choices=("lora",), help="make every layer a LoRA; by default as they are"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="A",
+        help="the model that it is for: DoRA, OFT, GLoRA and IA3 need it to become a LoRA, and "
+        "models other than SDXL to be renamed",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the randomised SVD (0)")
+    add_rank_options(parser, "", None)
+    add_write_options(parser)
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Converts. Raises: ToolError, LoraError."""
+    from lora.tools.checkpoints import Checkpoint
+    from lora.tools.convert import ConvertOptions, Goal, convert
+
+    chosen = ConvertOptions(
+        write=write_options(options),
+        algorithm=Goal(options.algorithm) if options.algorithm else None,
+        policy=rank_policy(options, None),
+        seed=options.seed,
+        allow_unused=options.allow_unused,
+    )
+    opening = Checkpoint.open(options.model) if options.model else nullcontext()
+    with opening as model, progress() as tell:
+        report = convert(options.file, options.output, chosen, model, tell)
+    return told(report, options.output)

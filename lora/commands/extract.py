@@ -1,0 +1,145 @@
+"""`extract --source-model A --target-model B --output F`: what B has learned beyond A, as a LoRA."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.commands.shared import (
+    FORMATS,
+    KINDS,
+    NAMINGS,
+    add_rank_options,
+    dtype_of,
+    output_format,
+    plain,
+    progress,
+    rank_policy,
+    size,
+    table,
+)
+
+SUMMARY = "make a LoRA of the difference of two models"
+
+DEFAULT_RANK = 32
+"""LightX2V's own."""
+
+WORST, SHOWN = 5, 20
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options; the names that LightX2V's extractor has mean the same."""
+    parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
+    parser.add_argument("--target-model", type=Path, required=True, metavar="B", help="the tuned")
+    parser.add_argument("--output", type=Path, required=True, metavar="F", help="the LoRA")
+    for which in ("source", "target"):
+        parser.add_argument(f"--{which}-type", choices=KINDS, help="by default what the file is")
+    parser.add_argument("--output-format", choices=FORMATS, help="by default what F's ending says")
+    parser.add_argument(
+        "--output-dtype", choices=("fp32", "fp16", "bf16"), default="bf16", help="(bf16)"
+    )
+    parser.add_argument("--diff-only", action="store_true", help="exact differences, no factors")
+    parser.add_argument("--naming", choices=NAMINGS, help="kohya's for SDXL, else the model's own")
+    parser.add_argument("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
+    parser.add_argument(
+        "--components", nargs="+", metavar="C", help="only these: unet, text_encoder …"
+    )
+    parser.add_argument(
+        "--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)"
+    )
+    parser.add_argument(
+        "--clamp-quantile",
+        type=float,
+        metavar="Q",
+        help="cut factors off, as sd-scripts does (off)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the randomised SVD (0)")
+    parser.add_argument(
+        "--verify", action="store_true", help="merge the result back, and measure against B"
+    )
+    add_rank_options(parser, "rank-", DEFAULT_RANK)
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Extracts; a run that was killed goes on where it was. Raises: ToolError."""
+    from lora.tools.adapters import Format
+    from lora.tools.checkpoints import Checkpoint
+    from lora.tools.extract import extract
+    from lora.tools.extract_options import Conv, ExtractOptions
+    from lora.tools.naming import Naming
+    from lora.tools.ranks import RankPolicy
+
+    chosen = ExtractOptions(
+        policy=rank_policy(options, DEFAULT_RANK) or RankPolicy(rank=DEFAULT_RANK),
+        dtype=dtype_of(options.output_dtype),
+        naming=Naming(options.naming) if options.naming else None,
+        format=Format(output_format(options)),
+        diff_only=options.diff_only,
+        conv=Conv(options.conv),
+        components=frozenset(options.components) if options.components else None,
+        min_diff=options.min_diff,
+        clamp_quantile=options.clamp_quantile,
+        seed=options.seed,
+        verify=options.verify,
+    )
+    with (
+        Checkpoint.open(options.source_model, options.source_type) as source,
+        Checkpoint.open(options.target_model, options.target_type) as target,
+        progress() as tell,
+    ):
+        report = extract(source, target, options.output, chosen, tell)
+    layers = [{**plain(one), "relative_error": one.relative_error} for one in report.layers]
+    return {
+        **plain(report),
+        "layers": layers,
+        "energy": report.energy,
+        "kept": report.kept,
+        "relative_error": report.relative_error,
+        "inexact": [one.name for one in report.inexact],
+    }
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The totals, the layers that came out worst, and what was left out."""
+    layers = result["layers"]
+    factors = [one for one in layers if one["rank"]]
+    lines = [
+        f"{result['output']}: {size(result['bytes'])}, {len(factors)} layers as factors, "
+        f"{len(layers) - len(factors)} as differences, in {result['seconds']:.1f} s",
+        f"energy kept {result['kept']:.4%}, relative error {result['relative_error']:.3g} "
+        "(as stored, over all layers)",
+    ]
+    if result["resumed"]:
+        lines.append(f"{result['resumed']} layers were there from an earlier run")
+    worst = sorted(layers, key=lambda one: -one["relative_error"])[:WORST]
+    if worst:
+        lines.append(f"layers with the largest error, {len(worst)} of {len(layers)}:")
+        head = ("  layer", "shape", "kind", "rank", "energy kept", "relative error")
+        lines += table([head, *(_row(one) for one in worst)])
+    lines.append(f"unchanged: {result['unchanged']} tensors")
+    left = result["left_out"]
+    if left:
+        lines.append(f"left out: {len(left)} tensors")
+        lines += [f"  {one['name']}: {one['reason']}" for one in left[:SHOWN]]
+        lines += [f"  and {len(left) - SHOWN} more (see --json)"] if len(left) > SHOWN else []
+    if result["inexact"]:
+        lines.append(f"not exact in the target's dtype: {len(result['inexact'])} differences")
+    if verified := result["verified"]:
+        lines.append(
+            f"verified: merged back, {verified['unequal']} of {verified['numbers']} numbers differ, by at "
+            f"most {verified['largest']:.3g}; relative error {verified['relative_error']:.3g}"
+        )
+    return "\n".join(lines)
+
+
+def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    return (
+        f"  {one['name']}",
+        "x".join(map(str, one["shape"])),
+        one["kind"],
+        str(one["rank"] or ""),
+        f"{one['kept']:.4%}",
+        f"{one['relative_error']:.3g}",
+    )

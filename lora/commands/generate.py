@@ -1,0 +1,245 @@
+"""`generate --prompt ... --lora PATH[:SCALE] ...`: the worker's own pipeline, its pictures as files."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from lora.commands.shared import Tell, progress, with_scale, worker_settings, write_file
+from lora.errors import LoraNotFound, ToolError
+
+if TYPE_CHECKING:
+    from settings import Settings
+
+SUMMARY = "draw pictures with LoRAs, as the worker does, into a folder"
+
+FIELDS: Mapping[str, tuple[type, str]] = {
+    "negative_prompt": (str, "what not to draw"),
+    "seed": (int, "same seed, same picture; drawn if it is not given"),
+    "width": (int, "pixels"),
+    "height": (int, "pixels"),
+    "num_images": (int, "how many pictures"),
+    "guidance_scale": (float, "how strictly the prompt is followed"),
+    "scheduler": (str, "the sampler, as in a job"),
+    "lora_mode": (str, "auto, dynamic or merged"),
+}
+"""Fields of a job -> their type and help; their defaults and limits are the job's own."""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--prompt", required=True, help="what to draw")
+    parser.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="LORA[:SCALE]",
+        help="a file or PEFT folder, or whatever a job may name; may be repeated",
+    )
+    parser.add_argument(
+        "--config_json",
+        "--config-json",
+        type=Path,
+        metavar="FILE",
+        help="LoRAs in LightX2V's form: lora_path and strength_model, or lora_configs",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
+    parser.add_argument("--model", help="as WORKER_MODEL: a repo, a folder, a checkpoint or `demo`")
+    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
+    for name, (kind, words) in FIELDS.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A LoRA of the command line or the config file."""
+
+    source: str
+    scale: float
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Draws, and writes the pictures. Raises: CodedError, before the model is loaded if it can."""
+    wanted = _wanted(options)
+    if options.out.exists() and not options.out.is_dir():
+        raise ToolError(f"{options.out} is no folder")
+    settings = replace(
+        worker_settings(),
+        **({"model": options.model} if options.model else {}),
+        max_answer_mb=1e9,  # no platform has to carry the pictures,
+        bucket_endpoint_url="",  # and no bucket is to have them
+        lora_preload="",
+    )
+    with progress() as tell, _gathered(wanted, settings, tell) as (entries, own):
+        answer = _draw(own, _input(options, entries), tell)
+    if "error" in answer:
+        return {"images": [], "errors": [answer["error"]]}
+    options.out.mkdir(parents=True, exist_ok=True)
+    written = [_written(uri, options.out, answer["seed"]) for uri in answer.pop("images")]
+    del answer["image_url"]
+    for report, one in zip(answer["loras"], wanted, strict=False):
+        report["source"] = one.source
+    return {"images": [str(path) for path in written], **answer}
+
+
+def _wanted(options: Namespace) -> list[Wanted]:
+    found = []
+    if options.config_json:
+        from lora.presets import read_config
+
+        found = [
+            Wanted(one["path"], one.get("scale", 1.0)) for one in read_config(options.config_json)
+        ]
+    for text in options.lora:
+        source, scale = with_scale(text)
+        found.append(Wanted(source, 1.0 if scale is None else scale))
+    return found
+
+
+def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    names = ("prompt", "num_inference_steps", *FIELDS)
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return {**given, **({"loras": entries} if entries else {})}
+
+
+# --- the worker -------------------------------------------------------------------------------
+
+
+def _draw(settings: Settings, values: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    """The answer of a worker of our own. Raises: ToolError if the model cannot be had."""
+    _quiet()
+    from handler import Worker
+    from pipelines.weights import WeightsMissing
+    from schemas import parse_job
+
+    job = {"id": "generate", "input": values}
+    parse_job(job)  # before the model is loaded
+    worker = Worker(settings, lambda _, now: tell(int(100 * now["fraction"]), 100, now["text"]))
+    try:
+        worker.setup()
+    except WeightsMissing as error:
+        raise ToolError(str(error), "`demo` is the model that is always here.") from error
+    return dict(worker(job))
+
+
+def _quiet() -> None:
+    """Keeps libraries' own bars and advice off stderr: they would stand between the errors."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_transformers, of_diffusers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+
+
+@contextmanager
+def _gathered(
+    wanted: list[Wanted], settings: Settings, tell: Tell
+) -> Iterator[tuple[list[dict[str, Any]], Settings]]:
+    """The entries of a job that name the LoRAs, and the settings of a worker that finds them.
+
+    A job cannot name a path, by design. So each LoRA, the user's own file or the cache's, is linked
+    into a cache for this run alone, or copied where it cannot be linked; the originals stay as they are.
+    """
+    if not wanted:
+        yield [], settings
+        return
+    with TemporaryDirectory(prefix="lora-") as folder:
+        root, entries = Path(folder), []
+        for index, one in enumerate(wanted):
+            place = root / f"{index}"
+            place.mkdir()
+            name = _local(one.source, place) or _fetched(one.source, settings, place, tell)
+            entries.append({"path": f"{index}/{name}", "scale": one.scale})
+        own = replace(settings, lora_cache_dir=root, lora_config="", lora_default_preset="")
+        yield entries, own
+
+
+def _local(source: str, place: Path) -> str | None:
+    """Puts the user's file or folder into `place`; its name there, or None if there is none."""
+    from lora.sources import EXTENSIONS
+    from lora.tools.opening import file_of
+
+    path = Path(source).expanduser()
+    if path.is_dir():
+        path = file_of(path)
+    if not path.is_file():
+        if source.startswith(("/", "./", "../", "~")):
+            raise LoraNotFound(f"there is no file {source}")
+        return None
+    if path.suffix not in EXTENSIONS:
+        raise ToolError(f"{path} is no adapter file", f"Its name ends in {', '.join(EXTENSIONS)}.")
+    return _put(path, place)
+
+
+def _put(path: Path, place: Path) -> str:
+    """An adapter's file, and PEFT's config beside it."""
+    from lora.peft_files import PEFT_CONFIG, PEFT_STEM
+
+    _link(path, place / path.name)
+    if path.stem == PEFT_STEM and (config := path.with_name(PEFT_CONFIG)).is_file():
+        shutil.copyfile(config, place / PEFT_CONFIG)
+    return path.name
+
+
+def _fetched(source: str, settings: Settings, place: Path, tell: Tell) -> str:
+    """Puts what a source means into `place`, by way of the user's own cache; its name there."""
+    from lora.peft_files import PEFT_CONFIG, PEFT_STEM
+    from lora.sources import SAFETENSORS, Reference
+
+    cache, reference = settings.open_cache(), Reference(source)
+    entry = cache.get(
+        cache.resolve(reference), lambda done, total: tell(done, total or 0, reference.shown)
+    )
+    if entry.record.config is None:
+        return _put(entry.path, place)
+    _link(entry.path, place / f"{PEFT_STEM}{SAFETENSORS}")
+    (place / PEFT_CONFIG).write_text(entry.record.config)
+    return f"{PEFT_STEM}{SAFETENSORS}"
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)
+
+
+# --- pictures ---------------------------------------------------------------------------------
+
+
+def _written(uri: str, folder: Path, seed: int) -> Path:
+    """The picture of a data URI as SEED.png, or SEED-2.png and so on where that is taken."""
+    head, _, body = uri.partition(",")
+    ending = head.partition("/")[2].partition(";")[0]
+    path, number = folder / f"{seed}.{ending}", 1
+    while path.exists():
+        number += 1
+        path = folder / f"{seed}-{number}.{ending}"
+    write_file(path, base64.b64decode(body))
+    return path
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """The files, the LoRAs that were applied, and what there is to warn of."""
+    if not result["images"]:
+        return ""
+    lines = [f"{path}" for path in result["images"]]
+    lines.append(f"seed {result['seed']}, model {result['model']}")
+    lines += [
+        f"{one['source']}: {one['algorithm']}, scale {one['scale']}, {one['layers']} layers, {one['status']}"
+        for one in result["loras"]
+    ]
+    seconds = sum(result["timings"].values())
+    steps = result["timings"].get("denoise", 0.0)
+    lines.append(f"{seconds:.1f} s, {steps:.1f} s of it in the model")
+    return "\n".join([*lines, *(f"warning: {words}" for words in result["warnings"])])

@@ -1,0 +1,180 @@
+"""`inspect FILE...`: what adapter files are, and how much they change."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.commands.charts import Bar, drawn_chart, text_bars
+from lora.commands.shared import key_lines, key_map_of, plain, progress, size, write_file
+from lora.errors import LoraError, ToolError
+
+SUMMARY = "tell what adapter files are: algorithm, base model, ranks, training, hashes, norms"
+
+SHOWN_WORDS = 15
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="a file, or a folder that PEFT saved"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="also tell what fits a model: a checkpoint, a diffusers folder, or `sdxl`",
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg"
+    )
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Describes every file; a fault in one is told, and the others go on."""
+    from lora.tools.describe import describe
+
+    if options.plot and len(options.files) > 1:
+        raise ToolError("--plot draws one file", "Inspect it alone.")
+    against = key_map_of(options.against)
+    files, errors = [], []
+    with progress() as tell:
+        for index, path in enumerate(options.files):
+            tell(index, len(options.files), path.name)
+            try:
+                described = describe(path, against)
+            except LoraError as error:
+                errors.append(str(type(error)(f"{path}: {error.sentence}", error.hint)))
+            except OSError as error:
+                errors.append(str(ToolError(f"{path}: {error.strerror or error}")))
+            else:
+                files.append({"path": str(path), **plain(described)})
+    if options.plot and files:
+        _plot(files[0], options.plot)
+    return {"files": files, "errors": errors}
+
+
+def _plot(described: Mapping[str, Any], path: Path) -> None:
+    title = f"{described['file']}: norm of the change per block, at scale 1"
+    write_file(path, drawn_chart(title, _bars(described), path))
+
+
+def _bars(described: Mapping[str, Any]) -> list[Bar]:
+    return [
+        Bar(
+            one["component"] if one["block"] == "all" else f"{one['component']} {one['block']}",
+            one["norm"],
+            f"{one['layers']} layer{'s' * (one['layers'] != 1)}",
+        )
+        for one in described["norms"]
+    ]
+
+
+# --- for a person -----------------------------------------------------------------------------
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """A paragraph for each file, and its chart."""
+    return "\n\n".join("\n".join(_lines(one)) for one in result["files"])
+
+
+def _lines(one: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{one['file']}  {size(one['bytes'])}, {one['tensors']} tensors, {one['form']}"
+    yield from _facts(one)
+    yield from _components(one["components"])
+    if one["training"]:
+        yield "  training"
+        yield from (f"    {name}: {text}" for name, text in one["training"].items())
+    yield "  hashes"
+    yield from _hashes(one)
+    yield from _norms(one)
+    yield from _keys("unused by any model", len(one["unused"]), one["unused"])
+    if fit := one["fit"]:
+        yield from _fit(fit)
+    yield from (f"  note: {words}" for words in one["warnings"])
+
+
+def _facts(one: Mapping[str, Any]) -> Iterator[str]:
+    told = "; ".join(f"{name}: {text}" for name, text in one["base_told_by"].items())
+    words = list(one["words"].items())
+    shown = [f"{word} ({count})" if count else word for word, count in words[:SHOWN_WORDS]]
+    more = [f"and {len(words) - SHOWN_WORDS} more"] if len(words) > SHOWN_WORDS else []
+    facts = {
+        "algorithm": ", ".join(f"{name} ({n} modules)" for name, n in one["algorithms"].items()),
+        "layout": ", ".join(f"{name} ({n} tensors)" for name, n in one["layouts"].items()),
+        "base model": f"{one['base'] or 'unknown'}{f' ({told})' if told else ''}",
+        "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in one["dtypes"].items()),
+        "trigger words": ", ".join(shown + more),
+        "embeddings": ", ".join(word or "named after the file" for word in one["embeddings"]),
+    }
+    yield from (f"  {name}: {text}" for name, text in facts.items() if text)
+
+
+def _components(components: Mapping[str, Any]) -> Iterator[str]:
+    for name, part in components.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in part["kinds"].items())
+        yield f"  {name}: {part['modules']} modules ({kinds})"
+        spreads = ((what, part[what]) for what in ("rank", "alpha", "scaling"))
+        words = [f"{what} {_spread(spread)}" for what, spread in spreads if spread]
+        if words:
+            yield f"    {', '.join(words)}"
+
+
+def _spread(spread: Mapping[str, float]) -> str:
+    if spread["least"] == spread["most"]:
+        return f"{spread['least']:g}"
+    return f"{spread['least']:g} to {spread['most']:g} (mostly {spread['usual']:g})"
+
+
+HASHES = {
+    "sha256": "sha256",
+    "autov1": "AutoV1 (Civitai)",
+    "autov2": "AutoV2 (Civitai)",
+    "autov3": "AutoV3 (Civitai, web UIs)",
+    "crc32": "CRC32 (Civitai)",
+    "model_hash": "sshs_model_hash (kohya)",
+    "legacy_hash": "sshs_legacy_hash (kohya)",
+}
+
+
+def _hashes(one: Mapping[str, Any]) -> Iterator[str]:
+    for name, label in HASHES.items():
+        if value := one["hashes"][name]:
+            yield f"    {label}: {value}"
+    yield from (f"    in the file, {name}: {text}" for name, text in one["hashes_told"].items())
+
+
+def _norms(one: Mapping[str, Any]) -> Iterator[str]:
+    bars = _bars(one)
+    if bars:
+        yield "  norm of the change per block, at scale 1"
+        width = shutil.get_terminal_size().columns - 4
+        lines = text_bars(bars, width, unicode=_has_blocks())
+        yield from (f"    {line}" for line in lines)
+    if one["without_norm"]:
+        yield f"    not counted: {one['without_norm']} layers whose change depends on the model's weights"
+
+
+def _has_blocks() -> bool:
+    try:
+        "█▏".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fit(fit: Mapping[str, Any]) -> Iterator[str]:
+    if fit["trouble"]:
+        yield f"  does not fit the model: {fit['trouble']}"
+        return
+    yield f"  fits the model: {fit['matched']} tensors matched, on {fit['modules']} modules"
+    yield from _keys("unmatched", fit["unmatched"], fit["keys"])
+
+
+def _keys(what: str, count: int, keys: list[Mapping[str, str]]) -> Iterator[str]:
+    if count:
+        yield f"  {what}: {count} tensors"
+        yield from key_lines(keys, count)

@@ -1,0 +1,123 @@
+"""`merge --source-model A --lora-model L[:SCALE] ... --output F`: LoRAs into a model's weights."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.commands.shared import FORMATS, KINDS, key_lines, plain, progress, size, with_scale
+from lora.errors import ToolError
+
+SUMMARY = "write a model with LoRAs merged into its weights"
+
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options; the names that LightX2V's merger has mean the same."""
+    parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
+    parser.add_argument(
+        "--lora-model",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="L[:SCALE]",
+        help="files or PEFT folders; may be repeated",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="F", help="a file, or a folder as the input's"
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)"
+    )
+    parser.add_argument("--source-type", choices=KINDS, help="by default what the file is")
+    parser.add_argument("--lora-type", choices=KINDS, help="accepted; the file itself decides")
+    parser.add_argument("--output-format", choices=FORMATS, help="by default what F's ending says")
+    parser.add_argument(
+        "--output-dtype",
+        choices=("same", "fp32", "fp16", "bf16", "fp8"),
+        default="same",
+        help="`same` keeps each tensor's own (same)",
+    )
+    parser.add_argument(
+        "--allow-unused", action="store_true", help="merge the rest if tensors have no place"
+    )
+    _add_factors(parser)
+
+
+def _add_factors(parser: ArgumentParser) -> None:
+    """What scales every L further."""
+    parser.add_argument(
+        "--components",
+        nargs="+",
+        type=component_factor,
+        default=[],
+        metavar="C=X",
+        help="a further factor per component: text_encoder=0",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=block_factors,
+        default={},
+        metavar="X,X,…",
+        help="a further factor per block of the UNet: 12 or 20 numbers, or a JSON object of names",
+    )
+
+
+def component_factor(text: str) -> tuple[str, float]:
+    """`text_encoder=0` -> (component, factor). Raises: ArgumentTypeError."""
+    name, _, factor = text.partition("=")
+    if name not in COMPONENTS:
+        raise ArgumentTypeError(f"{name!r} is none of {', '.join(COMPONENTS)}")
+    try:
+        return name, float(factor)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not written as {name}=0.5") from None
+
+
+def block_factors(text: str) -> dict[str, float]:
+    """The factors of `lora.blocks`, from numbers or JSON. Raises: ArgumentTypeError."""
+    from lora.blocks import parse_blocks
+
+    try:
+        return parse_blocks(json.loads(text) if text.lstrip().startswith("{") else text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Merges. Raises: ToolError; LoraError for an adapter that cannot be read or fits nowhere."""
+    from lora.tools.checkpoints import Checkpoint
+    from lora.tools.merge import LoraToMerge, MergeOptions, merge
+
+    loras = []
+    for text in options.lora_model:
+        source, scale = with_scale(text)
+        if not Path(source).exists():
+            raise ToolError(f"there is no file {source}", "Look at --lora-model.")
+        factors = dict(options.components), options.blocks
+        loras.append(LoraToMerge(Path(source), options.alpha if scale is None else scale, *factors))
+    chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
+    with Checkpoint.open(options.source_model, options.source_type) as model, progress() as tell:
+        report = merge(model, loras, options.output, chosen, tell)
+    return {"output": str(options.output), **plain(report)}
+
+
+def show(result: Mapping[str, Any]) -> str:
+    """What was written, and what of each LoRA is in it."""
+    count = len(result["files"])
+    lines = [
+        f"{result['output']}: {size(result['bytes'])}{f' in {count} files' if count > 1 else ''}, "
+        f"{result['parameters']} parameters changed, dtype {result['dtype']}, {result['seconds']:.1f} s"
+    ]
+    for one in result["loras"]:
+        unused = one["unused"]
+        lines.append(
+            f"{one['name']}: scale {one['scale']:g}, {one['used']} tensors used, {len(unused)} unused"
+        )
+        lines += key_lines(unused)
+    lines += [f"left out: {name}" for name in result["left_out"]]
+    return "\n".join(lines)

@@ -1,0 +1,41 @@
+"""`resize F --output G --rank N | --energy X | ... | --max-bytes N`: a LoRA at a smaller rank."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.commands.rewriting import add_write_options, show, told, write_options
+from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy
+from lora.errors import ToolError
+
+__all__ = ["SUMMARY", "add_arguments", "run", "show"]
+
+SUMMARY = "shrink a LoRA to a smaller rank, and tell what that costs"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("file", type=Path, metavar="F", help="a file, or a folder that PEFT saved")
+    parser.add_argument(
+        "--model", metavar="A", help="the model that it is for, where --naming needs its names"
+    )
+    add_rank_options(parser, "", None)
+    add_write_options(parser)
+
+
+def run(options: Namespace) -> Mapping[str, Any]:
+    """Resizes. Raises: ToolError, LoraError."""
+    from lora.tools.resize import ResizeOptions, resize
+
+    policy = rank_policy(options, None)
+    if policy is None:
+        raise ToolError(
+            "nothing says how far to shrink it", "Give --rank, --energy or --max-bytes."
+        )
+    chosen = ResizeOptions(policy, write_options(options), options.allow_unused)
+    with progress() as tell:
+        report = resize(options.file, options.output, chosen, tell, key_map_of(options.model))
+    return told(report, options.output)

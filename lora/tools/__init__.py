@@ -1,0 +1,1 @@
+"""The tools for adapter files and checkpoints, as functions."""

@@ -1,0 +1,237 @@
+"""An adapter in another naming, another file format, or as another algorithm: a plain LoRA."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora.algorithms import Algorithm, DoRA, recipes
+from lora.algorithms.full import BiasValue, WeightDifference, WeightValue
+from lora.algorithms.glora import GLoRA
+from lora.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
+from lora.algorithms.lora import LoRA
+from lora.algorithms.oft import OFT, PeftOFT
+from lora.errors import ToolError
+from lora.keys import Shape
+from lora.tools.adapters import Adapter, Part, WriteOptions, write_adapter
+from lora.tools.checkpoints import Checkpoint, Place
+from lora.tools.cutting import (
+    Cut,
+    Layer,
+    LayerChange,
+    Module,
+    Report,
+    Tell,
+    cut_modules,
+    report_of,
+    tell_nobody,
+)
+from lora.tools.inputs import open_adapter, refuse_overwriting
+from lora.tools.lowrank import FACTOR_SLOTS, product_of
+from lora.tools.ranks import RankPolicy
+
+NEEDS_WEIGHT = (DoRA, GLoRA, OFT, PeftOFT, IA3, PeftIA3, PeftIA3Bias, WeightValue, BiasValue)
+"""What is no change of its own: it depends on the weights that it is applied to."""
+
+TABLES = ("token_embedding", "position_embedding", "shared", "embed_tokens")
+"""Modules whose weight is a table of rows, not a matrix that anything is multiplied by."""
+
+NEEDS_MODEL = "Name the model that it was trained on with --model."
+
+ReadWeight = Callable[[Place], Tensor]
+
+
+class Goal(StrEnum):
+    """What an adapter can be made into."""
+
+    LORA = "lora"
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What is to become of an adapter."""
+
+    write: WriteOptions = field(default_factory=WriteOptions)
+    """Its naming, dtype and format; by default each is kept."""
+    algorithm: Goal | None = None
+    """None: every layer stays what it is, number by number."""
+    policy: RankPolicy | None = None
+    """The rank of the layers that become a LoRA and are none yet."""
+    seed: int = 0
+    """Where singular values are searched for."""
+    allow_unused: bool = False
+
+
+def convert(
+    path: Path,
+    output: Path,
+    options: ConvertOptions,
+    model: Checkpoint | None = None,
+    tell: Tell = tell_nobody,
+) -> Report:
+    """Writes the adapter of `path` to `output` as the options say.
+
+    From naming to naming nothing is lost: the tensors' numbers stay as they are, and alpha / rank means the
+    same. As a LoRA, each layer that is none becomes the nearest product of the chosen rank, told with its
+    error; what depends on the weights (DoRA, OFT, GLoRA, IA3, new values) needs `model`, and is then its
+    change to that model alone. Biases become differences, exactly; LoRA layers stay, a Tucker core is
+    multiplied out. Without `model`, only SDXL's modules are known by other names than the file's.
+
+    Raises: ToolError if the naming cannot hold a layer, if the model or the rank is missing for one, and as
+    `read_adapter` and `write_adapter` do.
+    """
+    refuse_overwriting(output, [path])
+    key_map = model.key_map() if model else None
+    named = bool(options.write.naming or options.algorithm)
+    adapter = open_adapter(path, key_map, named=named, lax=options.allow_unused)
+    result, changes = adapter, list[LayerChange]()
+    if options.algorithm is Goal.LORA:
+        result, changes = as_lora(adapter, options, model.read if model else None, tell)
+    write_adapter(output, result, options.write)
+    return report_of(result, changes, [adapter])
+
+
+def as_lora(
+    adapter: Adapter,
+    options: ConvertOptions,
+    read_weight: ReadWeight | None = None,
+    tell: Tell = tell_nobody,
+) -> tuple[Adapter, list[LayerChange]]:
+    """The adapter with every change of a weight as a LoRA, and the layers that were approximated."""
+    modules = [_module(part, options, read_weight) for part in adapter.parts]
+    about = {key: text for key, text in adapter.metadata.items() if key != "ss_network_args"}
+    if "ss_network_module" in about:
+        about["ss_network_module"] = "networks.lora"
+    return cut_modules(replace(adapter, metadata=about), modules, options.policy, tell)
+
+
+def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None) -> Module:
+    made = [recipe.make(part.slots) for recipe in recipes(frozenset(part.slots))[0]]
+    on_weight = [one for one in made if one.parameter == "weight"]
+    if len(on_weight) == 1 and isinstance(on_weight[0], LoRA) and on_weight[0].is_low_rank:
+        return _low_rank(part, made, options, read_weight)
+    slots = _other_slots(part, made, read_weight)
+    matrices = [one for one in on_weight if not _stays(part, one)]
+    if not matrices:
+        kept = {s: part.slots[s] for s in ("diff",) if s in part.slots}
+        return Module(replace(part, slots={**kept, **slots}))
+    _refuse_missing_weight(part, matrices, read_weight)
+    shape = _shape(part, matrices)
+
+    def change() -> Tensor:
+        weight = _weight(part, "weight", shape, matrices, read_weight)
+        total = torch.zeros(shape)
+        for one in matrices:
+            total += one.delta(weight)
+        return total
+
+    if len(shape) < 2 or _is_table(part):
+        return Module(replace(part, slots={**slots, "diff": change()}))
+    policy = options.policy
+    if policy is None:
+        raise ToolError(f"{part.name} is {matrices[0].name}, and no rank is chosen", "Give --rank.")
+    layer = Layer(part.name, None, options.write.dtype or _dtype(part))
+    seed = options.seed + zlib.crc32(layer.name.encode())
+    return Module(
+        replace(part, slots=slots),
+        lambda: Cut.of_matrix(layer, change().flatten(1), shape[1:], policy, seed),
+    )
+
+
+def _low_rank(
+    part: Part, made: list[Algorithm], options: ConvertOptions, read_weight: ReadWeight | None
+) -> Module:
+    """A LoRA: as it is; with a Tucker core, multiplied out, and cut where a rank is chosen."""
+    others = _other_slots(part, made, read_weight)
+    factors = {slot: t for slot, t in part.slots.items() if slot in FACTOR_SLOTS}
+    if "lora_mid" not in factors:
+        return Module(replace(part, slots={**factors, **others}))
+    layer = Layer(part.name, part.rank, options.write.dtype or _dtype(part))
+    if options.policy is None:
+        return Module(replace(part, slots={**product_of(part).slots(layer.dtype), **others}))
+    return Module(replace(part, slots=others), lambda: Cut.of_product(layer, product_of(part)))
+
+
+def _stays(part: Part, one: Algorithm) -> bool:
+    """Whether a weight's difference is no matrix's: a norm's, or an embedding's table of rows."""
+    return isinstance(one, WeightDifference) and (_is_table(part) or one.diff.dim() < 2)
+
+
+def _is_table(part: Part) -> bool:
+    return part.target.path.rpartition(".")[2] in TABLES
+
+
+def _other_slots(
+    part: Part, made: list[Algorithm], read_weight: ReadWeight | None
+) -> dict[str, Tensor]:
+    """The changes of biases and modulations, as differences."""
+    slots = {slot: part.slots[slot] for slot in ("diff_b", "diff_m") if slot in part.slots}
+    shape = part.target.parameters.get("weight")
+    every = [*made, *(more for one in made if shape for more in one.companions(shape))]
+    for one in every:
+        if one.parameter == "bias" and "diff_b" not in one.__dict__:
+            name = part.target.parameter("bias")
+            if isinstance(one, PeftIA3Bias) and name is None:
+                continue  # the module has none
+            size = part.target.parameters.get("bias") or _bias_shape(one)
+            bias = _weight(part, "bias", size, [one], read_weight)
+            change = one.delta(bias)
+            slots["diff_b"] = slots["diff_b"].float() + change if "diff_b" in slots else change
+    return slots
+
+
+def _bias_shape(one: Algorithm) -> Shape:
+    return next(tuple(t.shape) for t in one.__dict__.values() if isinstance(t, Tensor))
+
+
+def _shape(part: Part, matrices: list[Algorithm]) -> Shape:
+    """The weight's. Raises: ToolError if it is not known, or the part is for another one."""
+    shape = part.target.parameters.get("weight")
+    if shape is None:
+        raise ToolError(f"the shape of {part.name} is not known", NEEDS_MODEL)
+    for one in matrices:
+        if misfit := one.misfit(shape):
+            raise ToolError(f"{part.name}: {misfit}", NEEDS_MODEL)
+    return shape
+
+
+def _weight(
+    part: Part,
+    parameter: str,
+    shape: Shape,
+    made: list[Algorithm],
+    read_weight: ReadWeight | None,
+) -> Tensor:
+    """The parameter that changes are taken from; where none depends on it, a stand-in of its shape."""
+    if read_weight is None or not _needing(made):
+        _refuse_missing_weight(part, made, read_weight)
+        return torch.zeros(()).expand(shape)
+    name = part.target.parameter(parameter) or parameter
+    return read_weight(Place(part.target.component, part.target.path, name))
+
+
+def _needing(made: list[Algorithm]) -> Algorithm | None:
+    return next((one for one in made if isinstance(one, NEEDS_WEIGHT)), None)
+
+
+def _refuse_missing_weight(
+    part: Part, made: list[Algorithm], read_weight: ReadWeight | None
+) -> None:
+    needing = _needing(made)
+    if needing and read_weight is None:
+        raise ToolError(
+            f"{part.name} is {needing.name}, whose change depends on the model's weights",
+            NEEDS_MODEL,
+        )
+
+
+def _dtype(part: Part) -> torch.dtype:
+    """The precision of the part's tensors: that of its largest."""
+    tensors = [t for s, t in part.slots.items() if t.is_floating_point() and s != "alpha"]
+    return max(tensors, key=lambda tensor: tensor.numel()).dtype

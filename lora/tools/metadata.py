@@ -1,0 +1,155 @@
+"""What the metadata of an adapter file tells a person: training, trigger words, base model. No torch.
+
+All of it is a stranger's text: it is cleaned of what a terminal would obey, and cut. Keys: sd-scripts'
+`ss_*`, ModelSpec 1.0.1's `modelspec.*`, and what the tools here write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+MAX_TEXT = 300
+"""Characters of one fact."""
+
+MAX_WORD, MAX_WORDS = 100, 50
+"""Characters of a trigger word, and how many of them are told."""
+
+MAX_JSON = 20_000_000
+"""Characters of a field that is read as JSON."""
+
+
+def clean(text: object, limit: int = MAX_TEXT) -> str:
+    """Text that a terminal shows and does not obey: on one line, without control characters, cut."""
+    words = " ".join(str(text)[: 4 * limit].split())
+    plain = "".join(letter if letter.isprintable() else "?" for letter in words)
+    return plain if len(plain) <= limit else f"{plain[: limit - 1]}…"
+
+
+TRAINING: Mapping[str, str] = {
+    "modelspec.title": "title",
+    "ss_output_name": "output name",
+    "modelspec.author": "author",
+    "modelspec.date": "date",
+    "modelspec.description": "description",
+    "modelspec.license": "license",
+    "modelspec.usage_hint": "usage hint",
+    "modelspec.tags": "tags",
+    "ss_training_comment": "comment",
+    "ss_sd_model_name": "base model",
+    "ss_network_module": "network",
+    "ss_network_dim": "network rank",
+    "ss_network_alpha": "network alpha",
+    "ss_network_args": "network arguments",
+    "ss_resolution": "resolution",
+    "modelspec.resolution": "resolution (modelspec)",
+    "modelspec.prediction_type": "prediction type",
+    "ss_clip_skip": "clip skip",
+    "ss_steps": "steps",
+    "ss_max_train_steps": "steps planned",
+    "ss_epoch": "epoch",
+    "ss_num_epochs": "epochs planned",
+    "ss_learning_rate": "learning rate",
+    "ss_unet_lr": "learning rate (unet)",
+    "ss_text_encoder_lr": "learning rate (text encoders)",
+    "ss_lr_scheduler": "learning rate schedule",
+    "ss_optimizer": "optimizer",
+    "ss_total_batch_size": "batch size",
+    "ss_batch_size_per_device": "batch size per device",
+    "ss_num_train_images": "training images",
+    "ss_num_reg_images": "regularisation images",
+    "ss_noise_offset": "noise offset",
+    "ss_min_snr_gamma": "min SNR gamma",
+    "ss_mixed_precision": "mixed precision",
+    "ss_seed": "seed",
+    "ot_branch": "OneTrainer branch",
+    "modelspec.merged_from": "merged from (modelspec)",
+    "merged_from": "merged from",
+    "extracted_from": "extracted from",
+}
+"""Key of the metadata -> what it is called for a person."""
+
+EMPTY = ("", "None", "null", "{}", "[]")
+
+
+def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """What is known of how the adapter was made, by name."""
+    found = {
+        label: clean(metadata[key])
+        for key, label in TRAINING.items()
+        if metadata.get(key, "").strip() not in EMPTY
+    }
+    if folders := _folders(metadata):
+        found["datasets"] = folders
+    return found
+
+
+def _folders(metadata: Mapping[str, str]) -> str:
+    """kohya's folders: `name (images x repeats)`."""
+    shown = []
+    for name, about in _object(metadata.get("ss_dataset_dirs")).items():
+        known = about if isinstance(about, Mapping) else {}
+        images, repeats = known.get("img_count"), known.get("n_repeats")
+        counted = isinstance(images, int) and isinstance(repeats, int)
+        shown.append(f"{name} ({images} images x {repeats})" if counted else str(name))
+    return clean(", ".join(shown))
+
+
+def trigger_words(metadata: Mapping[str, str]) -> dict[str, int]:
+    """Word -> how often it was in the captions (kohya's `ss_tag_frequency`); the most frequent first.
+
+    A trigger phrase of `modelspec.trigger_phrase` comes first, with 0 if the captions are not known.
+    """
+    counts: Counter[str] = Counter()
+    for tags in _object(metadata.get("ss_tag_frequency")).values():
+        for tag, count in (tags if isinstance(tags, Mapping) else {}).items():
+            if isinstance(count, int) and 0 < count < 1 << 53 and (word := clean(tag, MAX_WORD)):
+                counts[word] += count
+    phrase = clean(metadata.get("modelspec.trigger_phrase", ""), MAX_WORD)
+    first = {phrase: counts[phrase]} if phrase else {}
+    return {**first, **dict(counts.most_common(MAX_WORDS))}
+
+
+BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
+"""The fields that name a base model; the last one is of a PEFT config."""
+
+
+def named_bases(metadata: Mapping[str, str], config: str | None) -> dict[str, str]:
+    """Field -> the base model that it names."""
+    fields: dict[str, Any] = {**_object(config), **metadata}
+    return {name: clean(fields[name]) for name in BASES if fields.get(name)}
+
+
+FAMILIES: tuple[tuple[str, str], ...] = (
+    ("refiner", "SDXL refiner"),
+    ("sdxl", "SDXL"),
+    ("diffusion-xl", "SDXL"),
+    ("sd_v1", "SD 1.5"),
+    ("diffusion-v1", "SD 1.5"),
+    ("sd_v2", "SD 2"),
+    ("diffusion-v2", "SD 2"),
+    ("diffusion-v3", "SD 3"),
+    ("sd3", "SD 3"),
+    ("flux", "Flux"),
+    ("wan", "Wan"),
+    ("qwen", "Qwen-Image"),
+)
+"""Part of a base model's name -> its family; the first that fits counts."""
+
+
+def family_of(base: str) -> str | None:
+    """The family of a base model by its name."""
+    return next((family for part, family in FAMILIES if part in base.lower()), None)
+
+
+def _object(text: str | None) -> Mapping[str, Any]:
+    """A JSON object; empty for what is none."""
+    if not text or len(text) > MAX_JSON:
+        return {}
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, Mapping) else {}

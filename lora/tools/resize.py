@@ -1,0 +1,119 @@
+"""An adapter at a smaller rank, the best that there is, without forming a layer's whole matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora.errors import ToolError
+from lora.keys import KeyMap
+from lora.tools.adapters import Adapter, Part, WriteOptions, write_adapter
+from lora.tools.cutting import (
+    Cut,
+    Layer,
+    LayerChange,
+    Module,
+    Report,
+    Tell,
+    cut_modules,
+    report_of,
+    tell_nobody,
+)
+from lora.tools.inputs import open_adapter, refuse_overwriting
+from lora.tools.lowrank import FACTOR_SLOTS, product_of
+from lora.tools.ranks import RankPolicy
+
+OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")
+"""Algorithms whose rank cannot be changed."""
+
+SCALED = ("bias_values", "lora_up_bias")
+"""Slots that alpha / rank scales beside the factors."""
+
+BOUND = {"bias_values", "lora_up_bias", "dora_scale", "magnitude"}
+"""Slots that mean nothing without factors."""
+
+
+@dataclass(frozen=True)
+class ResizeOptions:
+    """How an adapter is resized and written."""
+
+    policy: RankPolicy
+    write: WriteOptions = field(default_factory=WriteOptions)
+    allow_unused: bool = False
+
+
+def resize(
+    path: Path,
+    output: Path,
+    options: ResizeOptions,
+    tell: Tell = tell_nobody,
+    key_map: KeyMap | None = None,
+) -> Report:
+    """Writes the adapter of `path` to `output` with each LoRA layer at the rank that the policy chooses.
+
+    Each layer's change is the nearest of its rank (Eckart and Young), told with its error as stored. Layers
+    that have that rank already, differences and words stay bit for bit. A Tucker layer becomes flat, which
+    may be larger. Of a DoRA the inner change is resized and the magnitudes stay:
+    W' = m * (W + D') / norm(W + D'). `key_map` is needed for another naming of models that are not known.
+
+    Raises: ToolError for algorithms that have no rank to cut, for tensors that cannot be carried, and as
+    `write_adapter` and `read_adapter` do.
+    """
+    refuse_overwriting(output, [path])
+    adapter = open_adapter(
+        path, key_map, named=bool(options.write.naming), lax=options.allow_unused
+    )
+    resized, changes = resized_adapter(adapter, options.policy, options.write.dtype, tell)
+    write_adapter(output, resized, options.write)
+    return report_of(resized, changes, [adapter])
+
+
+def resized_adapter(
+    adapter: Adapter, policy: RankPolicy, dtype: torch.dtype | None, tell: Tell = tell_nobody
+) -> tuple[Adapter, list[LayerChange]]:
+    """The adapter at the ranks that the policy chooses; layers that get none are dropped, and are told."""
+    modules = [_module(part, dtype) for part in adapter.parts]
+    return cut_modules(adapter, modules, policy, tell)
+
+
+def _module(part: Part, dtype: torch.dtype | None) -> Module:
+    if not _is_lora(part):
+        return Module(part)
+    rest = _scaled_rest(part)
+    layer = Layer(part.name, part.rank, dtype or part.slots["lora_up"].dtype)
+    return Module(
+        replace(part, slots=rest),
+        lambda: Cut.of_product(layer, product_of(part)),
+        least=1 if BOUND & rest.keys() else 0,
+        uncut=None if "lora_mid" in part.slots else part,
+    )
+
+
+def _is_lora(part: Part) -> bool:
+    """Whether there are factors to cut. Raises: ToolError for an algorithm with a rank of another kind."""
+    other = next((name for name in part.algorithms if name in OTHERS), None)
+    slots = part.slots
+    if (
+        other is None
+        and "lora_down" not in slots
+        and any(s.startswith(("hada", "lokr")) for s in slots)
+    ):
+        other = "dora"
+    if other:
+        raise ToolError(
+            f"{part.name} is {other}, which has no rank to cut",
+            "Convert it to --algorithm lora first.",
+        )
+    return "lora_down" in slots
+
+
+def _scaled_rest(part: Part) -> dict[str, Tensor]:
+    """What is beside the factors, with alpha / rank in it where that scales it: their scaling is 1 now."""
+    rest = {slot: tensor for slot, tensor in part.slots.items() if slot not in FACTOR_SLOTS}
+    if part.alpha is not None and part.rank and part.alpha != part.rank:
+        scaling = part.alpha / part.rank
+        rest |= {s: rest[s].float() * scaling for s in SCALED if s in rest}
+    return rest
