@@ -24,7 +24,7 @@ from benchmarks.jobs import KINDS, measure
 from lora.shelf import sha256_of
 from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
-from tests.production import BAD, ENVIRONMENT, Platform, kinds, mix, platform
+from tests.production import BAD, ENVIRONMENT, FINAL, Platform, kinds, mix, platform
 from tests.server import LoopbackServer
 from tests.worst import HUGE, PROMPTS, TOKEN
 
@@ -141,10 +141,10 @@ def test_nothing_is_lost_while_workers_are_killed(
     tmp_path: Path, good: dict[str, dict[str, Any]], expected: dict[str, Any]
 ) -> None:
     kills, seed = 10, SEED + 1
-    jobs = [(name, None) for name, _ in mix(80, list(good), seed)]
+    jobs = mix(JOBS, list(good), seed)
     chance = random.Random(seed)
     with platform(tmp_path) as running:
-        ids = [running.run({**good, **BAD}[name]) for name, _ in jobs]
+        ids = submit(running, jobs, good)
         killed: set[str] = set()
         while len(killed) < kills:
             time.sleep(chance.uniform(0.2, 1.0))
@@ -154,14 +154,16 @@ def test_nothing_is_lost_while_workers_are_killed(
                 with suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
                     killed.add(name)
-            if all(running.status(job_id)["status"] in ("COMPLETED", "FAILED") for job_id in ids):
-                more = [running.run(good["stacked"]) for _ in range(10)]
-                jobs += [("stacked", None)] * len(more)
-                ids += more
+            if all(running.status(job_id)["status"] in FINAL for job_id in ids):
+                more = [("stacked", None)] * 10
+                jobs += more
+                ids += submit(running, more, good)
         states = running.wait(ids, 400)
-        for job_id, (name, _) in zip(ids, jobs, strict=True):
+        for job_id, (name, cancelled) in zip(ids, jobs, strict=True):
             state = states[job_id]
-            if state["status"] == "FAILED" and name not in BAD:
+            if state["status"] == "CANCELLED":
+                assert cancelled is not None
+            elif state["status"] == "FAILED" and name not in BAD:
                 assert "the worker died" in state["error"], state  # two workers died under it
             elif name in BAD:
                 assert state["status"] == "FAILED"
