@@ -19,7 +19,8 @@ is `str(error)`, so a message must hold no token, no signed URL and no path of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import ClassVar
 
@@ -49,6 +50,17 @@ class ToolError(CodedError):
 
 class LoraError(CodedError):
     """Anything that keeps a LoRA from being found, fetched, read or applied."""
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Lets the sentence of a LoraError that leaves the block begin with a name, unless it says it already."""
+    try:
+        yield
+    except LoraError as error:
+        if name in error.sentence:
+            raise
+        raise type(error)(f"{name}: {error.sentence}", error.hint) from error
 
 
 class SourceInvalid(LoraError):

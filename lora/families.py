@@ -40,12 +40,35 @@ CONDITIONS: tuple[Condition, ...] = (
 )
 
 
+NAMED_SO: tuple[tuple[str, str], ...] = (
+    ("refiner", "SDXL refiner"),
+    ("sdxl", "SDXL"),
+    ("diffusion-xl", "SDXL"),
+    ("sd_v1", "SD 1.5"),
+    ("diffusion-v1", "SD 1.5"),
+    ("sd_v2", "SD 2"),
+    ("diffusion-v2", "SD 2"),
+    ("diffusion-v3", "SD 3"),
+    ("sd3", "SD 3"),
+    ("flux", "Flux"),
+    ("wan", "Wan"),
+    ("qwen", "Qwen-Image"),
+)
+"""Part of a base model's name -> its family; the first that fits counts."""
+
+
+def family_of(base: str) -> str | None:
+    """The family of a base model by its name."""
+    return next((family for part, family in NAMED_SO if part in base.lower()), None)
+
+
 def identify(header: Header) -> str | None:
     """The family that the file was made for, as people call it; None if nothing tells."""
     for condition in CONDITIONS:
         if condition.holds(header):
             return condition.family
-    return header.metadata.get("ss_base_model_version", "")[:80] or None
+    base = header.metadata.get("ss_base_model_version", "")
+    return family_of(base) or base[:80] or None
 
 
 _DOWN_SUFFIXES = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lora.down.weight")

@@ -157,11 +157,16 @@ def _by_module(header: Header, key_map: KeyMap) -> _Names:
             names.unused.append(UnusedKey(key, f"says the same as {twin[:MAX_SHOWN]}"))
         names.stems.setdefault(match.target, match.stem)
     if names.layers and not adapter:
-        raise LoraUnsupported(
-            "the file holds a model's own weights, and none of an adapter",
-            "Extract a LoRA from it first.",
-        )
+        raise a_model()
     return names
+
+
+def a_model() -> LoraUnsupported:
+    """What to say of a file with a model's own weights."""
+    return LoraUnsupported(
+        "the file holds a model's own weights, and none of an adapter",
+        "Extract a LoRA from it first.",
+    )
 
 
 @dataclass
@@ -240,7 +245,7 @@ def _trouble(slots: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-HINT = "Choose a LoRA for the model that this worker runs."
+HINT = "Choose a LoRA for this model."
 
 
 def _refuse_other_models(header: Header, bound: _Bound, key_map: KeyMap) -> None:

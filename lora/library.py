@@ -6,15 +6,14 @@ import errno
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lora.cache import CacheEntry, Progress, Resolved, VolumeCache
 from lora.embeddings import TokenEmbedding, word_of
-from lora.errors import DownloadFailed, LoraCorrupt, LoraError
+from lora.errors import DownloadFailed, LoraCorrupt, LoraError, naming
 from lora.files import LoraFile, load
 from lora.keys import KeyMap
 from lora.lru import ByteLru
@@ -69,7 +68,7 @@ class LoraLibrary:
 
         Raises: LoraError, whose sentence names the reference.
         """
-        with _naming(reference):
+        with naming(reference.shown):
             return self._load(reference, self._resolve(reference), progress)
 
     def load_all(
@@ -181,19 +180,8 @@ class LoraLibrary:
 Result = TypeVar("Result")
 
 
-@contextmanager
-def _naming(reference: Reference) -> Iterator[None]:
-    """Lets an error's sentence name the reference."""
-    try:
-        yield
-    except LoraError as error:
-        if reference.shown in error.sentence:
-            raise
-        raise type(error)(f"{reference.shown}: {error.sentence}", error.hint) from error
-
-
 def _named(work: Callable[..., Result], reference: Reference, *more: Any) -> Result:
-    with _naming(reference):
+    with naming(reference.shown):
         return work(reference, *more)
 
 

@@ -209,9 +209,10 @@ class Shelf:
             return True
 
     def verify(self) -> dict[str, bool]:
-        """Every file's name, and whether its bytes are those of its record (or whole, without one).
+        """Every .safetensors file's name, and whether it is whole: of one that was downloaded, or that nobody
+        wrote to since it was hashed, whether its bytes are those of its record.
 
-        Reads every byte of the cache; changes nothing but the records of files that had none.
+        Reads every byte of the cache, and changes nothing.
         """
         found = {}
         for root in self.roots:
@@ -221,14 +222,15 @@ class Shelf:
                 record = read_as(Record, record_path(path))
                 try:
                     read_header(path)
-                    whole = record is None or sha256_of(path) == record.sha256
+                    hashed = _must_be(path, record) if record else None
+                    whole = not hashed or sha256_of(path) == hashed
                 except (OSError, LoraError):
                     whole = False
                 found[str(path.relative_to(root))] = whole
         return found
 
-    def set_aside(self, path: Path) -> None:
-        """Takes a damaged file out of the readers' way; it is kept for a day to be looked at."""
+    def set_aside(self, path: Path) -> bool:
+        """Takes a damaged file out of the readers' way, if the volume lets it; it is kept for a day."""
         target = self.root_of(path) / DAMAGED / f"{path.name}.{uuid.uuid4().hex[:8]}"
         log.warning("%s is damaged and is set aside", path.name)
         try:
@@ -237,6 +239,15 @@ class Shelf:
             os.utime(target)
         except OSError as error:
             log.warning("%s cannot be set aside: %s", path.name, error.strerror)
+            return False
+        return True
+
+
+def _must_be(path: Path, record: Record) -> str | None:
+    """The hash that the file must have; None if its owner may have put another one under its name."""
+    about = path.stat()
+    same = (about.st_size, about.st_mtime_ns) == (record.size, record.mtime_ns)
+    return record.sha256 if same or record.fetched is not None else None
 
 
 def _damaged(path: Path) -> Damaged:

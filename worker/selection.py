@@ -79,7 +79,9 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
         if not values["loras"] and prompt == "-":
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
-        raise InvalidInput(f"preset {name!r}: {'; '.join(faults)}", "Mend it by presets.set.")
+        raise InvalidInput(
+            f"preset {name!r}: {'; '.join(faults)}", "presets.set writes a preset anew."
+        )
     after = (*values["trigger_words"], values["prompt_suffix"])
     return Ready(name, loras, _texts([values["prompt_prefix"]]), _texts(after))
 
@@ -164,11 +166,14 @@ def _joined(
 def _prompt(prompt: str, chosen: Sequence[Ready]) -> str:
     before: list[str] = []
     after: list[str] = [prompt] if prompt else []
+    own = prompt.rstrip(" ,")
     for preset in chosen:
         for texts, place in ((preset.before, before), (preset.after, after)):
             for text in texts:
                 if not _stands_in(text, " ".join((*before, *after))):
                     place.append(text)
+    if own and len(after) > 1:
+        after[0] = own  # it ends in a comma as it is
     return " ".join((*before, ", ".join(after))).strip()
 
 

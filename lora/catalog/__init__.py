@@ -227,6 +227,9 @@ class Catalog:
                 path.unlink(missing_ok=True)
         except OSError as error:
             raise CacheFull(f"{name} cannot be deleted ({error.strerror})") from error
+        if adapter.is_folder:
+            with suppress(OSError):  # something else is in it
+                (adapter.root / adapter.path).rmdir()
         return self._name(adapter)
 
     def _decided(self, adapter: Adapter, state: State) -> Item:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import uuid
 from contextlib import suppress
@@ -103,6 +104,7 @@ def _is_sound(state: State) -> bool:
         and all(isinstance(getattr(state, name), (str, type(None))) for name in texts)
         and all(isinstance(word, str) for word in state.words)
         and type(state.at) in (int, float)
+        and math.isfinite(state.at)
     )
 
 

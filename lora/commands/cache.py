@@ -103,12 +103,16 @@ def _verify(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     removed = []
     for name in damaged if options.remove else []:
         for root in cache.shelf.roots:
-            if (root / name).is_file():
-                cache.shelf.set_aside(root / name)
+            if (root / name).is_file() and cache.shelf.set_aside(root / name):
                 removed.append(name)
     left = [name for name in damaged if name not in removed]
     errors = [
-        str(LoraCorrupt(f"{name} is damaged", "--remove sets it aside; its source has it whole."))
+        str(
+            LoraCorrupt(
+                f"{name} is damaged",
+                "--remove sets it aside; a job fetches it again.",
+            )
+        )
         for name in left
     ]
     return {"checked": len(found), "damaged": damaged, "removed": removed, "errors": errors}

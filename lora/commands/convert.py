@@ -10,6 +10,7 @@ from typing import Any
 
 from lora.commands.rewriting import add_write_options, show, told, write_options
 from lora.commands.shared import add_rank_options, progress, rank_policy
+from lora.errors import ToolError
 
 __all__ = ["SUMMARY", "add_arguments", "run", "show"]
 
@@ -20,7 +21,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("file", type=Path, metavar="F", help="a file, or a folder that PEFT saved")
     parser.add_argument(
-        "--algorithm", choices=("lora",), help="make every layer a LoRA; by default as they are"
+        "--algorithm",
+        choices=("lora",),
+        help="make LoRAs of layers of other algorithms; by default none",
     )
     parser.add_argument(
         "--model",
@@ -39,10 +42,16 @@ def run(options: Namespace) -> Mapping[str, Any]:
     from lora.tools.checkpoints import Checkpoint
     from lora.tools.convert import ConvertOptions, Goal, convert
 
+    policy = rank_policy(options, None)
+    if policy is not None and options.algorithm is None:
+        raise ToolError(
+            "a rank is chosen, and nothing is to be cut to it",
+            "Add --algorithm lora; `python -m lora resize` shrinks a LoRA.",
+        )
     chosen = ConvertOptions(
         write=write_options(options),
         algorithm=Goal(options.algorithm) if options.algorithm else None,
-        policy=rank_policy(options, None),
+        policy=policy,
         seed=options.seed,
         allow_unused=options.allow_unused,
     )

@@ -79,16 +79,35 @@ def run(options: Namespace) -> Mapping[str, Any]:
         bucket_endpoint_url="",  # and no bucket is to have them
         lora_preload="",
     )
-    with progress() as tell, _gathered(wanted, settings, tell) as (entries, own):
+    with (
+        progress() as tell,
+        _gathered(wanted, settings, tell) as (entries, own),
+        _folder(options.out),
+    ):
         answer = _draw(own, _input(options, entries), tell)
     if "error" in answer:
-        return {"images": [], "errors": [answer["error"]]}
+        error = answer["error"]
+        for entry, one in zip(entries, wanted, strict=False):
+            error = error.replace(entry["path"], one.source)
+        return {"images": [], "errors": [error]}
     options.out.mkdir(parents=True, exist_ok=True)
     written = [_written(uri, options.out, answer["seed"]) for uri in answer.pop("images")]
     del answer["image_url"]
     for report, one in zip(answer["loras"], wanted, strict=False):
         report["source"] = one.source
     return {"images": [str(path) for path in written], **answer}
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Finds out before the work that a folder can be made, and leaves none behind."""
+    there = path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        if not there:
+            path.rmdir()
 
 
 def _wanted(options: Namespace) -> list[Wanted]:

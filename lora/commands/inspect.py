@@ -47,7 +47,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
             try:
                 described = describe(path, against)
             except LoraError as error:
-                errors.append(str(type(error)(f"{path}: {error.sentence}", error.hint)))
+                errors.append(str(error))
             except OSError as error:
                 errors.append(str(ToolError(f"{path}: {error.strerror or error}")))
             else:

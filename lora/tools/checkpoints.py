@@ -83,6 +83,17 @@ class Stored:
         return self.raw.file
 
 
+ADAPTERS = (
+    ".lora_down.weight",
+    ".lora_A.weight",
+    ".hada_w1_a",
+    ".lokr_w1",
+    ".lokr_w1_a",
+    ".oft_blocks",
+)
+"""How tensors end that no model has."""
+
+
 class Checkpoint:
     """An open checkpoint; a context manager. Reading from several threads is allowed."""
 
@@ -120,6 +131,10 @@ class Checkpoint:
                 files.append(open_weights(source.path, kind))
                 stack.callback(files[-1].close)
             checkpoint = cls(path, tuple(files), {one.path: one.component for one in sources})
+            if any(key.endswith(ADAPTERS) for file in files for key in file.tensors):
+                raise ToolError(
+                    f"{path.name} is an adapter, and no model", "Name the model's file."
+                )
             stack.pop_all()
         return checkpoint
 

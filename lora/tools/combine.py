@@ -187,7 +187,7 @@ def _refuse_other_algorithms(part: Part) -> None:
         name = next((name for name in part.algorithms if name not in ("lora", "full")), other[0])
         raise ToolError(
             f"{part.name} is {name}, which cannot be combined as it is",
-            "Convert it to --algorithm lora first.",
+            "Make it a LoRA first: convert --algorithm lora.",
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lora.algorithms import Algorithm, DoRA
 from lora.errors import LoraIncompatible, LoraUnsupported
-from lora.families import identify
+from lora.families import family_of, identify
 from lora.files import Layer, LoraFile, load
 from lora.header import Header, read_header
 from lora.keys import KeyMap
@@ -23,7 +23,6 @@ from lora.tools.hashes import Hashes, hashes_of
 from lora.tools.metadata import (
     MAX_WORD,
     clean,
-    family_of,
     named_bases,
     training_facts,
     trigger_words,

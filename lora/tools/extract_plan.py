@@ -101,6 +101,12 @@ def _apart(source: Checkpoint, target: Checkpoint, options: ExtractOptions) -> I
 def _refuse_mismatch(
     source: Checkpoint, target: Checkpoint, common: list[Place], options: ExtractOptions
 ) -> None:
+    there = {place.component for model in (source, target) for place in model.parameters}
+    if unknown := sorted((options.components or frozenset()) - there):
+        raise ToolError(
+            f"neither model has a component {unknown[0][:40]!r}",
+            f"There are {', '.join(sorted(there))}.",
+        )
     smaller = min(
         sum(_chosen(place, options) for place in model.parameters) for model in (source, target)
     )

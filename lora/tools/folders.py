@@ -49,7 +49,7 @@ def sources_of(path: Path) -> tuple[Source, ...]:
     """
     try:
         if path.is_dir():
-            return _pipeline(path) or _with("", _files_in(path, "the folder"))
+            return _pipeline(path) or _with("", _files_in(path, path.name))
         if is_index(path):
             return _with("", _indexed(path))
         if not path.exists():

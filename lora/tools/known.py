@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from lora.families import identify
+from lora.families import family_of, identify
 from lora.header import Header
 from lora.keys import KeyMap
 from lora.modules import targets_of
-from lora.tools.metadata import BASES, family_of
+from lora.tools.metadata import BASES
 
 UNET: Mapping[str, Any] = {
     "sample_size": 128,

@@ -7,6 +7,7 @@ What no adapter touches is copied bit for bit, as long as its dtype stays.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lora.algorithms import Algorithm
-from lora.errors import LoraError, ToolError
+from lora.errors import ToolError
 from lora.files import LoraFile, UnusedKey, load
 from lora.keys import KeyMap
 from lora.stack import LoraUse
@@ -107,6 +108,11 @@ def merge(
     started = time.monotonic()
     if options.dtype not in DTYPES:
         raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(DTYPES)}.")
+    factors = [
+        f for one in loras for f in (one.scale, *one.components.values(), *one.blocks.values())
+    ]
+    if not all(math.isfinite(factor) for factor in factors):
+        raise ToolError("a scale is not a number")
     target = Output.of(model, output, options.format, [lora.path for lora in loras])
     files = _load(loras, model.key_map())
     merged = [_merged(lora, file, options) for lora, file in zip(loras, files, strict=True)]
@@ -135,8 +141,6 @@ def _load(loras: Sequence[LoraToMerge], key_map: KeyMap) -> list[LoraFile]:
     for lora in loras:
         try:
             files.append(_bind(lora.path, key_map))
-        except LoraError as error:
-            raise type(error)(f"{lora.path.name}: {error.sentence}", error.hint) from error
         except OSError as error:
             why = error.strerror or type(error).__name__
             raise ToolError(f"{lora.path.name} cannot be read ({why})") from error

@@ -122,28 +122,6 @@ def named_bases(metadata: Mapping[str, str], config: str | None) -> dict[str, st
     return {name: clean(fields[name]) for name in BASES if fields.get(name)}
 
 
-FAMILIES: tuple[tuple[str, str], ...] = (
-    ("refiner", "SDXL refiner"),
-    ("sdxl", "SDXL"),
-    ("diffusion-xl", "SDXL"),
-    ("sd_v1", "SD 1.5"),
-    ("diffusion-v1", "SD 1.5"),
-    ("sd_v2", "SD 2"),
-    ("diffusion-v2", "SD 2"),
-    ("diffusion-v3", "SD 3"),
-    ("sd3", "SD 3"),
-    ("flux", "Flux"),
-    ("wan", "Wan"),
-    ("qwen", "Qwen-Image"),
-)
-"""Part of a base model's name -> its family; the first that fits counts."""
-
-
-def family_of(base: str) -> str | None:
-    """The family of a base model by its name."""
-    return next((family for part, family in FAMILIES if part in base.lower()), None)
-
-
 def _object(text: str | None) -> Mapping[str, Any]:
     """A JSON object; empty for what is none."""
     if not text or len(text) > MAX_JSON:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from lora.errors import LoraNotFound
+from lora.errors import LoraNotFound, naming
 from lora.peft_files import PEFT_CONFIG, PEFT_STEM, STEMS, config_beside
 from lora.pickles import convert, looks_like_pickle
 from lora.sources import EXTENSIONS
@@ -35,21 +35,23 @@ class Opened:
 def opened(path: Path) -> Iterator[Opened]:
     """The adapter at a path, for the time of the block. Nothing in a pickle is run.
 
-    Raises: LoraNotFound if nothing is there, or a PEFT folder has no config, so that nobody knows how its
-    weights are scaled; LoraUnsupported, LoraCorrupt for a pickle that is no adapter.
+    Errors of the block, too, name the file. Raises: LoraNotFound if nothing is there, or a PEFT folder has no
+    config, so that nobody knows how its weights are scaled; LoraUnsupported, LoraCorrupt for a pickle
+    that is no adapter.
     """
-    original = file_of(path)
-    config = config_beside(original)
-    if config is None and path.is_dir() and original.stem == PEFT_STEM:
-        raise LoraNotFound(f"the folder {path.name!r} holds no {PEFT_CONFIG}")
-    form = "PEFT folder" if config is not None else "safetensors"
-    if not looks_like_pickle(original):
-        yield Opened(original, original, config, form)
-        return
-    with TemporaryDirectory(prefix="lora-") as folder:
-        file = Path(folder) / f"{original.stem}.safetensors"
-        convert(original, file, MAX_UNPACKED)
-        yield Opened(original, file, config, form if config is not None else "pickle")
+    with naming(path.name):
+        original = file_of(path)
+        config = config_beside(original)
+        if config is None and path.is_dir() and original.stem == PEFT_STEM:
+            raise LoraNotFound(f"the folder {path.name!r} holds no {PEFT_CONFIG}")
+        form = "PEFT folder" if config is not None else "safetensors"
+        if not looks_like_pickle(original):
+            yield Opened(original, original, config, form)
+            return
+        with TemporaryDirectory(prefix="lora-") as folder:
+            file = Path(folder) / f"{original.stem}.safetensors"
+            convert(original, file, MAX_UNPACKED)
+            yield Opened(original, file, config, form if config is not None else "pickle")
 
 
 def file_of(path: Path) -> Path:

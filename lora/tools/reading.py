@@ -16,7 +16,7 @@ from lora.algorithms import recipes
 from lora.alphas import CONFIG_IN_FILE, Alphas
 from lora.embeddings import is_embedding
 from lora.errors import ToolError
-from lora.files import UNKNOWN_MODULE, UnusedKey
+from lora.files import UNKNOWN_MODULE, UnusedKey, a_model
 from lora.header import Header, read_header
 from lora.keys import COMPONENTS, REFUSED, KeyMap, Match, Target
 from lora.tensors import read_runs
@@ -73,6 +73,7 @@ def _read(path: Path, config: str | None, key_map: KeyMap | None, check: bool) -
     found: dict[Target, _Found] = {}
     words: dict[str, Tensor] = {}
     unused: list[UnusedKey] = []
+    adapter = False
     for key, tensor in tensors.items():
         meant = match(key)
         if meant is None and is_embedding(key):
@@ -82,9 +83,12 @@ def _read(path: Path, config: str | None, key_map: KeyMap | None, check: bool) -
                 UnusedKey(key, UNKNOWN_MODULE if key_map else "no known name of a tensor")
             )
         else:
+            adapter = adapter or key[len(meant.stem) + 1 :] not in ("weight", "bias")
             keys = found.setdefault(meant.target, _Found(meant.stem)).keys
             if keys.setdefault(meant.slot, key) is not key:
                 unused.append(UnusedKey(key, f"says the same as {keys[meant.slot][:200]}"))
+    if found and not adapter:
+        raise a_model()
     parts: list[Part] = []
     for target, names in found.items():
         slots = _completed(

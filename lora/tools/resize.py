@@ -105,7 +105,7 @@ def _is_lora(part: Part) -> bool:
     if other:
         raise ToolError(
             f"{part.name} is {other}, which has no rank to cut",
-            "Convert it to --algorithm lora first.",
+            "Make it a LoRA first: convert --algorithm lora.",
         )
     return "lora_down" in slots
 

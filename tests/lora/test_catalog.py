@@ -124,7 +124,7 @@ def test_the_header_alone_tells_what_an_adapter_is(catalog: Catalog, root: Path)
     catalog.scan()
     states = {item.name: item.state for item in catalog.page(Query()).items}
     a = states["a.safetensors"]
-    assert (a.algorithm, a.rank, a.layers, a.base) == ("lora", 4, 3, "sdxl_base_v1-0")
+    assert (a.algorithm, a.rank, a.layers, a.base) == ("lora", 4, 3, "SDXL")
     assert a.words == ("wtrclr", "by hand", "ohwx woman", "bad", "portrait", "smile")
     b = states["b.safetensors"]
     assert (b.algorithm, b.rank, b.layers, b.words) == ("loha", 3, 1, ())

@@ -110,3 +110,25 @@ def test_an_unusable_environment_is_told(
     ran = run(capsys, "cache", "list")
     assert ran.code == 2
     assert "LORA_CASH_DIR is not a setting" in ran.err
+
+
+def test_an_operators_file_that_was_replaced_is_not_damaged(
+    capsys: pytest.CaptureFixture[str], volume: Path
+) -> None:
+    assert run(capsys, "cache", "add", "mine").code == 0  # now it has a record
+    other = as_bytes(kohya(2))
+    (volume / "mine.safetensors").write_bytes(other)
+    ran = run(capsys, "cache", "verify", "--remove", "--json")
+    assert (ran.code, ran.json["damaged"], ran.json["removed"]) == (0, [], [])
+    assert (volume / "mine.safetensors").read_bytes() == other
+
+
+def test_what_cannot_be_set_aside_is_not_told_as_removed(
+    capsys: pytest.CaptureFixture[str], volume: Path
+) -> None:
+    (volume / "mine.safetensors").write_bytes(as_bytes(kohya())[:-50])
+    (volume / ".damaged").write_text("in the way")
+    ran = run(capsys, "cache", "verify", "--remove", "--json")
+    assert (ran.code, ran.json["removed"]) == (2, [])
+    assert "mine.safetensors is damaged" in ran.err
+    assert (volume / "mine.safetensors").exists()

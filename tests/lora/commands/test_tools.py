@@ -329,3 +329,51 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert "error: " in ran.err.splitlines()[-1]
     assert "Traceback" not in ran.err
     assert {one.name: one.stat().st_mtime_ns for one in tmp_path.iterdir()} == before
+
+
+UNET = MODEL / "unet" / "diffusion_pytorch_model.safetensors"
+STRIPES, NIGHT = (LORAS / f"demo-{name}.safetensors" for name in ("stripes", "night"))
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("resize", UNET, "--rank", 2), "LORA_UNSUPPORTED: diffusion_pytorch_model.safetensors: "),
+        (("convert", UNET), "holds a model's own weights"),
+        (("combine", STRIPES, UNET), "holds a model's own weights"),
+        (
+            ("merge", "--source-model", STRIPES, "--lora-model", STRIPES, "--allow-unused"),
+            "demo-stripes.safetensors is an adapter, and no model",
+        ),
+        (("convert", STRIPES, "--rank", 4), "nothing is to be cut to it"),
+        (
+            ("merge", "--source-model", MODEL, "--lora-model", STRIPES, "--alpha", "nan"),
+            "a scale is not a number",
+        ),
+        (
+            ("merge", "--source-model", MODEL, "--lora-model", STRIPES, "--components", "unet=nan"),
+            "not a number",
+        ),
+        (
+            ("extract", "--source-model", MODEL, "--target-model", MODEL, "--components", "u-net"),
+            "neither model has a component 'u-net'",
+        ),
+    ],
+)
+def test_what_does_nothing_or_something_else_than_was_meant_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, line: tuple[object, ...], words: str
+) -> None:
+    ran = run(capsys, *line, "--output", tmp_path / "out")
+    assert ran.code == 2
+    assert words in ran.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_that_is_at_fault_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    ran = run(capsys, "combine", STRIPES, empty, "--output", tmp_path / "out.safetensors")
+    assert ran.code == 2
+    assert ran.err.startswith("error: LORA_CORRUPT: empty.safetensors: ")
