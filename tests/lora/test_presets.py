@@ -132,7 +132,8 @@ def test_a_worker_killed_while_it_writes_leaves_a_whole_file_and_no_lock(tmp_pat
         process.join(10)
         begun = time.monotonic()
         Presets(tmp_path).set(f"after-{round_}", WATERCOLOR)
-        assert time.monotonic() - begun < 5
+        # At once; after 10 s if it died between making the lease and writing its name into it.
+        assert time.monotonic() - begun < 15
     names = Presets(tmp_path).read()
     assert {"mine", *(f"after-{round_}" for round_ in range(5))} <= names.keys()
 
