@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import write_result
+from benchmarks.report import fill_in, write_result
 from lora.cache import VolumeCache
 from lora.records import Record, record_path, write
 from lora.shelf import file_name, sha256_of
@@ -43,8 +43,6 @@ LEAST_RATIO = 0.8
 MOST_MEMORY = 64e6
 MOST_SECONDS = 0.002
 
-PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- cache: begin -->", "<!-- cache: end -->"
 
 Spawn = multiprocessing.get_context("spawn")
 
@@ -266,9 +264,7 @@ def table(result: dict[str, Any]) -> str:
 
 def write_page(path: Path) -> None:
     """Puts the table of a result file into docs/benchmarks.md."""
-    text = PAGE.read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    PAGE.write_text(f"{text[:begin]}\n{table(json.loads(path.read_text()))}\n{text[end:]}")
+    fill_in("benchmarks.md", "cache", table(json.loads(path.read_text())))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,15 +22,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, write_result
+from benchmarks.report import RESULTS, fill_in, write_result
 from tests.production import ENVIRONMENT, Platform, platform
 
 log = logging.getLogger("jobs")
 
 DRAWING = ("encode_prompt", "denoise", "decode")
-
-PAGE = Path(__file__).parent.parent / "docs" / "deployment.md"
-BEGIN, END = "<!-- jobs: begin -->", "<!-- jobs: end -->"
 
 JOB: dict[str, Any] = {
     "prompt": "a big red circle on a blue background",
@@ -147,9 +144,7 @@ def write_page(result: dict[str, Any]) -> None:
         lines.append(f"| {part} | " + " | ".join(values) + " |")
     lines += ["", "| a cold start of the demo model, by parts | seconds |", "| --- | --- |"]
     lines += [f"| {part} | {seconds:.2f} |" for part, seconds in figures["cold_start"].items()]
-    text = PAGE.read_text()
-    head, tail = text[: text.index(BEGIN)], text[text.index(END) :]
-    PAGE.write_text(head + BEGIN + "\n" + "\n".join(lines) + "\n" + tail)
+    fill_in("deployment.md", "jobs", "\n".join(lines))
 
 
 def main() -> None:

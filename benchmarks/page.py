@@ -9,10 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, write_result
-
-DOCS = Path(__file__).parent.parent / "docs"
-BEGIN, END = "<!-- lora_engine: begin -->", "<!-- lora_engine: end -->"
+from benchmarks.report import DOCS, RESULTS, fill_in, write_result
 
 
 @dataclass(frozen=True)
@@ -83,10 +80,7 @@ def write_page() -> None:
     result = json.loads((RESULTS / "lora_engine.json").read_text())
     of_steps = RESULTS / "lora_steps.json"
     steps = json.loads(of_steps.read_text()) if of_steps.exists() else None
-    page = DOCS / "benchmarks.md"
-    text = page.read_text()
-    begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    page.write_text(f"{text[:begin]}\n{table(result, steps)}\n{text[end:]}")
+    fill_in("benchmarks.md", "lora_engine", table(result, steps))
     (DOCS / "benchmarks.svg").write_text(plot(result))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parent.parent / "docs"
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors", "runpod")
 
 
@@ -39,3 +40,14 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def fill_in(page: str, name: str, text: str) -> None:
+    """Puts a table between a page's marks `<!-- NAME: begin -->` and `<!-- NAME: end -->`.
+
+    Raises: ValueError if the page of docs/ has no such marks.
+    """
+    path = DOCS / page
+    whole, mark = path.read_text(), f"<!-- {name}: begin -->"
+    begin, end = whole.index(mark) + len(mark), whole.index(f"<!-- {name}: end -->")
+    path.write_text(f"{whole[:begin]}\n{text}\n{whole[end:]}")

@@ -8,10 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import RESULTS, write_result
-
-DOCS = Path(__file__).parent.parent / "docs"
-BEGIN, END = "<!-- tools: begin -->", "<!-- tools: end -->"
+from benchmarks.report import DOCS, RESULTS, fill_in, write_result
 
 EXTRACT_FACTOR, EXTRACT_GB, MERGE_GB, RESIZE_FACTOR = 10, 3.0, 2.0, 20
 """What was to be reached: times faster than whole SVDs, and peaks of memory."""
@@ -40,14 +37,10 @@ def keep(figures: dict[str, Any], *, tiny: bool) -> Path:
 
 
 def write_page() -> None:
-    """Draws docs/benchmarks_tools.svg, and puts the table into docs/benchmarks.md where its marks stand."""
+    """Draws docs/benchmarks_tools.svg, and puts the table into docs/benchmarks.md."""
     result = json.loads((RESULTS / "tools.json").read_text())
     (DOCS / "benchmarks_tools.svg").write_text(plot(rows_of(result["figures"])))
-    page = DOCS / "benchmarks.md"
-    text = page.read_text()
-    if BEGIN in text:
-        begin, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-        page.write_text(f"{text[:begin]}\n{table(result)}\n{text[end:]}")
+    fill_in("benchmarks.md", "tools", table(result))
 
 
 def rows_of(figures: Mapping[str, Any]) -> list[Row]:

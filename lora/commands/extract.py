@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lora.commands.shared import (
-    FORMATS,
     KINDS,
     NAMINGS,
     add_rank_options,
@@ -36,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="the LoRA")
     for which in ("source", "target"):
         parser.add_argument(f"--{which}-type", choices=KINDS, help="by default what the file is")
-    parser.add_argument("--output-format", choices=FORMATS, help="by default what F's ending says")
+    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
     parser.add_argument(
         "--output-dtype", choices=("fp32", "fp16", "bf16"), default="bf16", help="(bf16)"
     )

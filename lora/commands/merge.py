@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.shared import FORMATS, KINDS, key_lines, plain, progress, size, with_scale
+from lora.commands.shared import KINDS, key_lines, plain, progress, size, with_scale
 from lora.errors import ToolError
 
 SUMMARY = "write a model with LoRAs merged into its weights"
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--source-type", choices=KINDS, help="by default what the file is")
     parser.add_argument("--lora-type", choices=KINDS, help="accepted; the file itself decides")
-    parser.add_argument("--output-format", choices=FORMATS, help="by default what F's ending says")
+    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
     parser.add_argument(
         "--output-dtype",
         choices=("same", "fp32", "fp16", "bf16", "fp8"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.commands.shared import (
-    FORMATS,
+    KINDS,
     NAMINGS,
     dtype_of,
     key_lines,
@@ -34,7 +34,7 @@ def add_write_options(parser: ArgumentParser) -> None:
         metavar="F",
         help="the new file; a folder for PEFT's naming",
     )
-    parser.add_argument("--output-format", choices=FORMATS, help="by default what F's ending says")
+    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
     parser.add_argument(
         "--output-dtype", choices=("fp32", "fp16", "bf16"), help="by default each tensor's own"
     )

@@ -73,7 +73,7 @@ RANKS: Mapping[str, tuple[type, str]] = {
 }
 
 
-KINDS = FORMATS = ("safetensors", "pytorch")
+KINDS = ("safetensors", "pytorch")
 """How checkpoints, and what is written, may be stored."""
 
 PYTORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
@@ -87,23 +87,12 @@ def output_format(options: Namespace) -> str:
 
 NAMINGS = ("kohya", "diffusers", "peft", "original")
 
-DTYPES: Mapping[str, str] = {
-    "fp32": "float32",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp8": "float8_e4m3fn",
-}
-"""What the command line calls torch's dtypes."""
-
 
 def dtype_of(name: str) -> torch.dtype:
-    """The dtype that an option names."""
-    import torch
+    """The dtype that an option names. Raises: KeyError."""
+    from lora.tools.merged_tensors import NAMED
 
-    found = getattr(torch, DTYPES[name])
-    if not isinstance(found, torch.dtype):
-        raise TypeError(f"{name} is no dtype")
-    return found
+    return NAMED[name]
 
 
 def add_rank_options(parser: ArgumentParser, prefix: str, default: int | None) -> None:

@@ -30,9 +30,6 @@ from lora.tools.weights import KINDS, Raw, WeightsFile, open_weights, unreadable
 
 __all__ = ["Checkpoint", "Place", "Raw", "Stored", "file_sha256"]
 
-HASH_BYTES = 8 << 20
-"""How much of a file is hashed at a time."""
-
 
 class Place(NamedTuple):
     """One parameter of a model, the same whatever the file calls it."""
@@ -234,14 +231,11 @@ class Checkpoint:
 
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes, in hex, without its bytes in memory. Raises: ToolError."""
-    digest = hashlib.sha256()
     try:
-        with path.open("rb", buffering=0) as stream:
-            while piece := stream.read(HASH_BYTES):
-                digest.update(piece)
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise unreadable(path, error) from error
-    return digest.hexdigest()
 
 
 def _placed(

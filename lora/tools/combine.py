@@ -31,24 +31,15 @@ from lora.tools.adapters import (
     read_adapter,
     write_adapter,
 )
-from lora.tools.cutting import (
-    Cut,
-    Layer,
-    LayerChange,
-    Module,
-    Report,
-    Tell,
-    cut_modules,
-    report_of,
-    tell_nobody,
-)
-from lora.tools.inputs import refuse_overwriting
+from lora.tools.cutting import Cut, Layer, LayerChange, Module, Report, cut_modules, report_of
 from lora.tools.known import key_map_for
-from lora.tools.lowrank import Product, product_of, side_by_side
+from lora.tools.lowrank import FACTOR_SLOTS, Product, product_of, side_by_side
+from lora.tools.progress import Tell, tell_nobody
 from lora.tools.ranks import RankPolicy
 from lora.tools.sparsified import dare, ties
+from lora.tools.writing import refuse_overwriting
 
-FACTORS = {"lora_up", "lora_down", "lora_mid"}
+FACTORS = FACTOR_SLOTS - {"alpha"}
 ADDED = ("diff", "diff_b", "diff_m")
 """Slots that are added up as they are."""
 

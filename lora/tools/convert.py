@@ -21,20 +21,12 @@ from lora.errors import ToolError
 from lora.keys import Shape
 from lora.tools.adapters import Adapter, Part, WriteOptions, write_adapter
 from lora.tools.checkpoints import Checkpoint, Place
-from lora.tools.cutting import (
-    Cut,
-    Layer,
-    LayerChange,
-    Module,
-    Report,
-    Tell,
-    cut_modules,
-    report_of,
-    tell_nobody,
-)
-from lora.tools.inputs import open_adapter, refuse_overwriting
+from lora.tools.cutting import Cut, Layer, LayerChange, Module, Report, cut_modules, report_of
+from lora.tools.inputs import open_adapter
 from lora.tools.lowrank import FACTOR_SLOTS, product_of
+from lora.tools.progress import Tell, tell_nobody
 from lora.tools.ranks import RankPolicy
+from lora.tools.writing import refuse_overwriting
 
 NEEDS_WEIGHT = (DoRA, GLoRA, OFT, PeftOFT, IA3, PeftIA3, PeftIA3Bias, WeightValue, BiasValue)
 """What is no change of its own: it depends on the weights that it is applied to."""

@@ -12,20 +12,14 @@ from torch import Tensor
 from lora.errors import ToolError
 from lora.tools.lowrank import Product, decompose, squared_norm
 from lora.tools.parts import Adapter, Part, rank_metadata
+from lora.tools.progress import Tell, tell_nobody
 from lora.tools.ranks import RankPolicy, Spectrum, choose, spend
 from lora.tools.svd import Factors, energy, svd_by_policy
-
-Tell = Callable[[int, int, str], None]
-"""Told of progress: how much is done, of how much, and what."""
 
 BUDGET_RANK = 128
 """How many singular values of a whole matrix a budget chooses among, unless the policy's `max_rank` says it:
 finding all of them takes as long as a full decomposition.
 """
-
-
-def tell_nobody(done: int, total: int, what: str) -> None:
-    """For callers that do not watch."""
 
 
 @dataclass(frozen=True)

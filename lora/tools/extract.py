@@ -10,7 +10,7 @@ left out with its reason.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from lora.tools.extract_options import Conv, ExtractOptions
 from lora.tools.extract_output import ExtractOutput, verify
 from lora.tools.extract_plan import Plan, Planned, plan_extraction
 from lora.tools.extract_report import ExtractReport, LayerReport, LeftOut, Verified
+from lora.tools.progress import Tell, tell_nobody
 from lora.tools.ranks import RankPolicy
 from lora.tools.writing import StreamWriter
 
@@ -41,9 +42,6 @@ __all__ = [
     "extract",
 ]
 
-Tell = Callable[[int, int, str], None]
-"""Called with (tensors done, tensors in all, what is done)."""
-
 
 @torch.no_grad()
 def extract(
@@ -51,12 +49,12 @@ def extract(
     target: Checkpoint,
     output: Path,
     options: ExtractOptions,
-    tell: Tell = lambda done, total, what: None,
+    tell: Tell = tell_nobody,
 ) -> ExtractReport:
     """Writes an adapter that leads from `source` to `target`, published whole or not at all.
 
     A run that was killed is taken up by the next one with the same models, output and options: layers that
-    are written are not computed again, and the file is the same, byte for byte.
+    are written are not computed again, and the file is the same, byte for byte. `tell` counts tensors.
 
     Raises: ToolError if the two are no states of one model, do not differ, hold NaN or infinity, or if
     the output is an input or cannot be written.

@@ -23,7 +23,7 @@ from lora.tools.reading import read_adapter
 from lora.tools.saving import Format, WriteOptions, write_adapter
 from lora.tools.svd import energy
 from lora.tools.weights import WeightsFile
-from lora.tools.writing import write_pytorch
+from lora.tools.writing import refuse_overwriting, write_pytorch
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class ExtractOutput:
         cls, path: Path, options: ExtractOptions, inputs: Sequence[WeightsFile]
     ) -> ExtractOutput:
         """Raises: ToolError if that would write over an input, or there is no folder for it."""
-        if any(path.exists() and path.samefile(one.path) for one in inputs):
-            raise ToolError(f"the output {path.name} is an input", "Name another output.")
+        refuse_overwriting(path, (one.path for one in inputs))
         if not path.parent.is_dir():
             raise ToolError(f"there is no folder for {path.name}", "Make it first.")
         if path.is_dir():

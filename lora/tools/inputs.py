@@ -1,23 +1,12 @@
-"""What every tool for adapters asks of the paths that it is given."""
+"""How every tool for adapters opens one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
-from lora.errors import ToolError
 from lora.keys import KeyMap
 from lora.tools.adapters import Adapter, header_of, read_adapter
 from lora.tools.known import key_map_for
-
-
-def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises: ToolError if the output is one of the inputs."""
-    if not output.exists():
-        return
-    for path in inputs:
-        if path.exists() and output.samefile(path):
-            raise ToolError(f"the output {output.name} is an input", "Name another output.")
 
 
 def open_adapter(path: Path, key_map: KeyMap | None, *, named: bool, lax: bool) -> Adapter:

@@ -26,15 +26,13 @@ from lora.tools.checkpoints import Checkpoint, Place, Raw, file_sha256
 from lora.tools.merged_tensors import DTYPES, Changes, MergedTensors
 from lora.tools.opening import opened
 from lora.tools.outputs import Job, Output
+from lora.tools.progress import Tell, tell_nobody
 from lora.tools.writing import StreamWriter
 
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata that would be wrong of a merged model."""
 
 NOT_WEIGHTS = "a word's vectors cannot be merged into weights"
-
-Tell = Callable[[int, int, str], None]
-"""Called with (bytes done, bytes in all, what is done)."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +92,13 @@ def merge(
     loras: Sequence[LoraToMerge],
     output: Path,
     options: MergeOptions = MergeOptions(),
-    tell: Tell = lambda done, total, what: None,
+    tell: Tell = tell_nobody,
 ) -> MergeReport:
     """Writes the model with the adapters merged, published whole or not at all.
 
     `output` with the ending of weights is one file in the model's own names; any other is a folder with the
     model's files, each with weights written anew under its own name. The metadata gets `merged_from`, a
-    JSON list of name, sha256 and scale, and `model_sha256`.
+    JSON list of name, sha256 and scale, and `model_sha256`. `tell` counts bytes.
 
     Raises: ToolError if the output is the input or cannot be written, an adapter's tensor has no place and
     that is not allowed, or a weight overflows; LoraError if an adapter cannot be read or fits nowhere.

@@ -13,13 +13,15 @@ from lora.errors import ToolError
 from lora.merging import merge
 from lora.tools.checkpoints import Checkpoint, Place, Raw, Stored
 
-DTYPES: Mapping[str, torch.dtype | None] = {
-    "same": None,
+NAMED: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
 }
+"""What the tools call torch's dtypes."""
+
+DTYPES: Mapping[str, torch.dtype | None] = {"same": None, **NAMED}
 """The names of the output's dtypes; `same`: each tensor keeps its own."""
 
 Changes = Mapping[Place, Sequence[tuple[Algorithm, float]]]

@@ -22,7 +22,7 @@ from lora.tensors import DTYPES
 from lora.tools.checkpoints import Checkpoint, Raw
 from lora.tools.folders import OTHER_WEIGHTS, WEIGHTS, is_index, is_weights
 from lora.tools.weights import KINDS
-from lora.tools.writing import telling, write_pytorch
+from lora.tools.writing import refuse_overwriting, telling, write_pytorch
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,7 @@ class Output:
             raise ToolError(f"{kind[:40]!r} is no format", f"Use {' or '.join(KINDS)}.")
         if path.suffix in OTHER_WEIGHTS:
             raise ToolError(f"{path.suffix} files cannot be written", "Use .safetensors.")
-        for one in (*(file.path for file in model.files), *inputs):
-            if path.exists() and path.samefile(one):
-                raise ToolError(f"the output {path.name} is an input", "Name another output.")
+        refuse_overwriting(path, (*(file.path for file in model.files), *inputs))
         single = kind is not None or path.suffix in WEIGHTS
         return _folder(model, path) if path.is_dir() or not single else _file(model, path, kind)
 

@@ -11,20 +11,12 @@ from torch import Tensor
 from lora.errors import ToolError
 from lora.keys import KeyMap
 from lora.tools.adapters import Adapter, Part, WriteOptions, write_adapter
-from lora.tools.cutting import (
-    Cut,
-    Layer,
-    LayerChange,
-    Module,
-    Report,
-    Tell,
-    cut_modules,
-    report_of,
-    tell_nobody,
-)
-from lora.tools.inputs import open_adapter, refuse_overwriting
+from lora.tools.cutting import Cut, Layer, LayerChange, Module, Report, cut_modules, report_of
+from lora.tools.inputs import open_adapter
 from lora.tools.lowrank import FACTOR_SLOTS, product_of
+from lora.tools.progress import Tell, tell_nobody
 from lora.tools.ranks import RankPolicy
+from lora.tools.writing import refuse_overwriting
 
 OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")
 """Algorithms whose rank cannot be changed."""

@@ -263,6 +263,15 @@ def telling(path: Path) -> Iterator[None]:
         raise ToolError(f"{path.name} cannot be written ({why})") from error
 
 
+def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises: ToolError if the output is one of the inputs."""
+    if not output.exists():
+        return
+    for path in inputs:
+        if path.exists() and output.samefile(path):
+            raise ToolError(f"the output {output.name} is an input", "Name another output.")
+
+
 def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") -> None:
     """Writes a table of tensors with `torch.save`, whole or not at all; `wrapper`: a key to put it under.
 
