@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # The CPU build of torch serves demo, tests and checks; the image installs its own CUDA build.
+# This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test check format evaluate bench-lora bench-cache bench-jobs bench-tools clean
@@ -12,8 +14,8 @@ demo: $(VENV)/ready
 
 # The tests of production have the machine to themselves: they measure times.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/test_production.py
-	$(RUN) -m pytest tests/test_production.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/promises/test_production.py
+	$(RUN) -m pytest tests/promises/test_production.py
 
 check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format --check .
@@ -26,7 +28,7 @@ format: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check --fix .
 
 evaluate: $(VENV)/ready
-	$(RUN) -m demo.evaluate
+	$(RUN) -m benchmarks.demo_model
 
 bench-lora: $(VENV)/ready
 	$(RUN) -m benchmarks.lora_engine
@@ -43,12 +45,13 @@ bench-tools: $(VENV)/ready
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --extra-index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) --no-deps --retries 0 --timeout 20 --index-url $(TORCH_INDEX) $$(grep '^torch==' requirements.txt) 2>/dev/null \
+	    || echo "$(TORCH_INDEX) cannot be reached: torch comes from the usual index"
+	$(PIP) -r requirements.txt
 	touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready requirements-dev.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
 
 clean:

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from lora.errors import CodedError
-from lora.sources import CachedName, Reference
-from lora.web import quiet_libraries
+from lora.fetch.sources import CachedName, Reference
+from lora.fetch.web import quiet_libraries
 from pipelines.weights import (
     WeightsIncomplete,
     WeightsMissing,

@@ -23,11 +23,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora.engine import Budgets, LoraEngine, RestoreFailed
+from lora.engine.engine import Budgets, LoraEngine, RestoreFailed
 from lora.errors import CodedError
-from lora.library import LoraLibrary
-from lora.sources import Reference, parse, redact_url
-from lora.web import quiet_libraries
+from lora.fetch.sources import Reference, parse, redact_url
+from lora.fetch.web import quiet_libraries
+from lora.volume.loader import LoraLibrary
 from pipelines.image import ImagePipeline
 from pipelines.loading import load_models
 from settings import Settings

@@ -15,10 +15,10 @@ from typing import Any
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from lora.blocks import LARGEST, parse_blocks
+from lora.engine.modes import Mode
 from lora.errors import CodedError, nearest
-from lora.modes import Mode
-from lora.sources import Reference
+from lora.fetch.sources import Reference
+from lora.formats.names.blocks import LARGEST, parse_blocks
 
 SCHEDULERS = (
     "PNDM",

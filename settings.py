@@ -10,14 +10,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lora.cache import FALLBACK_ROOT, Limits, VolumeCache
-from lora.civitai import Civitai
+from lora.engine.modes import Mode
 from lora.errors import CodedError
-from lora.hub import Hub
-from lora.modes import Mode
-from lora.sources import CIVITAI, HUB, Reference, parse
-from lora.web import Web
-from lora.web_rules import WebRules, origin_of
+from lora.fetch.civitai import Civitai
+from lora.fetch.hub import Hub
+from lora.fetch.rules import WebRules, origin_of
+from lora.fetch.sources import CIVITAI, HUB, Reference, parse
+from lora.fetch.web import Web
+from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
 
 STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -307,7 +307,7 @@ class Settings:
         if not self.lora_config:
             return ()
         # Not at the top: the image's layer of base weights, which reads settings, does without it.
-        from lora.presets import cached_names, read_config
+        from lora.volume.presets import cached_names, read_config
 
         try:
             found = cached_names(read_config(Path(self.lora_config)), self.lora_cache_dir)

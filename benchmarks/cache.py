@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import fill_in, write_result
-from lora.cache import VolumeCache
-from lora.records import Record, record_path, write
-from lora.shelf import file_name, sha256_of
-from lora.sources import Reference, RemoteFile, parse
-from lora.web import Web
-from lora.web_rules import WebRules
+from lora.fetch.rules import WebRules
+from lora.fetch.sources import Reference, RemoteFile, parse
+from lora.fetch.web import Web
+from lora.volume.cache import VolumeCache
+from lora.volume.records import Record, record_path, write
+from lora.volume.shelf import file_name, sha256_of
 
 log = logging.getLogger("cache")
 

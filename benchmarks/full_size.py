@@ -28,7 +28,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from benchmarks.report import write_result
 from demo.networks import TOPOLOGY, new_scheduler, new_tokenizer, write_index
 from handler import Worker
-from lora.sgm import sgm_path
+from lora.formats.names.sgm import sgm_path
 from settings import Settings
 
 log = logging.getLogger("full_size")

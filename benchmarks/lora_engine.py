@@ -28,9 +28,9 @@ from torch import nn
 from benchmarks.full_size import CONFIG, linear_layers, make_step, write_lora
 from benchmarks.page import keep
 from demo.networks import TOPOLOGY, new_unet
-from lora.engine import GB, Budgets, LoraEngine
-from lora.files import load
-from lora.stack import LoraUse, Mode
+from lora.engine.engine import GB, Budgets, LoraEngine
+from lora.engine.stack import LoraUse, Mode
+from lora.formats.adapter import load
 from pipelines.loading import load_models
 from settings import Settings
 

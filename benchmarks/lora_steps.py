@@ -26,8 +26,8 @@ import torch
 from benchmarks.full_size import make_step, write_lora
 from benchmarks.lora_engine import Bench, new_bench
 from benchmarks.page import keep
-from lora.files import load
-from lora.stack import LoraUse, Mode
+from lora.engine.stack import LoraUse, Mode
+from lora.formats.adapter import load
 
 log = logging.getLogger("lora_steps")
 

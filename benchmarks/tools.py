@@ -35,16 +35,16 @@ from torch import Tensor
 from benchmarks.full_size import CONFIG, write_lora
 from benchmarks.tools_page import keep
 from demo.networks import TOPOLOGY, new_unet
-from lora.files import load
-from lora.keys import Shape
-from lora.tools.adapters import WriteOptions
-from lora.tools.checkpoints import Checkpoint, Place
-from lora.tools.extract import ExtractOptions, extract
-from lora.tools.extract_forms import takes_factors
+from lora.formats.adapter import load
+from lora.formats.names.keys import Shape
+from lora.tools.adapters.saving import WriteOptions
+from lora.tools.extract.forms import takes_factors
+from lora.tools.extract.run import ExtractOptions, extract
+from lora.tools.factors.ranks import RankPolicy
+from lora.tools.factors.svd import energy, truncated_svd
 from lora.tools.merge import LoraToMerge, MergeOptions, merge
-from lora.tools.ranks import RankPolicy
+from lora.tools.models.checkpoints import Checkpoint, Place
 from lora.tools.resize import ResizeOptions, resize
-from lora.tools.svd import energy, truncated_svd
 
 log = logging.getLogger("tools")
 

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from demo import pictures
 from demo.training import DEVICE, LORAS, MODEL, Base, Run, log, make_bank, random_phrase
-from lora.sgm import sgm_path
+from lora.formats.names.sgm import sgm_path
 
 UNET_LAYERS = (
     r".*(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2|proj_in|proj_out|conv1|conv2|conv)$"

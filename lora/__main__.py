@@ -15,7 +15,7 @@ from contextlib import redirect_stdout
 from lora.commands import cache, combine, convert, extract, generate, inspect, merge, resize
 from lora.commands.shared import Command, add_json
 from lora.errors import CodedError, ToolError
-from lora.tools.metadata import clean
+from lora.tools.adapters.metadata import clean
 
 COMMANDS: Mapping[str, Command] = {
     "inspect": inspect,

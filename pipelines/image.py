@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipelin
 from PIL import Image
 from torch import nn
 
-from lora.embeddings import TokenEmbedding
+from lora.formats.embeddings import TokenEmbedding
 from pipelines.loading import LoadedModels
 from pipelines.preview import LatentColours, Watch
 from pipelines.schedulers import make_scheduler

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from lora.embeddings import TokenEmbedding
 from lora.errors import LoraIncompatible
+from lora.formats.embeddings import TokenEmbedding
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 """Which tokenizer writes what a text encoder reads."""

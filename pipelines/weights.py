@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 from lora.errors import CodedError
-from lora.header import read_header
+from lora.formats.header import read_header
 from settings import STOCK_MODEL, Settings
 
 log = logging.getLogger(__name__)

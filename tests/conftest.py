@@ -18,7 +18,7 @@ from torch import nn
 
 from demo.networks import new_unet
 from handler import Worker
-from lora.engine import LoraEngine
+from lora.engine.engine import LoraEngine
 from settings import Settings
 from tests.server import LoopbackServer
 

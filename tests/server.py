@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
-from lora.web import Web
-from lora.web_rules import WebRules
+from lora.fetch.rules import WebRules
+from lora.fetch.web import Web
 
 LOOPBACK = Web(WebRules(allow_private=True))
 """Asks servers of this machine, too."""

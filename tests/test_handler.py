@@ -22,13 +22,13 @@ import torch
 from PIL import Image
 
 from handler import PHASES, Worker
-from lora.engine import RestoreFailed
+from lora.engine.engine import RestoreFailed
 from lora.errors import CodedError
-from lora.library import LoraLibrary
+from lora.volume.loader import LoraLibrary
 from settings import Settings
 from tests.adapters import as_bytes, kohya, sd15
 from tests.conftest import ROOT
-from tests.lora.test_engine import State
+from tests.lora.engine.test_engine import State
 from tests.server import LoopbackServer
 
 FAST: dict[str, Any] = {"prompt": "a big red circle on a blue background", "num_inference_steps": 2}
@@ -334,8 +334,8 @@ def test_a_failure_anywhere_is_answered_and_leaves_no_trace(
 ) -> None:
     plain = pixels(demo_worker(job()))
     targets = {
-        "resolve": "lora.cache.VolumeCache.resolve",
-        "apply": "lora.prepared.make_factors",
+        "resolve": "lora.volume.cache.VolumeCache.resolve",
+        "apply": "lora.engine.prepared.make_factors",
         "generate": "diffusers.AutoencoderKL.decode",
         "encode": "worker.image_job.encode",
     }

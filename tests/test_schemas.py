@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from lora.sources import Reference
+from lora.fetch.sources import Reference
 from schemas import IMAGE_REQUEST, InvalidInput, LoraRequest, parse_job
 
 

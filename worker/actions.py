@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lora.library import Loaded
-from lora.records import told_of
-from lora.sources import Reference
+from lora.fetch.sources import Reference
+from lora.volume.loader import Loaded
+from lora.volume.records import told_of
 from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
 from worker.image_job import Parts, unused_keys
 from worker.library_actions import SCHEMAS as LIBRARY_SCHEMAS

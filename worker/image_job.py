@@ -12,12 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from lora.catalog import Catalog
-from lora.engine import Block, LoraEngine
+from lora.engine.engine import Block, LoraEngine
+from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraUnsupported
-from lora.library import Loaded, LoraLibrary
-from lora.presets import Presets
-from lora.stack import LoraUse, Mode
+from lora.library.catalog import Catalog
+from lora.volume.loader import Loaded, LoraLibrary
+from lora.volume.presets import Presets
 from pipelines.image import ImagePipeline, Preview, Route, StepCallback, Timings, choose_route
 from schemas import ImageRequest, LoraRequest, parse_job
 from settings import Settings

@@ -10,8 +10,8 @@ import requests
 from PIL import Image, ImageOps
 
 from lora.errors import SourceInvalid
-from lora.sources import redact_url
-from lora.web import Web
+from lora.fetch.sources import redact_url
+from lora.fetch.web import Web
 from schemas import InvalidInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")

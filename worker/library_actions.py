@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora.catalog import Catalog, Query, Standing
 from lora.errors import CodedError
-from lora.sources import parse, redact_url
+from lora.fetch.sources import parse, redact_url
+from lora.library.catalog import Catalog, Query, Standing
 from schemas import InvalidInput, as_entry, filled
 from worker.selection import NONE, PRESET, Selection, ready
 

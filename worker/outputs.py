@@ -16,7 +16,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
-from lora.web import Web
+from lora.fetch.web import Web
 from schemas import InvalidInput
 from settings import Settings
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from lora.transfers import Transfer
+from lora.fetch.transfers import Transfer
 
 Send = Callable[[dict[str, Any]], None]
 """Takes one update, {phase, fraction, text} and perhaps `preview`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lora.errors import CodedError
-from lora.presets import Presets
+from lora.volume.presets import Presets
 from schemas import MAX_LORAS, ImageRequest, InvalidInput, LoraRequest, faults_of, filled, parse_job
 
 NONE = "none"

@@ -12,7 +12,7 @@ from lora.commands.shared import Tell, add_json, byte_count, progress, size, tab
 from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
 
 if TYPE_CHECKING:
-    from lora.cache import VolumeCache
+    from lora.volume.cache import VolumeCache
 
 SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
 
@@ -53,7 +53,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
 
 def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:
-    from lora.records import told_of
+    from lora.volume.records import told_of
 
     shelf = cache.shelf
     found = [told_of(shelf.root_of(path), path) for path in shelf.files()]
@@ -61,7 +61,7 @@ def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:
 
 
 def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
-    from lora.sources import Reference
+    from lora.fetch.sources import Reference
 
     added, errors = [], []
     with progress() as tell:
@@ -119,7 +119,7 @@ def _verify(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
 
 
 def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
-    from lora.room import make_room
+    from lora.volume.room import make_room
 
     budget = cache.limits.total_bytes if options.to is None else options.to
     if budget is None:
@@ -177,7 +177,7 @@ def show(result: Mapping[str, Any]) -> str:
 
 
 def _show_list(result: Mapping[str, Any]) -> list[str]:
-    from lora.tools.metadata import clean
+    from lora.tools.adapters.metadata import clean
 
     rows = [
         (

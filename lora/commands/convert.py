@@ -39,8 +39,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Converts. Raises: ToolError, LoraError."""
-    from lora.tools.checkpoints import Checkpoint
     from lora.tools.convert import ConvertOptions, Goal, convert
+    from lora.tools.models.checkpoints import Checkpoint
 
     policy = rank_policy(options, None)
     if policy is not None and options.algorithm is None:

@@ -63,12 +63,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Extracts; a run that was killed goes on where it was. Raises: ToolError."""
-    from lora.tools.adapters import Format
-    from lora.tools.checkpoints import Checkpoint
-    from lora.tools.extract import extract
-    from lora.tools.extract_options import Conv, ExtractOptions
-    from lora.tools.naming import Naming
-    from lora.tools.ranks import RankPolicy
+    from lora.formats.names.naming import Naming
+    from lora.tools.adapters.saving import Format
+    from lora.tools.extract.options import Conv, ExtractOptions
+    from lora.tools.extract.run import extract
+    from lora.tools.factors.ranks import RankPolicy
+    from lora.tools.models.checkpoints import Checkpoint
 
     chosen = ExtractOptions(
         policy=rank_policy(options, DEFAULT_RANK) or RankPolicy(rank=DEFAULT_RANK),

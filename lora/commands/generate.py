@@ -113,7 +113,7 @@ def _folder(path: Path) -> Iterator[None]:
 def _wanted(options: Namespace) -> list[Wanted]:
     found = []
     if options.config_json:
-        from lora.presets import read_config
+        from lora.volume.presets import read_config
 
         found = [
             Wanted(one["path"], one.get("scale", 1.0)) for one in read_config(options.config_json)
@@ -185,8 +185,8 @@ def _gathered(
 
 def _local(source: str, place: Path) -> str | None:
     """Puts the user's file or folder into `place`; its name there, or None if there is none."""
-    from lora.sources import EXTENSIONS
-    from lora.tools.opening import file_of
+    from lora.fetch.sources import EXTENSIONS
+    from lora.tools.adapters.opening import file_of
 
     path = Path(source).expanduser()
     if path.is_dir():
@@ -202,7 +202,7 @@ def _local(source: str, place: Path) -> str | None:
 
 def _put(path: Path, place: Path) -> str:
     """An adapter's file, and PEFT's config beside it."""
-    from lora.peft_files import PEFT_CONFIG, PEFT_STEM
+    from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 
     _link(path, place / path.name)
     if path.stem == PEFT_STEM and (config := path.with_name(PEFT_CONFIG)).is_file():
@@ -212,8 +212,8 @@ def _put(path: Path, place: Path) -> str:
 
 def _fetched(source: str, settings: Settings, place: Path, tell: Tell) -> str:
     """Puts what a source means into `place`, by way of the user's own cache; its name there."""
-    from lora.peft_files import PEFT_CONFIG, PEFT_STEM
-    from lora.sources import SAFETENSORS, Reference
+    from lora.fetch.sources import SAFETENSORS, Reference
+    from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 
     cache, reference = settings.open_cache(), Reference(source)
     entry = cache.get(

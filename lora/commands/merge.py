@@ -79,8 +79,8 @@ def component_factor(text: str) -> tuple[str, float]:
 
 
 def block_factors(text: str) -> dict[str, float]:
-    """The factors of `lora.blocks`, from numbers or JSON. Raises: ArgumentTypeError."""
-    from lora.blocks import parse_blocks
+    """The factors of `lora.formats.names.blocks`, from numbers or JSON. Raises: ArgumentTypeError."""
+    from lora.formats.names.blocks import parse_blocks
 
     try:
         return parse_blocks(json.loads(text) if text.lstrip().startswith("{") else text)
@@ -90,8 +90,8 @@ def block_factors(text: str) -> dict[str, float]:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Merges. Raises: ToolError; LoraError for an adapter that cannot be read or fits nowhere."""
-    from lora.tools.checkpoints import Checkpoint
     from lora.tools.merge import LoraToMerge, MergeOptions, merge
+    from lora.tools.models.checkpoints import Checkpoint
 
     loras = []
     for text in options.lora_model:

@@ -19,8 +19,8 @@ from lora.commands.shared import (
 )
 
 if TYPE_CHECKING:
-    from lora.tools.adapters import WriteOptions
-    from lora.tools.cutting import Report
+    from lora.tools.adapters.saving import WriteOptions
+    from lora.tools.factors.cutting import Report
 
 WORST = 5
 
@@ -48,8 +48,8 @@ def add_write_options(parser: ArgumentParser) -> None:
 
 def write_options(options: Namespace) -> WriteOptions:
     """The options of `add_write_options`."""
-    from lora.tools.adapters import Format, WriteOptions
-    from lora.tools.naming import Naming
+    from lora.formats.names.naming import Naming
+    from lora.tools.adapters.saving import Format, WriteOptions
 
     return WriteOptions(
         naming=Naming(options.naming) if options.naming else None,

@@ -18,8 +18,8 @@ from lora.errors import ToolError
 if TYPE_CHECKING:
     import torch
 
-    from lora.keys import KeyMap
-    from lora.tools.ranks import RankPolicy
+    from lora.formats.names.keys import KeyMap
+    from lora.tools.factors.ranks import RankPolicy
     from settings import Settings
 
 Tell = Callable[[int, int, str], None]
@@ -137,7 +137,7 @@ def rank_policy(options: Namespace, default: int | None) -> RankPolicy | None:
 
     Raises: ToolError for a number out of its range.
     """
-    from lora.tools.ranks import RankPolicy
+    from lora.tools.factors.ranks import RankPolicy
 
     names = ("rank", *RANKS, "max_rank", "max_bytes")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
@@ -151,10 +151,10 @@ def key_map_of(model: str | None) -> KeyMap | None:
     if model is None:
         return None
     if model.lower() == "sdxl" and not Path(model).exists():
-        from lora.tools.known import sdxl_key_map
+        from lora.tools.adapters.known import sdxl_key_map
 
         return sdxl_key_map()
-    from lora.tools.checkpoints import Checkpoint
+    from lora.tools.models.checkpoints import Checkpoint
 
     with Checkpoint.open(Path(model)) as checkpoint:
         return checkpoint.key_map()
@@ -175,7 +175,7 @@ def progress() -> Iterator[Tell]:
         return
     from tqdm import tqdm
 
-    from lora.tools.metadata import clean
+    from lora.tools.adapters.metadata import clean
 
     with tqdm(file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
         last = float("-inf")
@@ -227,7 +227,7 @@ SHOWN_KEYS = 20
 
 def key_lines(keys: Sequence[Mapping[str, str]], count: int | None = None) -> list[str]:
     """Tensors with their reasons, the first of them; `count` if there are more than `keys`."""
-    from lora.tools.metadata import clean
+    from lora.tools.adapters.metadata import clean
 
     lines = [f"    {clean(one['key'])}: {clean(one['reason'])}" for one in keys[:SHOWN_KEYS]]
     more = (len(keys) if count is None else count) - len(lines)

@@ -22,20 +22,23 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.keys import KeyMap
-from lora.tools.adapters import (
-    Adapter,
-    Part,
-    WriteOptions,
-    header_of,
-    read_adapter,
-    write_adapter,
+from lora.formats.names.keys import KeyMap
+from lora.tools import Tell, tell_nobody
+from lora.tools.adapters.known import key_map_for
+from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.reading import header_of, read_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
+from lora.tools.factors.cutting import (
+    Cut,
+    Layer,
+    LayerChange,
+    Module,
+    Report,
+    cut_modules,
+    report_of,
 )
-from lora.tools.cutting import Cut, Layer, LayerChange, Module, Report, cut_modules, report_of
-from lora.tools.known import key_map_for
-from lora.tools.lowrank import FACTOR_SLOTS, Product, product_of, side_by_side
-from lora.tools.progress import Tell, tell_nobody
-from lora.tools.ranks import RankPolicy
+from lora.tools.factors.lowrank import FACTOR_SLOTS, Product, product_of, side_by_side
+from lora.tools.factors.ranks import RankPolicy
 from lora.tools.sparsified import dare, ties
 from lora.tools.writing import refuse_overwriting
 

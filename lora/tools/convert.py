@@ -11,21 +11,30 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.algorithms import Algorithm, DoRA, recipes
-from lora.algorithms.full import BiasValue, WeightDifference, WeightValue
-from lora.algorithms.glora import GLoRA
-from lora.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
-from lora.algorithms.lora import LoRA
-from lora.algorithms.oft import OFT, PeftOFT
 from lora.errors import ToolError
-from lora.keys import Shape
-from lora.tools.adapters import Adapter, Part, WriteOptions, write_adapter
-from lora.tools.checkpoints import Checkpoint, Place
-from lora.tools.cutting import Cut, Layer, LayerChange, Module, Report, cut_modules, report_of
-from lora.tools.inputs import open_adapter
-from lora.tools.lowrank import FACTOR_SLOTS, product_of
-from lora.tools.progress import Tell, tell_nobody
-from lora.tools.ranks import RankPolicy
+from lora.formats.algorithms import Algorithm, DoRA, recipes
+from lora.formats.algorithms.full import BiasValue, WeightDifference, WeightValue
+from lora.formats.algorithms.glora import GLoRA
+from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
+from lora.formats.algorithms.lora import LoRA
+from lora.formats.algorithms.oft import OFT, PeftOFT
+from lora.formats.names.keys import Shape
+from lora.tools import Tell, tell_nobody
+from lora.tools.adapters.inputs import open_adapter
+from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.saving import WriteOptions, write_adapter
+from lora.tools.factors.cutting import (
+    Cut,
+    Layer,
+    LayerChange,
+    Module,
+    Report,
+    cut_modules,
+    report_of,
+)
+from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
+from lora.tools.factors.ranks import RankPolicy
+from lora.tools.models.checkpoints import Checkpoint, Place
 from lora.tools.writing import refuse_overwriting
 
 NEEDS_WEIGHT = (DoRA, GLoRA, OFT, PeftOFT, IA3, PeftIA3, PeftIA3Bias, WeightValue, BiasValue)

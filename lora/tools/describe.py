@@ -12,24 +12,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lora.algorithms import Algorithm, DoRA
 from lora.errors import LoraIncompatible, LoraUnsupported
-from lora.families import family_of, identify
-from lora.files import Layer, LoraFile, load
-from lora.header import Header, read_header
-from lora.keys import KeyMap
-from lora.tools.describe_names import block_of, kind_of, layout_of
-from lora.tools.hashes import Hashes, hashes_of
-from lora.tools.metadata import (
+from lora.formats.adapter import Layer, LoraFile, load
+from lora.formats.algorithms import Algorithm, DoRA
+from lora.formats.families import family_of, identify
+from lora.formats.header import Header, read_header
+from lora.formats.names.keys import KeyMap
+from lora.tools.adapters.hashes import Hashes, hashes_of
+from lora.tools.adapters.metadata import (
     MAX_WORD,
     clean,
     named_bases,
     training_facts,
     trigger_words,
 )
-from lora.tools.norms import delta_norm
-from lora.tools.opening import Opened, opened
-from lora.tools.own_names import own_key_map
+from lora.tools.adapters.opening import Opened, opened
+from lora.tools.adapters.own_names import own_key_map
+from lora.tools.describe_names import block_of, kind_of, layout_of
+from lora.tools.factors.norms import delta_norm
 
 MAX_KEYS = 1000
 """How many tensors a list names; its count is told whole."""

@@ -1,6 +1,6 @@
 """What a module's name tells a person: which tool wrote it, which block it is in, what kind of layer it is.
 
-Names are matched by pattern here, since this is only told; what is applied goes by `lora.keys`. No torch.
+Names are matched by pattern here, since this is only told; what is applied goes by `names.keys`. No torch.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ RESNETS = 2
 def block_of(component: str, path: str) -> str:
     """The row of a component's chart that a module belongs to.
 
-    A UNet's: IN00 to IN11, MID, OUT00 to OUT11 and BASE, as `lora.blocks` has them. A transformer's:
+    A UNet's: IN00 to IN11, MID, OUT00 to OUT11 and BASE, as `names.blocks` has them. A transformer's:
     `blocks 07`. A text encoder is one row.
     """
     if component.startswith("text_encoder"):

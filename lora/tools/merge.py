@@ -17,16 +17,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lora.algorithms import Algorithm
+from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.files import LoraFile, UnusedKey, load
-from lora.keys import KeyMap
-from lora.stack import LoraUse
-from lora.tools.checkpoints import Checkpoint, Place, Raw, file_sha256
+from lora.formats.adapter import LoraFile, UnusedKey, load
+from lora.formats.algorithms import Algorithm
+from lora.formats.names.keys import KeyMap
+from lora.tools import Tell, tell_nobody
+from lora.tools.adapters.opening import opened
 from lora.tools.merged_tensors import DTYPES, Changes, MergedTensors
-from lora.tools.opening import opened
-from lora.tools.outputs import Job, Output
-from lora.tools.progress import Tell, tell_nobody
+from lora.tools.models.checkpoints import Checkpoint, Place, Raw, file_sha256
+from lora.tools.models.outputs import Job, Output
 from lora.tools.writing import StreamWriter
 
 STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
@@ -37,7 +37,7 @@ NOT_WEIGHTS = "a word's vectors cannot be merged into weights"
 
 @dataclass(frozen=True)
 class LoraToMerge:
-    """One adapter, a file or a PEFT folder, and how strongly; as in `lora.stack.LoraUse`."""
+    """One adapter, a file or a PEFT folder, and how strongly; as in `lora.engine.stack.LoraUse`."""
 
     path: Path
     scale: float = 1.0

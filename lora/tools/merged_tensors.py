@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lora.algorithms import Algorithm
+from lora.engine.merging import merge
 from lora.errors import ToolError
-from lora.merging import merge
-from lora.tools.checkpoints import Checkpoint, Place, Raw, Stored
+from lora.formats.algorithms import Algorithm
+from lora.tools.models.checkpoints import Checkpoint, Place, Raw, Stored
 
 NAMED: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,

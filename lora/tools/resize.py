@@ -9,13 +9,22 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.keys import KeyMap
-from lora.tools.adapters import Adapter, Part, WriteOptions, write_adapter
-from lora.tools.cutting import Cut, Layer, LayerChange, Module, Report, cut_modules, report_of
-from lora.tools.inputs import open_adapter
-from lora.tools.lowrank import FACTOR_SLOTS, product_of
-from lora.tools.progress import Tell, tell_nobody
-from lora.tools.ranks import RankPolicy
+from lora.formats.names.keys import KeyMap
+from lora.tools import Tell, tell_nobody
+from lora.tools.adapters.inputs import open_adapter
+from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.saving import WriteOptions, write_adapter
+from lora.tools.factors.cutting import (
+    Cut,
+    Layer,
+    LayerChange,
+    Module,
+    Report,
+    cut_modules,
+    report_of,
+)
+from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
+from lora.tools.factors.ranks import RankPolicy
 from lora.tools.writing import refuse_overwriting
 
 OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lora.durable import replace_durably
 from lora.errors import ToolError
-from lora.tensors import DTYPES
+from lora.formats.tensors import DTYPES
 
 PIECE = 8 << 20
 """How many bytes are written or read at a time."""

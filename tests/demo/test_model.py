@@ -1,6 +1,7 @@
-"""The weights in the repo are small, obey, and their adapters show: a sample of `demo.evaluate`."""
+"""The weights in the repo are small, obey, and their adapters show: a sample of `benchmarks.demo_model`."""
 
-from demo import evaluate, pictures
+from benchmarks import demo_model as evaluate
+from demo import pictures
 from handler import Worker
 from tests.conftest import ROOT
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lora.algorithms import Algorithm, recipes
-from lora.engine import LoraEngine
-from lora.files import LoraFile, load
-from lora.keys import Shape
+from lora.engine.engine import LoraEngine
+from lora.formats.adapter import LoraFile, load
+from lora.formats.algorithms import Algorithm, recipes
+from lora.formats.names.keys import Shape
 from tests.adapters import randn, write
 
 NOT_VARIED = ("alpha", "neumann_terms", "bias_size")

@@ -14,11 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lora.algorithms import Algorithm, LowRank
-from lora.engine import LoraEngine
-from lora.files import Layer, LoraFile, load
-from lora.keys import KeyMap
-from lora.stack import Mode, Stack
+from lora.engine.engine import LoraEngine
+from lora.engine.stack import Mode, Stack
+from lora.formats.adapter import Layer, LoraFile, load
+from lora.formats.algorithms import Algorithm, LowRank
+from lora.formats.names.keys import KeyMap
 from tests.adapters import randn, write
 
 MODES = (Mode.DYNAMIC, Mode.MERGED)

@@ -27,9 +27,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
 
-from lora.cache import CacheEntry, Limits, Resolved, VolumeCache
-from lora.lease import Lease
-from lora.sources import Reference
+from lora.fetch.sources import Reference
+from lora.volume.cache import CacheEntry, Limits, Resolved, VolumeCache
+from lora.volume.lease import Lease
 from tests.server import LOOPBACK
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -17,9 +17,9 @@ from diffusers import (
 from PIL import Image
 
 from demo.networks import initialise
-from lora.engine import LoraEngine
-from lora.files import load
-from lora.stack import LoraUse, Mode
+from lora.engine.engine import LoraEngine
+from lora.engine.stack import LoraUse, Mode
+from lora.formats.adapter import load
 from pipelines.image import ImagePipeline, Route, Timings, choose_route
 from pipelines.loading import LoadedModels, load_models
 from pipelines.schedulers import SCHEDULER_CLASSES, make_scheduler

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora.sgm import sgm_path
+from lora.formats.names.sgm import sgm_path
 from pipelines import loading
 from pipelines.loading import LoadedModels, load_models
 from pipelines.weights import DEMO_MODEL, WeightsIncomplete, WeightsMissing, find_weights

@@ -18,11 +18,11 @@ from diffusers import StableDiffusionXLPipeline
 from tokenizers import AddedToken
 from torch import Tensor, nn
 
-from lora.embeddings import TokenEmbedding
-from lora.engine import LoraEngine
+from lora.engine.engine import LoraEngine
+from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraIncompatible
-from lora.files import load
-from lora.stack import LoraUse, Mode
+from lora.formats.adapter import load
+from lora.formats.embeddings import TokenEmbedding
 from pipelines.image import ImagePipeline, Timings, choose_route
 from pipelines.loading import LoadedModels, load_models
 from pipelines.tokens import WordTokenizer, added_tokens

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from handler import Worker
-from lora.cache import VolumeCache
-from lora.catalog import Catalog
-from lora.engine import LoraEngine
+from lora.engine.engine import LoraEngine
 from lora.errors import CodedError, LoraNotFound
-from lora.presets import Presets
+from lora.library.catalog import Catalog
+from lora.volume.cache import VolumeCache
+from lora.volume.presets import Presets
 from schemas import ImageRequest, InvalidInput, faults_of, filled, parse_job
 from settings import Settings, SettingsError
 from tests.adapters import kohya, loha, write

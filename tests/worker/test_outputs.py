@@ -10,7 +10,7 @@ import requests
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from lora.web import Web
+from lora.fetch.web import Web
 from schemas import InvalidInput
 from settings import Settings
 from tests.server import LOOPBACK

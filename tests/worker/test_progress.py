@@ -1,6 +1,6 @@
 from typing import Any
 
-from lora.transfers import Transfer
+from lora.fetch.transfers import Transfer
 from worker.progress import INTERVAL, Progress
 
 

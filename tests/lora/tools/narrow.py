@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from demo.networks import new_unet
-from lora.engine import LoraEngine
-from lora.files import LoraFile, load
-from lora.keys import KeyMap
-from lora.stack import LoraUse, Mode
+from lora.engine.engine import LoraEngine
+from lora.engine.stack import LoraUse, Mode
+from lora.formats.adapter import LoraFile, load
+from lora.formats.names.keys import KeyMap
 from tests.adapters import randn, write
 
 SELF = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"  # [64, 64]

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lora.header import read_header
+from lora.formats.header import read_header
 from tests.adapters import randn
 
 LINEAR = "blocks.0.self_attn.q.weight"

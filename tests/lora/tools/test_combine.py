@@ -11,16 +11,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora.engine import LoraEngine
+from lora.engine.engine import LoraEngine
+from lora.engine.stack import LoraUse, Mode
 from lora.errors import ToolError
-from lora.files import load
-from lora.header import read_header
-from lora.stack import LoraUse, Mode
-from lora.tools.adapters import WriteOptions, read_adapter, write_adapter
-from lora.tools.checkpoints import Checkpoint
+from lora.formats.adapter import load
+from lora.formats.header import read_header
+from lora.formats.names.naming import Naming
+from lora.tools.adapters.reading import read_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.combine import CombineOptions, Method, Source, combine
-from lora.tools.naming import Naming
-from lora.tools.ranks import RankPolicy
+from lora.tools.factors.ranks import RankPolicy
+from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.sparsified import dare, ties
 from tests.adapters import randn, write
 from tests.conftest import ROOT

@@ -13,16 +13,17 @@ import torch
 from safetensors.torch import load_file
 
 from demo.networks import write_index
+from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.header import read_header
-from lora.stack import LoraUse
+from lora.formats.header import read_header
+from lora.formats.names.naming import Naming
 from lora.tools import convert as convert_module
-from lora.tools.adapters import WriteOptions, read_adapter, write_adapter
-from lora.tools.checkpoints import Checkpoint
+from lora.tools.adapters.part_names import in_naming
+from lora.tools.adapters.reading import read_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.convert import ConvertOptions, Goal, convert
-from lora.tools.naming import Naming
-from lora.tools.part_names import in_naming
-from lora.tools.ranks import RankPolicy
+from lora.tools.factors.ranks import RankPolicy
+from lora.tools.models.checkpoints import Checkpoint
 from tests.adapters import randn, write
 from tests.conftest import ROOT
 from tests.lora.tools import narrow

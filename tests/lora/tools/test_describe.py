@@ -14,17 +14,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lora.algorithms import recipes
-from lora.algorithms.base import Algorithm
-from lora.engine import LoraEngine
+from lora.engine.engine import LoraEngine
 from lora.errors import LoraCorrupt, LoraError, LoraNotFound, LoraUnsupported
-from lora.header import read_header
-from lora.keys import SLOTS
+from lora.formats.algorithms import recipes
+from lora.formats.algorithms.base import Algorithm
+from lora.formats.header import read_header
+from lora.formats.names.keys import SLOTS
+from lora.tools.adapters.metadata import clean, trigger_words
+from lora.tools.adapters.own_names import own_key_map, split_key
 from lora.tools.describe import Description, describe
 from lora.tools.describe_names import block_of, kind_of, layout_of
-from lora.tools.metadata import clean, trigger_words
-from lora.tools.norms import delta_norm
-from lora.tools.own_names import own_key_map, split_key
+from lora.tools.factors.norms import delta_norm
 from tests.adapters import CONV_SGM, SELF_ATTENTION, SELF_SGM, kohya, loha, randn, sd15, write
 from tests.conftest import ROOT
 from tests.lora.small import NAMES, Small, adapter, bind, small, tensors_of

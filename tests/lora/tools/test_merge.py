@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from lora.engine import LoraEngine
+from lora.engine.engine import LoraEngine
+from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraIncompatible, ToolError
-from lora.files import load
-from lora.header import read_header
-from lora.stack import LoraUse, Mode
-from lora.tools.checkpoints import Checkpoint, Place, file_sha256
+from lora.formats.adapter import load
+from lora.formats.header import read_header
 from lora.tools.merge import LoraToMerge, MergeOptions, MergeReport, merge
+from lora.tools.models.checkpoints import Checkpoint, Place, file_sha256
 from tests.adapters import kohya, randn
 from tests.conftest import ROOT
 from tests.lora.small import NAMES, small, tensors_of
@@ -450,7 +450,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 from lora.errors import ToolError
-from lora.tools.checkpoints import Checkpoint
+from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.merge import LoraToMerge, merge
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 try:
@@ -481,7 +481,7 @@ def test_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path, lora: Pa
 SLOW = """
 import sys, time
 from pathlib import Path
-from lora.tools.checkpoints import Checkpoint
+from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.merge import LoraToMerge, merge
 print("ready", flush=True)
 for number in range(1000):

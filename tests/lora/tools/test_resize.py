@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.header import read_header
-from lora.stack import LoraUse
-from lora.tools.adapters import WriteOptions, read_adapter, write_adapter
-from lora.tools.cutting import Report
-from lora.tools.naming import Naming
-from lora.tools.ranks import RankPolicy
+from lora.formats.header import read_header
+from lora.formats.names.naming import Naming
+from lora.tools.adapters.reading import read_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
+from lora.tools.factors.cutting import Report
+from lora.tools.factors.ranks import RankPolicy
 from lora.tools.resize import ResizeOptions, resize
 from tests.adapters import randn, write
 from tests.conftest import ROOT

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.header import read_header
+from lora.formats.header import read_header
 from lora.tools.writing import StreamWriter, write_pytorch
 from tests.adapters import randn
 from tests.conftest import ROOT

@@ -1,0 +1,1 @@
+"""Applies adapters to a pipeline's weights, and takes them back bit for bit."""

@@ -1,0 +1,107 @@
+"""What the engine has to know of a module: which parameters it has, and what can be done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from lora.formats.names.keys import Shape
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of a module that multiplies its input's last axis by a matrix, whatever form that has.
+
+    Quantised layers, too: of nn.Linear's heirs and of others the features are what counts, for
+    their weight may be packed. None if the module is no such layer.
+    """
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features
+    if stored_transposed(module):
+        return int(module.nf), int(module.weight.shape[0])  # type: ignore[union-attr, arg-type, index]
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return sizes if all(isinstance(size, int) for size in sizes) else None  # type: ignore[return-value]
+
+
+def stored_transposed(module: nn.Module) -> bool:
+    """Whether a module keeps its weight as [in, out]: transformers' Conv1D, in GPT-2 and its like."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def parameters_of(module: nn.Module) -> dict[str, Shape]:
+    """The module's own parameters and their shapes, a linear weight's as [out, in]."""
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
+    }
+    matrix = linear_shape(module)
+    if matrix:
+        shapes["weight"] = matrix
+    return shapes
+
+
+def targets_of(components: Mapping[str, nn.Module]) -> dict[str, dict[str, dict[str, Shape]]]:
+    """Component -> module path -> parameter -> shape, of every module that has parameters of its own."""
+    found: dict[str, dict[str, dict[str, Shape]]] = {}
+    for component, root in components.items():
+        shapes = {path: parameters_of(module) for path, module in root.named_modules()}
+        found[component] = {path: own for path, own in shapes.items() if own}
+    return found
+
+
+def shared_parameters(components: Mapping[str, nn.Module]) -> frozenset[int]:
+    """The ids of parameters that several modules use, such as tied embeddings."""
+    seen: set[int] = set()
+    twice: set[int] = set()
+    for root in components.values():
+        for module in root.modules():
+            for parameter in module.parameters(recurse=False):
+                (twice if id(parameter) in seen else seen).add(id(parameter))
+    return frozenset(twice)
+
+
+def writable(module: nn.Module, name: str) -> nn.Parameter | None:
+    """The parameter, if its values lie in memory as plain numbers that can be written.
+
+    None for a quantised one (packed, or a tensor of another class) and an offloaded one (on `meta`).
+    """
+    parameter = module._parameters.get(name)
+    if parameter is None or type(parameter.data) is not Tensor or parameter.is_meta:
+        return None
+    plain = parameter.dtype.is_floating_point and type(parameter) is nn.Parameter
+    return parameter if plain else None
+
+
+def as_matrix(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A parameter's tensor in the form that algorithms see, sharing its memory."""
+    return tensor.t() if name == "weight" and stored_transposed(module) else tensor
+
+
+def takes_low_rank(module: nn.Module) -> bool:
+    """Whether two plain products, added to the output, are the same as a change of the weight."""
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False  # nn.MultiheadAttention reads its weight and never calls it
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros"
+    return linear_shape(module) is not None
+
+
+def compute_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where and in what precision the module computes, as far as its weight tells.
+
+    A packed or offloaded weight does not; then it is seen at the first call.
+    """
+    weight = module._parameters.get("weight")
+    if weight is None or weight.is_meta:
+        return torch.device("cpu"), torch.float32
+    known = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return weight.device, weight.dtype if known else torch.float32
+
+
+def tree(components: Mapping[str, nn.Module]) -> Iterator[tuple[tuple[str, str], nn.Module]]:
+    """((component, path), module) of every module."""
+    for component, root in components.items():
+        for path, module in root.named_modules():
+            yield (component, path), module

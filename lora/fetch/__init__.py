@@ -1,0 +1,1 @@
+"""Where an adapter comes from: sources, the hub, Civitai, URLs, and downloads."""

@@ -1,0 +1,126 @@
+"""Asks Civitai which file a model or version means.
+
+Its public API (https://developer.civitai.com): `GET /api/v1/models/ID` lists a model's versions, the newest
+first; `GET /api/v1/model-versions/ID` has a version's files with their hashes and download URLs.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import requests
+
+from lora.errors import AccessDenied, DownloadFailed, LoraCorrupt, LoraNotFound
+from lora.fetch.sources import CIVITAI, PICKLES, SAFETENSORS, CivitaiFile, RemoteFile
+from lora.fetch.web import Web
+
+TIMEOUT = 30.0
+"""Seconds that Civitai may take for an answer."""
+
+MAX_ANSWER = 20_000_000
+
+
+@dataclass(frozen=True)
+class Civitai:
+    """Civitai, or a server that speaks like it. Its token is among the web's."""
+
+    web: Web
+    endpoint: str = CIVITAI
+
+    def ask(self, wanted: CivitaiFile) -> RemoteFile:
+        """The file that is meant, of the newest version where none is named.
+
+        Raises: LoraNotFound (several candidates are listed), AccessDenied, DownloadFailed.
+        """
+        model, version_id = wanted.model, wanted.version
+        shown = f"civitai:{model}" + (f"@{version_id}" if version_id else "")
+        if version_id is None:
+            shown = f"civitai:{model}"
+            versions = self._get(f"models/{model}", shown).get("modelVersions")
+            if not versions:
+                raise LoraNotFound(f"{shown} has no version")
+            version_id = versions[0].get("id")
+        elif model is None:
+            shown = f"civitai version {version_id}"
+        version = self._get(f"model-versions/{version_id}", shown)
+        if model is not None and version.get("modelId") not in (None, model):
+            raise LoraNotFound(
+                f"version {version_id} is not one of civitai:{model}",
+                f"It is one of civitai:{version['modelId']}.",
+            )
+        return _remote(version, wanted, f"civitai:{version.get('modelId', model)}@{version_id}")
+
+    def _get(self, path: str, shown: str) -> dict[str, Any]:
+        """One answer of the API. Raises: LoraError."""
+        deadline = time.monotonic() + TIMEOUT
+        url = f"{self.endpoint.rstrip('/')}/api/v1/{path}"
+        try:
+            with self.web.open(url, stall=TIMEOUT, deadline=deadline) as body:
+                if body.status == 404:
+                    raise LoraNotFound(f"{shown} does not exist on Civitai")
+                if body.status in (401, 403):
+                    raise AccessDenied(
+                        f"Civitai refuses access to {shown}", "It may need CIVITAI_TOKEN."
+                    )
+                if body.status != 200:
+                    raise DownloadFailed(
+                        f"Civitai answered HTTP {body.status} for {shown}", "Try again later."
+                    )
+                answer = json.loads(body.read(MAX_ANSWER))
+        except requests.RequestException as error:
+            raise DownloadFailed(
+                f"Civitai did not answer for {shown}", "Try again later."
+            ) from error
+        except ValueError as error:
+            raise LoraCorrupt(f"Civitai's answer for {shown} is no JSON") from error
+        if not isinstance(answer, dict):
+            raise LoraCorrupt(f"Civitai's answer for {shown} is no JSON object")
+        return answer
+
+
+def _remote(version: dict[str, Any], wanted: CivitaiFile, shown: str) -> RemoteFile:
+    """The one file of a version that is meant."""
+    files = [one for one in version.get("files") or [] if isinstance(one, dict)]
+    chosen = _choose(files, wanted, shown)
+    name, url = str(chosen.get("name") or "lora"), chosen.get("downloadUrl")
+    if not isinstance(url, str):
+        raise LoraNotFound(f"{shown} has no download URL for {name}")
+    sha256 = (chosen.get("hashes") or {}).get("SHA256")
+    return RemoteFile(
+        url=url,
+        identity=f"{shown}/{chosen.get('id', name)}",
+        shown=f"{shown}/{name}",
+        file_name=name,
+        sha256=str(sha256).lower() if sha256 else None,
+        fixed=True,
+    )
+
+
+def _choose(files: list[dict[str, Any]], wanted: CivitaiFile, shown: str) -> dict[str, Any]:
+    """By name or by the download URL's query; else the primary model file, .safetensors first."""
+    names = ", ".join(sorted(str(one.get("name")) for one in files)[:10])
+    if wanted.file_name:
+        found = [one for one in files if one.get("name") == wanted.file_name]
+    else:
+        found = [one for one in files if _fits(one, wanted)]
+        for endings in ((SAFETENSORS,), PICKLES):
+            kind = [one for one in found if str(one.get("name")).endswith(endings)]
+            if kind:
+                found = [one for one in kind if one.get("primary")] or kind
+                break
+    if not found:
+        raise LoraNotFound(f"{shown} has no such file", f"It has: {names or 'none'}.")
+    if len(found) > 1:
+        raise LoraNotFound(
+            f"{shown} has several such files", f"Choose one with weight_name: {names}."
+        )
+    return found[0]
+
+
+def _fits(file: dict[str, Any], wanted: CivitaiFile) -> bool:
+    about = {"type": file.get("type"), **(file.get("metadata") or {})}
+    asked = dict(wanted.wanted) or {"type": "Model"}
+    return all(str(about.get(key, value)).lower() == value.lower() for key, value in asked.items())

@@ -1,0 +1,108 @@
+"""Asks the Hugging Face hub which file of a repo is meant, and which commit that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.hf_api import RepoSibling
+
+from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
+from lora.fetch.sources import HUB, PICKLES, SAFETENSORS, HubFile, RemoteFile
+from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
+
+TIMEOUT = 30.0
+"""Seconds that the hub may take for an answer."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The Hugging Face hub, or a server that speaks like it."""
+
+    token: str | None = field(default=None, repr=False)
+    endpoint: str = HUB
+
+    def ask(self, hub_file: HubFile) -> RemoteFile:
+        """The file that is meant, at its commit.
+
+        Raises: LoraNotFound (no such repo, revision or file; several candidates are listed),
+        AccessDenied (gated or private), DownloadFailed (the hub does not answer).
+        """
+        shown = hub_file.repo + (f"/{hub_file.file_name}" if hub_file.file_name else "")
+        # token=False keeps the client from looking for a token of its own on this machine.
+        api = HfApi(endpoint=self.endpoint, token=self.token or False)
+        try:
+            info = api.model_info(
+                hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=TIMEOUT
+            )
+        except GatedRepoError as error:
+            raise AccessDenied(f"{shown} is gated", "Accept its terms and set HF_TOKEN.") from error
+        except RevisionNotFoundError as error:
+            raise LoraNotFound(f"{shown} has no revision {hub_file.revision!r}") from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            hint = "Check the name; for a private repo, set HF_TOKEN."
+            raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
+        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+                words = f"the hub refuses access to {shown}"
+                raise AccessDenied(words, "Check HF_TOKEN.") from error
+            raise DownloadFailed(
+                f"the hub did not answer for {shown}", "Try again later."
+            ) from error
+        files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        chosen = _choose(files, hub_file)
+        path = PurePosixPath(chosen.rfilename)
+        commit = info.sha or hub_file.revision or "main"
+
+        def url(name: str) -> str:
+            return hf_hub_url(hub_file.repo, name, revision=commit, endpoint=self.endpoint)
+
+        config = str(path.with_name(PEFT_CONFIG))
+        return RemoteFile(
+            url=url(chosen.rfilename),
+            identity=f"hf://{hub_file.repo}@{commit}/{chosen.rfilename}",
+            shown=f"{hub_file.repo}@{commit[:12]}/{chosen.rfilename}",
+            file_name=path.name,
+            sha256=chosen.lfs.sha256 if chosen.lfs else None,
+            size=chosen.size,
+            fixed=True,
+            config_url=url(config) if path.stem == PEFT_STEM and config in files else None,
+        )
+
+
+def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
+    """The repo's file that is meant: a .safetensors one rather than a pickle."""
+    if hub_file.file_name:
+        if hub_file.file_name in files:
+            return files[hub_file.file_name]
+        listed = ", ".join(_adapters(files, (SAFETENSORS, *PICKLES))[:10]) or "none"
+        raise LoraNotFound(
+            f"{hub_file.repo} has no file {hub_file.file_name}", f"Adapter files there: {listed}."
+        )
+    for endings in ((SAFETENSORS,), PICKLES):
+        found = _adapters(files, endings)
+        for name in (stem + ending for stem in STEMS for ending in endings):
+            if name in found:
+                return files[name]
+        if len(found) == 1:
+            return files[found[0]]
+        if found:
+            listed = ", ".join(found[:10])
+            raise LoraNotFound(
+                f"{hub_file.repo} has several adapter files",
+                f"Choose one with weight_name: {listed}.",
+            )
+    raise LoraNotFound(f"{hub_file.repo} has no .safetensors file")
+
+
+def _adapters(files: dict[str, RepoSibling], endings: tuple[str, ...]) -> list[str]:
+    return sorted(name for name in files if name.endswith(endings))

@@ -1,0 +1,267 @@
+"""What a reference to a LoRA means: a URL, a file in a Hugging Face repo or on Civitai, or a cached name.
+
+    https://host/path/file.safetensors             any URL
+    user/repo, user/repo@revision                  a repo on the hub; its one adapter file
+    user/repo/folder/file.safetensors              that file of the repo; hf://… means the same
+    https://huggingface.co/user/repo/blob/main/…   the same, as the hub's pages link it
+    civitai:MODEL, civitai:MODEL@VERSION           a model on Civitai, its newest or that version
+    urn:air:sdxl:lora:civitai:MODEL@VERSION        the same, as an AIR
+    https://civitai.com/models/MODEL…              the same, as Civitai's pages and downloads link it
+    name.safetensors, name, folder/name            a file that is already in the cache
+
+A name that exists in the cache wins over reading it as a hub repo. This reads forms alone: no network, no
+disk. `lora.fetch.hub` and `lora.fetch.civitai` ask where a file is, `lora.volume.cache` fetches it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+
+from lora.errors import SourceInvalid
+
+SAFETENSORS = ".safetensors"
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+"""Formats of torch.save: read without running anything in them, and kept as .safetensors."""
+
+EXTENSIONS = (SAFETENSORS, *PICKLES)
+"""File types that are read; the order is the order of preference."""
+
+HUB, CIVITAI = "https://huggingface.co", "https://civitai.com"
+HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
+CIVITAI_HOSTS = frozenset({"civitai.com", "www.civitai.com"})
+
+GRAMMAR_HINT = (
+    "Give an http(s) URL, a Hugging Face repo (user/repo), civitai:MODEL@VERSION, or the name of a "
+    "cached file."
+)
+
+SIGNING = re.compile(r"(x-amz|x-goog)-.*|token|api_key", re.IGNORECASE)
+"""Parts of a URL's query that say who asks and until when, not which file is meant."""
+
+_REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+_REVISION = r"refs/(?:convert/\w+|pr/\d+)|[\w.-]+"
+_HUB_NAME = re.compile(
+    rf"(?P<repo>{_REPO})(?:@(?P<revision>{_REVISION}))?(?:/(?P<file>[^@]+))?", re.ASCII
+)
+_CIVITAI_NAME = re.compile(
+    r"(?:urn:air:[\w.-]*:[\w.-]*:)?civitai:(?P<model>\d{1,18})(?:@(?P<version>\d{1,18}))?(?:\.\w+)?",
+    re.ASCII | re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One LoRA as a request names it. `scale` is not part of it: it changes nothing about the file."""
+
+    path: str
+    weight_name: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    refresh: bool = False
+    """Ask the source anew, whatever the cache knows."""
+
+    @property
+    def shown(self) -> str:
+        """The reference as it may be shown: a URL without user, query and fragment."""
+        return redact_url(self.path)
+
+
+@dataclass(frozen=True)
+class CachedName:
+    """A file that must already be in the cache, by its path relative to it, with or without extension."""
+
+    name: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file to be fetched: where from, and what is known of it beforehand. Holds no token of ours."""
+
+    url: str = field(repr=False)
+    identity: str = field(repr=False)
+    """What two requests for the same file have in common; the cache's name is made from its hash."""
+    shown: str
+    file_name: str
+    sha256: str | None = None
+    size: int | None = None
+    fixed: bool = False
+    """Whether the identity names one content for ever (a commit, a version), and need not be asked again."""
+    config_url: str | None = field(default=None, repr=False)
+    """Where the adapter_config.json of a PEFT adapter is."""
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A hub repo, and perhaps the file in it, before the hub was asked."""
+
+    repo: str
+    file_name: str | None = None
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class CivitaiFile:
+    """A model on Civitai, or a version of one, before Civitai was asked."""
+
+    model: int | None
+    version: int | None
+    file_name: str | None = None
+    wanted: tuple[tuple[str, str], ...] = ()
+    """What a download URL's query says of the file: (type | format | size | fp, value)."""
+
+
+Place = RemoteFile | HubFile | CivitaiFile | CachedName
+
+
+def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Place:
+    """Reads a reference by its form alone. `hub` and `civitai` are the URLs of the servers in use.
+
+    `user/repo` comes back as a HubFile though a cached file may have that path: the caller looks into
+    its cache first. Raises: SourceInvalid.
+    """
+    path = reference.path.strip()
+    if path.startswith("hf://"):
+        path = path.removeprefix("hf://").removeprefix("models/")
+        found = _hub_name(path, reference, whole=True)
+        if found is None:
+            raise SourceInvalid("hf:// is not followed by user/repo", GRAMMAR_HINT)
+        return found
+    if "://" in path:
+        return _parse_url(path, reference, hub, civitai)
+    if match := _CIVITAI_NAME.fullmatch(path):
+        _only_for_repos(reference, reference.revision)
+        version = match["version"]
+        return CivitaiFile(
+            int(match["model"]), int(version) if version else None, reference.weight_name
+        )
+    # What is no plain name may be a URL gone wrong, with a token in it: it is not repeated.
+    plain = path.isprintable() and not set(path) & set("?#:\\") and len(path.encode()) <= 240
+    if not path or not plain or path.startswith("//"):
+        raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
+    parts = PurePosixPath(path).parts
+    if path.startswith(("/", "~")) or ".." in parts:
+        raise SourceInvalid(f"{path!r} leads out of the LoRA cache", GRAMMAR_HINT)
+    if found := _hub_name(path, reference, whole=False):
+        return found
+    if "@" in path:
+        raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
+    _only_for_repos(reference, reference.weight_name, reference.revision)
+    return CachedName(path, reference.sha256)
+
+
+def _hub_name(path: str, reference: Reference, *, whole: bool) -> HubFile | None:
+    """`user/repo[@revision][/file]`; None for what may rather be the name of a cached file.
+
+    `whole`: the form says that it is the hub's, so any file name will do.
+    """
+    match = _HUB_NAME.fullmatch(path)
+    if match is None or ".." in PurePosixPath(path).parts:
+        return None
+    file, revision = match["file"], match["revision"]
+    is_file = (file or match["repo"]).endswith(EXTENSIONS)
+    if not whole and is_file != bool(file):
+        return None
+    if file:
+        _only_for_repos(reference, reference.weight_name)
+    if revision:
+        _only_for_repos(reference, reference.revision)
+    return HubFile(match["repo"], file or reference.weight_name, revision or reference.revision)
+
+
+def _only_for_repos(reference: Reference, *given: str | None) -> None:
+    if any(given):
+        raise SourceInvalid(
+            f"weight_name and revision say nothing of {reference.shown}",
+            "They choose a file and a version of a Hugging Face repo (user/repo).",
+        )
+
+
+def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Place:
+    try:
+        parts = urlsplit(path)
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise SourceInvalid(f"{reference.shown!r} is not a valid URL", GRAMMAR_HINT) from error
+    if parts.scheme not in ("http", "https") or not host:
+        raise SourceInvalid(
+            f"{reference.shown!r} is not an http(s) URL with a host name", GRAMMAR_HINT
+        )
+    found: HubFile | CivitaiFile | None = None
+    if host in HUB_HOSTS or parts.netloc == urlsplit(hub).netloc:
+        found = _hub_url(parts, reference)
+    elif host in CIVITAI_HOSTS or parts.netloc == urlsplit(civitai).netloc:
+        found = _civitai_url(parts, reference)
+    if found:
+        return found
+    _only_for_repos(reference, reference.weight_name, reference.revision)
+    name = PurePosixPath(unquote(parts.path)).name
+    return RemoteFile(
+        path, _identity(parts), reference.shown, name or host, sha256=reference.sha256
+    )
+
+
+def _identity(parts: SplitResult) -> str:
+    """The URL without its signature, which differs each time that a store signs the same file's URL."""
+    query = parse_qsl(parts.query, keep_blank_values=True)
+    if not any(SIGNING.fullmatch(name) for name, _ in query):
+        return parts.geturl()
+    kept = urlencode([(name, value) for name, value in query if not SIGNING.fullmatch(name)])
+    return parts._replace(query=kept).geturl()
+
+
+def _hub_url(parts: SplitResult, reference: Reference) -> HubFile | None:
+    """/user/repo, and /user/repo/(blob|resolve|tree)/revision/file; None for any other page."""
+    steps = [step for step in parts.path.split("/") if step]
+    if not re.fullmatch(_REPO, "/".join(steps[:2]), re.ASCII):
+        return None
+    repo = "/".join(steps[:2])
+    if len(steps) == 2 and not repo.endswith(EXTENSIONS):
+        return HubFile(repo, reference.weight_name, reference.revision)
+    if len(steps) < 4 or steps[2] not in ("blob", "resolve", "tree"):
+        return None
+    _only_for_repos(reference, reference.revision)
+    rest = unquote("/".join(steps[3:]))
+    match = re.fullmatch(rf"(?P<revision>{_REVISION})(?:/(?P<file>.+))?", rest, re.ASCII)
+    if match is None or ".." in PurePosixPath(rest).parts:
+        return None
+    if match["file"]:
+        _only_for_repos(reference, reference.weight_name)
+    return HubFile(repo, match["file"] or reference.weight_name, match["revision"])
+
+
+def _civitai_url(parts: SplitResult, reference: Reference) -> CivitaiFile | None:
+    """/models/M[/name][?modelVersionId=V] and /api/download/models/V; None for any other page."""
+    query = dict(parse_qsl(parts.query))
+    if match := re.fullmatch(r"/api/download/models/(\d{1,18})/?", parts.path, re.ASCII):
+        wanted = [(key, query[key]) for key in ("type", "format", "size", "fp") if key in query]
+        found = CivitaiFile(None, int(match[1]), reference.weight_name, tuple(wanted))
+    elif match := re.fullmatch(r"/models/(\d{1,18})(?:/[^/]*)?/?", parts.path, re.ASCII):
+        version = query.get("modelVersionId", "")
+        known = int(version) if re.fullmatch(r"\d{1,18}", version, re.ASCII) else None
+        found = CivitaiFile(int(match[1]), known, reference.weight_name)
+    else:
+        return None
+    _only_for_repos(reference, reference.revision)
+    return found
+
+
+def redact_url(text: str) -> str:
+    """A URL without user, password, query and fragment, which may carry secrets.
+
+    Text that is no URL, but may have been meant as one, loses them too.
+    """
+    if _HUB_NAME.fullmatch(text) or _CIVITAI_NAME.fullmatch(text):
+        return text
+    scheme, separator, rest = text.rpartition("://")
+    bare = re.split(r"[?#]", rest)[0]
+    host, slash, path = bare.partition("/")
+    if scheme == "hf" and _HUB_NAME.fullmatch(bare):
+        return f"hf://{bare}"
+    if not separator and "@" in bare:
+        return bare.rpartition("@")[2]
+    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

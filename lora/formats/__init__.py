@@ -1,0 +1,1 @@
+"""What an adapter file says: its header, tensors, names, algorithms and metadata."""

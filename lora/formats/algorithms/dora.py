@@ -1,0 +1,65 @@
+"""DoRA: any additive change, with the merged weight's norms learned apart (arXiv 2402.09353).
+
+W' = m * (W + D) / norm(W + D), where D is the inner algorithm's change at scale 1, and the norm goes over
+everything but one axis: the output's (LyCORIS' `weight_decompose` with `wd_on_out`, PEFT's
+`lora_magnitude_vector`) or the input's (older LyCORIS, OneTrainer). Strength is W + scale * (W' - W), so
+0 is the base and 1 as trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lora.formats.algorithms.base import Algorithm, placed
+from lora.formats.names.keys import Shape
+
+OUTPUT, INPUT = 0, 1
+"""The weight's axes."""
+
+
+@dataclass(frozen=True, eq=False)
+class DoRA(Algorithm):
+    """An inner algorithm and the magnitudes."""
+
+    name: ClassVar[str] = "dora"
+
+    inner: Algorithm
+    magnitude: Tensor
+    """One value per output ([out], [out, 1(, 1, 1)]) or, if `may_be_input`, per input ([1, in(, 1, 1)])."""
+    may_be_input: bool
+    """False for PEFT, whose [1, out, 1, 1] for convolutions is the output's."""
+
+    @property
+    def rank(self) -> int | None:
+        """The inner algorithm's."""
+        return self.inner.rank
+
+    def misfit(self, shape: Shape) -> str | None:
+        """See `Algorithm.misfit`."""
+        if self._axis(shape) is None:
+            return f"the magnitudes {list(self.magnitude.shape)} do not fit the layer {list(shape)}"
+        return self.inner.misfit(shape)
+
+    def _axis(self, shape: Shape) -> int | None:
+        """Which axis of the weight the magnitudes belong to; None if they fit none."""
+        given, count = tuple(self.magnitude.shape), self.magnitude.numel()
+        if len(shape) < 2:
+            return None
+        if self.may_be_input and len(given) >= 2 and given[0] == 1 and shape[0] != 1:
+            return INPUT if given[1] == shape[1] == count else None
+        return OUTPUT if count == shape[0] else None
+
+    def delta(self, weight: Tensor) -> Tensor:
+        """m * (W + D) / norm(W + D) - W."""
+        base = placed(weight, weight)
+        merged = self.inner.delta(weight).add_(base)
+        axis = self._axis(tuple(weight.shape))
+        others = [dim for dim in range(weight.dim()) if dim != axis]
+        norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
+        # A row of zeros has no direction: it stays zero instead of becoming NaN.
+        factor = placed(self.magnitude, weight).reshape(norm.shape) / norm.clamp_min_(1e-30)
+        return merged.mul_(factor).sub_(base)

@@ -1,0 +1,98 @@
+"""Parameters given whole: a difference to add, or a value to put in place.
+
+W' = W + diff (LyCORIS `full` and `norm`, LightX2V's `diff`, `diff_b`, `diff_m`), or W' = value (ComfyUI's
+`set_weight`, PEFT's `modules_to_save` and trained biases).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from lora.formats.algorithms.base import Algorithm, placed
+from lora.formats.names.keys import Shape
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole(Algorithm):
+    """What all of them share: one tensor in the parameter's own shape, up to axes of length 1."""
+
+    name: ClassVar[str] = "full"
+
+    def _tensor(self) -> Tensor:
+        raise NotImplementedError
+
+    def misfit(self, shape: Shape) -> str | None:
+        """See `Algorithm.misfit`."""
+        given = tuple(self._tensor().shape)
+        same = [n for n in given if n != 1] == [n for n in shape if n != 1]
+        return None if same else f"{list(given)} is not the parameter's shape {list(shape)}"
+
+
+class _Difference(_Whole):
+    def delta(self, weight: Tensor) -> Tensor:
+        """The difference."""
+        return placed(self._tensor(), weight).reshape(weight.shape)
+
+
+class _Value(_Whole):
+    def delta(self, weight: Tensor) -> Tensor:
+        """The value less the original."""
+        return placed(self._tensor(), weight).reshape(weight.shape) - placed(weight, weight)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightDifference(_Difference):
+    """A weight's difference."""
+
+    diff: Tensor
+    alpha: Tensor | None = None
+    """Written by some tools, and without meaning: a difference has no rank."""
+
+    def _tensor(self) -> Tensor:
+        return self.diff
+
+
+@dataclass(frozen=True, eq=False)
+class BiasDifference(_Difference):
+    """A bias' difference."""
+
+    parameter: ClassVar[str] = "bias"
+    diff_b: Tensor
+
+    def _tensor(self) -> Tensor:
+        return self.diff_b
+
+
+@dataclass(frozen=True, eq=False)
+class ModulationDifference(_Difference):
+    """The difference of a block's modulation table (Wan; diffusers calls it `scale_shift_table`)."""
+
+    parameter: ClassVar[str] = "modulation"
+    diff_m: Tensor
+
+    def _tensor(self) -> Tensor:
+        return self.diff_m
+
+
+@dataclass(frozen=True, eq=False)
+class WeightValue(_Value):
+    """A weight's new value."""
+
+    weight: Tensor
+
+    def _tensor(self) -> Tensor:
+        return self.weight
+
+
+@dataclass(frozen=True, eq=False)
+class BiasValue(_Value):
+    """A bias' new value."""
+
+    parameter: ClassVar[str] = "bias"
+    bias: Tensor
+
+    def _tensor(self) -> Tensor:
+        return self.bias

@@ -1,0 +1,80 @@
+"""Textual inversion inside an adapter: vectors for new words of the prompt.
+
+Layouts: `bundle_emb.WORD.clip_l`, `.clip_g` (OneTrainer, LyCORIS), `bundle_emb.WORD.string_to_param.*` (as
+A1111 saves for one text encoder), and a whole file of `clip_l`, `clip_g` or `emb_params`, whose word is the
+file's name, as in ComfyUI: all its rows together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lora.formats.names.keys import KeyMap
+
+ENCODERS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "emb_params": "text_encoder",
+    "string_to_param": "text_encoder",
+}
+"""How a file calls a text encoder -> the component."""
+
+BUNDLE = "bundle_emb."
+
+
+@dataclass(frozen=True, eq=False)
+class TokenEmbedding:
+    """What one text encoder is to read where the prompt says `word`."""
+
+    word: str
+    """Empty where the file's name is the word."""
+    component: str
+    vectors: Tensor
+    """[tokens, width]."""
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a key has the form of an embedding's."""
+    return key.startswith(BUNDLE) or key in ENCODERS
+
+
+def word_of(stem: str) -> str:
+    """The word that a file of embeddings stands for: its name, without what the cache adds to it."""
+    name, _, digest = stem.rpartition("-")
+    cached = len(digest) == 16 and all(letter in "0123456789abcdef" for letter in digest)
+    return name if name and cached else stem
+
+
+def read_embedding(key: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding | str:
+    """The embedding that a key of that form is, or the reason why it cannot be used."""
+    word, kind = "", key
+    if key.startswith(BUNDLE):
+        stem, _, kind = key.removeprefix(BUNDLE).rpartition(".")
+        if stem.endswith(".string_to_param"):
+            stem = stem.removesuffix(".string_to_param")
+            kind = kind if kind in ENCODERS else "string_to_param"
+        word = stem.strip()
+        if not word:
+            return "the embedding does not say which word it is for"
+    component = ENCODERS.get(kind)
+    if component is None:
+        behind = kind.endswith("_out")
+        return "an embedding for behind the text encoder" if behind else "no text encoder of ours"
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    trouble = _trouble(vectors, component, key_map)
+    return trouble or TokenEmbedding(word, component, vectors)
+
+
+def _trouble(vectors: Tensor, component: str, key_map: KeyMap) -> str | None:
+    table = key_map.find(f"{component}.embeddings.token_embedding")
+    if table is None:
+        return f"this model has no {component}"
+    width = table.parameters["weight"][1]
+    shape = list(vectors.shape)
+    if len(shape) != 2 or not shape[0] or shape[1] != width or not vectors.is_floating_point():
+        return f"{shape} are no vectors of {component}, which reads {width} values per token"
+    if not bool(vectors.float().isfinite().all()):  # a float64 may be too large
+        return "the vectors overflow float32"
+    return None

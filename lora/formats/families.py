@@ -1,0 +1,83 @@
+"""Which family of models an adapter was made for, told from its keys, shapes and metadata alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lora.formats.header import Header
+
+CROSS_ATTENTION_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
+"""How many values per token the cross attention of each UNet reads."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One row of the table: a family, and how to know it."""
+
+    family: str
+    holds: Callable[[Header], bool]
+
+
+def _some_key_has(*parts: str) -> Callable[[Header], bool]:
+    return lambda header: any(part in key for key in header.tensors for part in parts)
+
+
+def _reads(width: int) -> Callable[[Header], bool]:
+    return lambda header: cross_attention_width(header) == width
+
+
+# The first that holds wins: names that only one family has come before widths, which several share.
+CONDITIONS: tuple[Condition, ...] = (
+    Condition("Flux", _some_key_has("double_blocks", "single_transformer_blocks", "single_blocks")),
+    Condition("Qwen-Image", _some_key_has("img_mlp", "img_mod", "txt_mod")),
+    Condition("SD 3", _some_key_has("joint_blocks", "attn.add_q_proj", "attn_add_q_proj")),
+    Condition("Wan", _some_key_has("blocks.0.cross_attn", "blocks_0_cross_attn", ".ffn.0.")),
+    *(Condition(family, _reads(width)) for width, family in CROSS_ATTENTION_WIDTHS.items()),
+    Condition("SDXL", _some_key_has("lora_te2_", "text_encoder_2.")),
+    Condition("SD 1.5", _some_key_has("lora_te_text_model")),
+    Condition("language model", _some_key_has("model.layers.", "h.0.attn")),
+)
+
+
+NAMED_SO: tuple[tuple[str, str], ...] = (
+    ("refiner", "SDXL refiner"),
+    ("sdxl", "SDXL"),
+    ("diffusion-xl", "SDXL"),
+    ("sd_v1", "SD 1.5"),
+    ("diffusion-v1", "SD 1.5"),
+    ("sd_v2", "SD 2"),
+    ("diffusion-v2", "SD 2"),
+    ("diffusion-v3", "SD 3"),
+    ("sd3", "SD 3"),
+    ("flux", "Flux"),
+    ("wan", "Wan"),
+    ("qwen", "Qwen-Image"),
+)
+"""Part of a base model's name -> its family; the first that fits counts."""
+
+
+def family_of(base: str) -> str | None:
+    """The family of a base model by its name."""
+    return next((family for part, family in NAMED_SO if part in base.lower()), None)
+
+
+def identify(header: Header) -> str | None:
+    """The family that the file was made for, as people call it; None if nothing tells."""
+    for condition in CONDITIONS:
+        if condition.holds(header):
+            return condition.family
+    base = header.metadata.get("ss_base_model_version", "")
+    return family_of(base) or base[:80] or None
+
+
+_DOWN_SUFFIXES = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lora.down.weight")
+
+
+def cross_attention_width(header: Header) -> int | None:
+    """How many values per token the file's cross attention reads: the `in` of some attn2.to_k."""
+    for key, info in header.tensors.items():
+        is_key_projection = "attn2_to_k." in key or "attn2.to_k." in key
+        if is_key_projection and key.endswith(_DOWN_SUFFIXES) and len(info.shape) >= 2:
+            return info.shape[1]
+    return None

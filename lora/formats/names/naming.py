@@ -1,0 +1,251 @@
+"""How other tools name an adapter's tensors: the key of a module's slot in each naming, for writing.
+
+| naming | a key | alpha |
+| --- | --- | --- |
+| kohya | `lora_unet_input_blocks_4_1_proj_in.lora_down.weight` | a tensor |
+| diffusers | `unet.down_blocks.1.attentions.0.proj_in.lora_A.weight` | in the file's metadata |
+| peft | `base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight` | in `adapter_config.json` |
+| original | `diffusion_model.input_blocks.4.1.proj_in.lora_down.weight` | a tensor |
+
+`original` is LightX2V's and ComfyUI's: the names of the model's own code. Whatever key is made here,
+`KeyMap.match` reads it back as the same module and slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Set
+from enum import StrEnum
+
+from lora.formats.names.keys import KeyMap, Shape, Target
+from lora.formats.names.sgm import sgm_path
+from lora.formats.names.wan import wan_path
+
+
+class Naming(StrEnum):
+    """The namings that can be written."""
+
+    KOHYA = "kohya"
+    DIFFUSERS = "diffusers"
+    PEFT = "peft"
+    ORIGINAL = "original"
+
+    @property
+    def has_config(self) -> bool:
+        """Whether alphas stand in a PEFT config instead of tensors."""
+        return self in (Naming.DIFFUSERS, Naming.PEFT)
+
+
+_SAME = (
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+"""Slots whose suffix is their name, in LyCORIS and in PEFT."""
+
+_LYCORIS: Mapping[str, str] = {
+    "lora_up": "lora_up.weight",
+    "lora_down": "lora_down.weight",
+    "lora_mid": "lora_mid.weight",
+    **{name: name for name in ("alpha", "bias_indices", "bias_values", "bias_size")},
+    **{name: name for name in (*_SAME, "dora_scale", "oft_blocks", "rescale", "on_input")},
+    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2", "bm")},
+    **{name: name for name in ("diff", "diff_b")},
+    "weight": "set_weight",
+}
+_PEFT_LORA: Mapping[str, str] = {
+    "lora_up": "lora_B.weight",
+    "lora_down": "lora_A.weight",
+    "lora_up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
+_PEFT_OTHERS: Mapping[str, str] = {
+    **{name: name for name in _SAME if name != "lokr_t2"},  # PEFT's core has another shape
+    "oft_r": "oft_R.weight",
+    "ia3_l": "ia3_l",
+}
+_SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
+    Naming.KOHYA: _LYCORIS,
+    Naming.ORIGINAL: {**_LYCORIS, "diff_m": "diff_m"},
+    Naming.DIFFUSERS: _PEFT_LORA,
+    Naming.PEFT: {**_PEFT_LORA, **_PEFT_OTHERS},
+}
+
+_IN_CONFIG: Mapping[Naming, Set[str]] = {
+    Naming.KOHYA: frozenset(),
+    Naming.ORIGINAL: frozenset(),
+    Naming.DIFFUSERS: frozenset({"alpha"}),
+    Naming.PEFT: frozenset({"alpha", "on_input", "neumann_terms"}),
+}
+"""Slots that a naming keeps in its config; they have no key."""
+
+PEFT_TYPES: Mapping[str, Set[str]] = {
+    "LORA": frozenset(_PEFT_LORA),
+    "LOHA": frozenset(name for name in _SAME if name.startswith("hada")),
+    "LOKR": frozenset(name for name in _SAME if name.startswith("lokr")),
+    "OFT": frozenset({"oft_r", "neumann_terms"}),
+    "IA3": frozenset({"ia3_l", "on_input"}),
+}
+"""PEFT's name of an algorithm -> its slots. An adapter of PEFT is of one type."""
+
+MAGNITUDE_OF: Mapping[Naming, str] = {
+    Naming.KOHYA: "dora_scale",
+    Naming.ORIGINAL: "dora_scale",
+    Naming.DIFFUSERS: "magnitude",
+    Naming.PEFT: "magnitude",
+}
+"""The slot in which a naming keeps a DoRA's magnitudes of the outputs."""
+
+_PREFIXES: Mapping[Naming, Mapping[str, str]] = {
+    Naming.KOHYA: {
+        "unet": "lora_unet_",
+        "transformer": "lora_unet_",
+        "text_encoder": "lora_te1_",
+        "text_encoder_2": "lora_te2_",
+        "text_encoder_3": "lora_te3_",
+    },
+    Naming.ORIGINAL: {
+        "unet": "diffusion_model.",
+        "transformer": "diffusion_model.",
+        "text_encoder": "text_encoders.clip_l.transformer.",
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+}
+
+_WORDS: Mapping[str, str] = {
+    "lora_mid": "a Tucker core",
+    "lokr_t2": "a Tucker core",
+    "bias_values": "a sparse rest",
+    "lora_up_bias": "a bias in lora_B",
+    "dora_scale": "DoRA magnitudes of the inputs",
+    "oft_blocks": "LyCORIS' OFT",
+    "oft_r": "PEFT's OFT",
+    "a1": "GLoRA",
+    "on_input": "LyCORIS' IA3",
+    "ia3_l": "PEFT's IA3",
+    "hada_w1_a": "LoHa",
+    "diff": "a weight's difference",
+    "diff_b": "a bias' difference",
+    "diff_m": "a modulation's difference",
+    "weight": "a weight's new value",
+    "bias": "a bias' new value",
+}
+
+
+def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
+    """Why a naming cannot hold a module with these slots; None if it can. `magnitude` and `dora_scale`
+    of the outputs are one thing under two names: ask with the naming's own (`MAGNITUDE_OF`).
+    """
+    there = set(slots)
+    left = sorted(there - set(_SUFFIXES[naming]) - _IN_CONFIG[naming])
+    if naming is Naming.PEFT and not left and len(peft_types(there)) > 1:
+        return f"one module of a PEFT adapter cannot be {' and '.join(peft_types(there))}"
+    if not left:
+        return None
+    word = next((_WORDS[slot] for slot in _WORDS if slot in left), None)
+    if word is None and any(slot.startswith("lokr") for slot in left):
+        word = "LoKr"
+    return f"{naming} has no name for {word or left[0].removeprefix('?')}"
+
+
+def peft_types(slots: Iterable[str]) -> tuple[str, ...]:
+    """PEFT's names of the algorithms that slots belong to, `alpha` apart: it belongs to each."""
+    there = set(slots)
+    if "ia3_l" not in there:
+        there.discard("on_input")
+    return tuple(name for name, own in PEFT_TYPES.items() if own & there)
+
+
+class Namer:
+    """The names of a model's modules in one naming."""
+
+    def __init__(self, naming: Naming, key_map: KeyMap) -> None:
+        self.naming = naming
+        self._main = key_map.components[0] if key_map.components else ""
+        self._paths: dict[str, set[str]] = {}
+        for target in key_map.targets:
+            self._paths.setdefault(target.component, set()).add(target.path)
+
+    def trouble(self, target: Target) -> str | None:
+        """Why a module has no name in this naming; None if it has."""
+        if self.naming is Naming.PEFT and target.component != self._main:
+            return f"a PEFT adapter is for one network, here {self._main}, not {target.component}"
+        if not target.path and self.naming in (Naming.KOHYA, Naming.PEFT):
+            return f"the root of {target.component} has no name in {self.naming}"
+        return None
+
+    def stem(self, target: Target) -> str:
+        """What a module is called: its keys' beginning."""
+        component = target.component
+        if self.naming is Naming.PEFT:
+            return f"base_model.model.{target.path}"
+        if self.naming is Naming.DIFFUSERS:
+            return f"{component}.{_full_path(target)}"
+        if self.naming is Naming.ORIGINAL:
+            prefix = _PREFIXES[self.naming].get(component, f"{component}.")
+            return prefix + self._original(target)
+        if component == "text_encoder" and not self._sdxl:
+            prefix = "lora_te_"
+        else:
+            prefix = _PREFIXES[self.naming].get(component, f"{component}.")
+        # kohya trains SD 1.5 and SD 2 in diffusers' own modules, and everything else in the original's.
+        plain = component == "unet" and not self._sdxl
+        path = target.path if plain else self._original(target)
+        return prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
+
+    def key(self, target: Target, slot: str, beside: Iterable[str] = ()) -> str | None:
+        """A tensor's key; None where this naming keeps the slot in its config. `beside`: the module's other
+        slots, which matter for IA3 alone: its `weight` is no new value of the module's.
+
+        Raises: KeyError for a slot that the naming cannot hold; ask `trouble` first.
+        """
+        if slot in _IN_CONFIG[self.naming]:
+            return None
+        if slot == "weight" and "on_input" in beside:
+            ending = "weight"
+        elif self.naming is Naming.KOHYA and slot in ("diff", "diff_b") and _is_norm(target):
+            ending = "w_norm" if slot == "diff" else "b_norm"  # LyCORIS' module for norms
+        else:
+            ending = _SUFFIXES[self.naming][slot]
+        return f"{self.stem(target)}.{ending}"
+
+    @property
+    def _sdxl(self) -> bool:
+        """Whether the U-Net is SDXL's or its refiner's: they alone read sizes beside the prompt."""
+        paths = self._paths.get("unet", set())
+        return "add_embedding.linear_1" in paths or "text_encoder_2" in self._paths
+
+    def _original(self, target: Target) -> str:
+        """The module's path in its model's own code."""
+        siblings = self._paths.get(target.component, set())
+        if target.component == "unet":
+            return sgm_path(target.path, siblings) or target.path
+        if target.component == "transformer" and "condition_embedder.time_proj" in siblings:
+            return wan_path(target.path)
+        return _full_path(target)
+
+
+def suffix(naming: Naming, slot: str) -> str | None:
+    """What follows a module's name in a key; None where the naming has no such key."""
+    return _SUFFIXES[naming].get(slot)
+
+
+def bare_path(target: Target) -> str:
+    """A text encoder's path without `text_model.`, which transformers 5 dropped from some; others' as it is.
+
+    PEFT's configs are to say it so: a name there fits every module that ends in it, with and without.
+    """
+    if target.component in ("text_encoder", "text_encoder_2"):
+        return target.path.removeprefix("text_model.")
+    return target.path
+
+
+def _full_path(target: Target) -> str:
+    """With `text_model.`, as all trainers write it."""
+    path = bare_path(target)
+    clip = target.component in ("text_encoder", "text_encoder_2")
+    return f"text_model.{path}" if clip and path != "text_projection" else path
+
+
+def _is_norm(target: Target) -> bool:
+    weight: Shape | None = target.parameters.get("weight")
+    return weight is not None and len(weight) == 1

@@ -1,0 +1,157 @@
+"""The tensors of a .safetensors file: read or mapped, and checked for NaN and infinity on the way.
+
+A file of hundreds of megabytes is to be there in milliseconds, so nothing is copied that need not be: the
+tensors are views of one buffer. They are never written to.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lora.errors import LoraCorrupt
+from lora.formats.header import Header, TensorInfo
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+READ_BYTES, THREADS = 8 << 20, 2
+"""How a file that is not mapped comes into memory."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tensors of one dtype that follow each other without a gap, in one storage."""
+
+    whole: Tensor
+    """[numbers]."""
+    names: list[str]
+    infos: list[TensorInfo]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each with its name: views, so that a change of dtype or device takes one step for all."""
+        size, start = self.whole.element_size(), self.infos[0].start
+        for name, info in zip(self.names, self.infos, strict=True):
+            strides: list[int] = []
+            step = 1
+            for length in reversed(info.shape):
+                strides.insert(0, step)
+                step *= length
+            # One call of torch per tensor, where slicing and shaping would be two: files have thousands.
+            yield name, self.whole.as_strided(info.shape, strides, (info.start - start) // size)
+
+
+def read_runs(path: Path, header: Header, *, mapped: bool) -> list[Run]:
+    """Every tensor of the file, on the CPU.
+
+    `mapped`: the file's pages are used as they lie in the page cache, without a copy. Only for a file on
+    a local disk that no one changes in place: its bytes would change under us, or the process would die.
+
+    Raises: LoraCorrupt if the file is not as its header says any more, or a tensor holds NaN or infinity.
+    """
+    try:
+        buffer = _map(path) if mapped else _read(path)
+    except (OSError, ValueError) as error:  # ValueError: there is nothing to map
+        raise LoraCorrupt("the file's tensors cannot be read") from error
+    if len(buffer) < max(info.end for info in header.tensors.values()):
+        raise LoraCorrupt("the file became shorter while it was read")
+    runs = list(_runs(header, buffer))
+    for run in runs:
+        _check_finite(run)
+    return runs
+
+
+def _map(path: Path) -> mmap.mmap:
+    with path.open("rb") as stream:
+        # A private, writable mapping: torch wants a writable buffer, and no write could reach the file.
+        return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+
+
+def _read(path: Path) -> mmap.mmap:
+    """The file's bytes in memory of our own."""
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        memory = mmap.mmap(-1, size)
+        view = memoryview(memory)
+        part = (size // THREADS // READ_BYTES + 1) * READ_BYTES
+
+        def fill(start: int) -> None:
+            place, end = start, min(start + part, size)
+            while place < end:
+                count = os.preadv(
+                    stream.fileno(), [view[place : min(place + READ_BYTES, end)]], place
+                )
+                if not count:
+                    raise LoraCorrupt("the file became shorter while it was read")
+                place += count
+
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(fill, range(0, size, part)))
+    return memory
+
+
+def _runs(header: Header, buffer: mmap.mmap) -> Iterator[Run]:
+    names: list[str] = []
+    infos: list[TensorInfo] = []
+    for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
+        if infos and (infos[-1].dtype, infos[-1].end) != (info.dtype, info.start):
+            yield Run(_whole(buffer, infos), names, infos)
+            names, infos = [], []
+        names.append(name)
+        infos.append(info)
+    yield Run(_whole(buffer, infos), names, infos)
+
+
+def _whole(buffer: mmap.mmap, infos: list[TensorInfo]) -> Tensor:
+    dtype, start, end = DTYPES[infos[0].dtype], infos[0].start, infos[-1].end
+    if start == end:
+        return torch.empty(0, dtype=dtype)
+    if start % dtype.itemsize:  # the format allows it, processors do not like it
+        return torch.frombuffer(bytearray(buffer[start:end]), dtype=dtype)
+    count = (end - start) // dtype.itemsize
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=start)
+
+
+SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check_finite(run: Run) -> None:
+    """Raises: LoraCorrupt with the first tensor of the run that holds NaN or infinity.
+
+    A sum that is finite says that all are, and takes a fiftieth of the time of `torch.isfinite`. One that
+    is not may be an overflow: then each tensor is looked at.
+    """
+    if not run.whole.dtype.is_floating_point:
+        return
+    if run.whole.dtype in SUMMABLE and bool(run.whole.sum().isfinite()):
+        return
+    for name, tensor in run.tensors():
+        exact = tensor if tensor.dtype in SUMMABLE else tensor.float()
+        if not bool(exact.isfinite().all()):
+            raise LoraCorrupt(f"the tensor {name[:200]} holds NaN or infinity")

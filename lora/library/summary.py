@@ -1,0 +1,112 @@
+"""What an adapter's header alone tells of it: algorithm, rank, base model, trigger words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from lora.formats.algorithms import recipes
+from lora.formats.alphas import RANKED
+from lora.formats.embeddings import BUNDLE, is_embedding
+from lora.formats.families import identify
+from lora.formats.header import Header
+from lora.formats.names.keys import slot_of
+
+MAX_WORDS, MAX_WORD, MAX_TAGS = 20, 100, 5
+"""How many words are kept, how long each may be, and how many of them may be mere tags."""
+
+MAX_DOTS = 3
+"""So many parts has the longest suffix of a key (`lora_linear_layer.up.weight`)."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a header tells, whatever model is loaded."""
+
+    algorithm: str | None
+    """Those that occur, the most frequent first, joined by a plus sign; None if none is known."""
+    rank: int | None
+    """The most frequent one; None if there is none."""
+    base: str | None
+    words: tuple[str, ...]
+    layers: int
+    """How many modules have tensors in the file."""
+
+
+def summarise(header: Header) -> Summary:
+    """Reads no tensor, and needs no model: modules are told apart by their names in the file."""
+    modules = _by_stem(header)
+    algorithms: Counter[str] = Counter()
+    ranks: Counter[int] = Counter()
+    for slots in modules.values():
+        found, _ = recipes(frozenset(slots))
+        algorithms.update("dora" if one.magnitude else one.algorithm.name for one in found)
+        shape = next((slots[name] for name in RANKED if name in slots), ())
+        ranks.update(shape[:1])
+    if any(is_embedding(key) for key in header.tensors):
+        algorithms["textual inversion"] += 1
+    return Summary(
+        algorithm="+".join(name for name, _ in algorithms.most_common()) or None,
+        rank=ranks.most_common(1)[0][0] if ranks else None,
+        base=identify(header),
+        words=trigger_words(header),
+        layers=len(modules),
+    )
+
+
+def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
+    """Module's name in the file -> slot -> shape."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, info in header.tensors.items():
+        if is_embedding(key):
+            continue
+        parts = key.rsplit(".", MAX_DOTS)
+        for count in range(1, len(parts)):  # the longest suffix first
+            slot = _slot_of(".".join(parts[count:]))
+            if not slot.startswith("?"):
+                modules.setdefault(".".join(parts[:count]), {})[slot] = info.shape
+                break
+    return modules
+
+
+@lru_cache(maxsize=1024)  # a file has thousands of keys, and a handful of suffixes
+def _slot_of(suffix: str) -> str:
+    return slot_of(suffix)
+
+
+def trigger_words(header: Header) -> tuple[str, ...]:
+    """The words that the adapter was trained on, as far as its trainer wrote them down.
+
+    Its own words (embeddings), `modelspec.trigger_phrase`, and of kohya's `ss_tag_frequency` the names of
+    the image folders ("10_NAME") and the most frequent tags.
+    """
+    words = (" ".join(word.split())[:MAX_WORD] for word in _words(header))
+    return tuple(dict.fromkeys(word for word in words if word and word.isprintable()))[:MAX_WORDS]
+
+
+def _words(header: Header) -> Iterator[str]:
+    for key in header.tensors:
+        if key.startswith(BUNDLE):
+            yield key.removeprefix(BUNDLE).partition(".")[0]
+    yield from header.metadata.get("modelspec.trigger_phrase", "").split(",")
+    tags: Counter[str] = Counter()
+    for folder, counts in _tag_table(header).items():
+        yield re.sub(r"^\d+_", "", folder)
+        tags.update(counts)
+    yield from (tag for tag, _ in tags.most_common(MAX_TAGS))
+
+
+def _tag_table(header: Header) -> Mapping[str, Mapping[str, int]]:
+    """Folder -> tag -> how often; empty if it is not what kohya's trainer writes."""
+    try:
+        table = json.loads(header.metadata.get("ss_tag_frequency", "{}"))
+        return {
+            str(folder): {str(tag): int(count) for tag, count in counts.items()}
+            for folder, counts in table.items()
+        }
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError):
+        return {}

@@ -1,0 +1,73 @@
+"""An adapter as people have it: a .safetensors file, a pickle, or a folder that PEFT saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from lora.errors import LoraNotFound, naming
+from lora.fetch.sources import EXTENSIONS
+from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS, config_beside
+from lora.formats.pickles import convert, looks_like_pickle
+
+MAX_UNPACKED = 64_000_000_000
+"""Bytes that a pickle may hold: whoever opens it has it on the disk already."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter that can be read as .safetensors."""
+
+    original: Path
+    """The file that its owner has."""
+    file: Path
+    """The same, or a copy as .safetensors for as long as the block runs."""
+    config: str | None
+    """The text of its adapter_config.json."""
+    form: str
+    """`safetensors`, `pickle`, and `PEFT folder` for what has a config."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Opened]:
+    """The adapter at a path, for the time of the block. Nothing in a pickle is run.
+
+    Errors of the block, too, name the file. Raises: LoraNotFound if nothing is there, or a PEFT folder has no
+    config, so that nobody knows how its weights are scaled; LoraUnsupported, LoraCorrupt for a pickle
+    that is no adapter.
+    """
+    with naming(path.name):
+        original = file_of(path)
+        config = config_beside(original)
+        if config is None and path.is_dir() and original.stem == PEFT_STEM:
+            raise LoraNotFound(f"the folder {path.name!r} holds no {PEFT_CONFIG}")
+        form = "PEFT folder" if config is not None else "safetensors"
+        if not looks_like_pickle(original):
+            yield Opened(original, original, config, form)
+            return
+        with TemporaryDirectory(prefix="lora-") as folder:
+            file = Path(folder) / f"{original.stem}.safetensors"
+            convert(original, file, MAX_UNPACKED)
+            yield Opened(original, file, config, form if config is not None else "pickle")
+
+
+def file_of(path: Path) -> Path:
+    """The adapter's file: the path itself, or what a folder of PEFT or diffusers calls so.
+
+    Raises: LoraNotFound.
+    """
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise LoraNotFound(f"there is no file {path.name!r}")
+    candidates = (path / (stem + extension) for stem in STEMS for extension in EXTENSIONS)
+    found = next((file for file in candidates if file.is_file()), None)
+    if found is None:
+        raise LoraNotFound(
+            f"the folder {path.name!r} holds no adapter",
+            f"A PEFT folder has {PEFT_STEM}.safetensors and {PEFT_CONFIG}.",
+        )
+    return found

@@ -1,0 +1,153 @@
+"""What the tensors of an adapter's parts are called in a file: in a naming, or as they were read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lora.errors import ToolError
+from lora.formats.names.naming import MAGNITUDE_OF, Namer, Naming, bare_path, suffix, trouble
+from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.peft_configs import HINT
+
+
+class PartNames(Protocol):
+    """What a part's tensors are called."""
+
+    naming: Naming
+    has_config: bool
+    """Whether alphas go into a config."""
+
+    def slots(self, part: Part) -> Mapping[str, Tensor]:
+        """The part's tensors as the naming has them."""
+
+    def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
+        """Slot -> key; without those that a config says. Raises: ToolError if the naming cannot hold one."""
+
+    def component(self, part: Part) -> str:
+        """Whose config tells of it."""
+
+    def config_path(self, part: Part) -> str:
+        """What the config calls it."""
+
+
+def names_for(adapter: Adapter, naming: Naming | None) -> PartNames:
+    """Those of a naming, or, without one, those that the adapter was read under.
+
+    Raises: ToolError for a naming where the model is not known.
+    """
+    if naming is None:
+        return _OwnNames(adapter)
+    if adapter.key_map is None:
+        raise ToolError(
+            "the file's model is not known, so its modules have no other names",
+            "Name it with --model.",
+        )
+    return _ChosenNames(Namer(naming, adapter.key_map))
+
+
+class _ChosenNames:
+    """Those of one naming."""
+
+    def __init__(self, namer: Namer) -> None:
+        self._namer, self.naming = namer, namer.naming
+        self.has_config = namer.naming.has_config
+
+    def slots(self, part: Part) -> Mapping[str, Tensor]:
+        return in_naming(part, self.naming)
+
+    def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
+        why = trouble(self.naming, slots) or self._namer.trouble(part.target)
+        if why:
+            raise ToolError(f"{part.name}: {why}", HINT)
+        keys = {slot: self._namer.key(part.target, slot, slots) for slot in slots}
+        return {slot: key for slot, key in keys.items() if key is not None}
+
+    def component(self, part: Part) -> str:
+        return part.target.component
+
+    def config_path(self, part: Part) -> str:
+        return bare_path(part.target)
+
+
+class _OwnNames:
+    """The keys that the adapter was read under, and its naming's suffixes for tensors that are new."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.naming = adapter.naming
+        self.has_config = adapter.has_config and not any("alpha" in p.keys for p in adapter.parts)
+
+    def slots(self, part: Part) -> Mapping[str, Tensor]:
+        return part.slots
+
+    def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
+        keys = {slot: part.keys.get(slot) or self._new(part, slot) for slot in slots}
+        return {slot: key for slot, key in keys.items() if key is not None}
+
+    def _new(self, part: Part, slot: str) -> str | None:
+        in_config = self.has_config and slot in ("alpha", "on_input", "neumann_terms")
+        if in_config or (
+            slot == "alpha" and part.alpha == part.rank
+        ):  # no alpha means alpha = rank
+            return None
+        namings = (self.naming, Naming.ORIGINAL, Naming.PEFT)
+        ending = next(found for naming in namings if (found := suffix(naming, slot)))
+        return f"{part.stem}.{ending}"
+
+    def component(self, part: Part) -> str:
+        return part.target.component or part.stem.partition(".")[0]
+
+    def config_path(self, part: Part) -> str:
+        path = part.stem.removeprefix(f"{part.target.component}.")
+        return path.removeprefix("base_model.model.").removeprefix("text_model.")
+
+
+def in_naming(part: Part, naming: Naming) -> dict[str, Tensor]:
+    """A part's slots as a naming has them: its name and shape for magnitudes, alphas that are said, factors
+    with the layer's axes. A tensor's numbers stay as they are, whatever its shape becomes.
+    """
+    slots = dict(part.slots)
+    if not naming.has_config:
+        alpha = part.alpha
+        if alpha is not None and ("alpha" not in slots or float(slots["alpha"]) != alpha):
+            slots["alpha"] = torch.tensor(alpha)
+    if "lora_up" in slots and "lora_down" in slots:
+        axes = len(part.target.parameters.get("weight", ())) or slots["lora_down"].dim()
+        _rename_magnitude(slots, slots["lora_up"].shape[0], axes, MAGNITUDE_OF[naming])
+        if naming.has_config and "lora_mid" not in slots:
+            kernel = part.target.parameters.get("weight", ())[2:]
+            slots["lora_up"] = _with_axes(slots["lora_up"], axes, ())
+            slots["lora_down"] = _with_axes(slots["lora_down"], axes, kernel)
+    if naming is Naming.PEFT and not {"hada_t1", "lokr_t2"} & slots.keys():
+        flat = {
+            s: t.flatten(1) for s, t in slots.items() if s[:4] in ("hada", "lokr") and t.dim() > 2
+        }
+        slots |= flat
+    return slots
+
+
+def _with_axes(factor: Tensor, axes: int, kernel: tuple[int, ...]) -> Tensor:
+    """A factor with as many axes as its layer: kohya has 1x1-shaped ones for linear layers."""
+    if factor.dim() == axes:
+        return factor
+    if axes == 2:
+        return factor.flatten(1)
+    return factor.reshape(factor.shape[0], -1, *(kernel or (1,) * (axes - 2)))
+
+
+def _rename_magnitude(slots: dict[str, Tensor], out: int, axes: int, wanted: str) -> None:
+    """LyCORIS has a DoRA's magnitudes as [out, 1(, 1, 1)], PEFT as [out] or [1, out, 1, 1]."""
+    other = "magnitude" if wanted == "dora_scale" else "dora_scale"
+    tensor = slots.get(other)
+    if tensor is None:
+        return
+    ones = (1,) * (axes - 2)
+    of_inputs = tensor.dim() >= 2 and tensor.shape[0] == 1 and out != 1
+    if wanted == "dora_scale":
+        slots[wanted] = slots.pop(other).reshape(-1, 1, *ones)
+    elif tensor.numel() == out and not of_inputs:
+        values = slots.pop(other).flatten()
+        slots[wanted] = values.reshape(1, -1, *ones) if ones else values

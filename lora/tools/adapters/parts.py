@@ -1,0 +1,95 @@
+"""What an adapter is to the tools: named tensors per module, whatever file they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from lora.formats.adapter import UnusedKey
+from lora.formats.algorithms import recipes
+from lora.formats.alphas import RANKED
+from lora.formats.names.keys import KeyMap, Target
+from lora.formats.names.naming import Naming
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One module's tensors."""
+
+    target: Target
+    slots: Mapping[str, Tensor]
+    """Slot of `keys.SLOTS` -> tensor. What a config says of the module is among them: its alpha, with
+    rs-LoRA's root already in it, so that alpha / rank is the scaling everywhere.
+    """
+    stem: str = ""
+    """What the file calls the module."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Slot -> its key in the file; empty for a part that was not read from one."""
+
+    @property
+    def name(self) -> str:
+        """The module's for a person: the model's, or the file's where no model is known."""
+        return self.stem if self.target.path == self.stem else str(self.target)
+
+    @property
+    def rank(self) -> int | None:
+        """The inner dimension that alpha is divided by; None where nothing is."""
+        found = next(
+            (self.slots[s] for s in RANKED if s in self.slots and self.slots[s].dim()), None
+        )
+        if found is None and "b1" in self.slots and self.slots["b1"].dim() >= 2:
+            return min(self.slots["b1"].shape[:2])
+        return None if found is None else found.shape[0]
+
+    @property
+    def alpha(self) -> float | None:
+        """The number whose quotient by the rank is the scaling; None where there is no rank."""
+        if self.rank is None:
+            return None
+        value = float(self.slots["alpha"]) if "alpha" in self.slots else 0.0
+        return value or float(self.rank)  # missing or 0: the trainers' own rule
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """What its tensors make up, in the order of `lora.formats.algorithms.ALGORITHMS`."""
+        found, _ = recipes(frozenset(self.slots))
+        return tuple(recipe.make(self.slots).name for recipe in found)
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A whole adapter."""
+
+    parts: tuple[Part, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, Tensor] = field(default_factory=dict)
+    """Key -> vectors that teach a word of the prompt. They have one name in every naming."""
+    unused: tuple[UnusedKey, ...] = ()
+    key_map: KeyMap | None = None
+    """What its modules belong to; None where they are known by the file's own names alone."""
+    has_config: bool = False
+    """Whether its alphas stood in a PEFT config."""
+
+    @property
+    def naming(self) -> Naming:
+        """The naming that it was read in, as far as its keys tell."""
+        if self.has_config:
+            peft = any(part.stem.startswith("base_model.model.") for part in self.parts)
+            return Naming.PEFT if peft else Naming.DIFFUSERS
+        return Naming.ORIGINAL if any("." in part.stem for part in self.parts) else Naming.KOHYA
+
+
+def rank_metadata(parts: Sequence[Part]) -> dict[str, str]:
+    """kohya's `ss_network_dim` and `ss_network_alpha` of these parts: `Dynamic` where layers differ, as
+    sd-scripts' `resize_lora.py` writes it.
+    """
+    ranks = {part.rank for part in parts if part.rank}
+    alphas = {part.alpha for part in parts if part.rank}
+    if not ranks:
+        return {}
+    return {
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",
+    }

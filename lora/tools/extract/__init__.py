@@ -1,0 +1,1 @@
+"""The tool that extracts a LoRA from two models."""

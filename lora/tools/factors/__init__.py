@@ -1,0 +1,1 @@
+"""Low-rank factors: decompositions, choice of ranks, cutting and joining."""

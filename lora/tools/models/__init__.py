@@ -1,0 +1,1 @@
+"""Checkpoints and model folders: read tensor by tensor, written as a stream."""

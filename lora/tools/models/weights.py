@@ -1,0 +1,225 @@
+"""One file of a model's weights, .safetensors or torch.save's, opened without loading it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lora.errors import LoraError, ToolError
+from lora.formats.header import read_header
+from lora.formats.pickles import WRAPPERS, looks_like_pickle
+from lora.formats.tensors import DTYPES
+
+KINDS = ("safetensors", "pytorch")
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A tensor as its file has it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """What its numbers take."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class WeightsFile(Protocol):
+    """What can be asked of an open file. `read` may be called from several threads."""
+
+    path: Path
+    kind: str
+    """One of `KINDS`."""
+    tensors: Mapping[str, Raw]
+    """In the order in which they lie in the file."""
+    metadata: Mapping[str, str]
+    wrapper: str
+    """The key of a pickle's table under which the tensors stand; empty if it is that table."""
+
+    def read(self, name: str, third: int | None = None) -> Tensor:
+        """The tensor, or one of the three equal blocks of its rows, in memory of its own.
+
+        Raises: ToolError if the file cannot be read or has become shorter.
+        """
+
+    def close(self) -> None:
+        """Lets the file go."""
+
+
+def open_weights(path: Path, kind: str | None = None) -> WeightsFile:
+    """Opens a file, of the kind that its first bytes tell; `kind`: the one that it must be.
+
+    Raises: ToolError if it is unreadable, cut, quantised, or of another kind; nothing in it is ever run.
+    """
+    try:
+        head = _first_bytes(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if head.startswith(b"GGUF"):
+        raise ToolError(f"{path.name} is quantised (GGUF)", UNQUANTISED)
+    is_pickle = looks_like_pickle(path)
+    found = "pytorch" if is_pickle else "safetensors"
+    if kind is not None and kind != found:
+        raise ToolError(f"{path.name} is no {kind} file", f"Its first bytes say {found}.")
+    opened: WeightsFile = _Pickle(path) if is_pickle else _Safetensors(path)
+    try:
+        _refuse_quantised(path, opened.tensors.values())
+    except ToolError:
+        opened.close()
+        raise
+    return opened
+
+
+def _first_bytes(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(8)
+
+
+def unreadable(path: Path, error: OSError) -> ToolError:
+    """What to tell of a file that the system does not give."""
+    return ToolError(f"{path.name} cannot be read ({error.strerror or type(error).__name__})")
+
+
+UNQUANTISED = "Give the model before its quantisation: fp32, fp16, bf16 or fp8."
+
+_COMPANIONS = {
+    "scale_weight": "fp8 with a scale beside each weight",
+    "weight_scale": "fp8 with a scale beside each weight",
+    "scaled_fp8": "fp8 with a scale beside each weight",
+    "scale_input": "fp8 with a scale beside each weight",
+    "input_scale": "fp8 with a scale beside each weight",
+    "comfy_quant": "ComfyUI's quantisation",
+    "absmax": "bitsandbytes",
+    "quant_map": "bitsandbytes",
+    "SCB": "bitsandbytes' int8",
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+}
+"""How a name ends that stands beside packed weights -> whose they are."""
+
+
+def _refuse_quantised(path: Path, tensors: Iterable[Raw]) -> None:
+    for raw in tensors:
+        how = _COMPANIONS.get(raw.name.rpartition(".")[2])
+        if ".quant_state." in raw.name:
+            how = "bitsandbytes"
+        elif raw.name.endswith(".weight") and not raw.dtype.is_floating_point:
+            how = f"a weight of {str(raw.dtype).removeprefix('torch.')}"
+        if how:
+            raise ToolError(
+                f"{path.name} is quantised ({raw.name[:200]}: {how}), and its weights cannot be changed",
+                UNQUANTISED,
+            )
+
+
+class _Safetensors:
+    """Read by position: no tensor is in memory that nobody asked for."""
+
+    kind, wrapper = "safetensors", ""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            header = read_header(path)
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except LoraError as error:
+            raise ToolError(f"{path.name}: {error.sentence}", error.hint) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
+        self._infos = dict(sorted(header.tensors.items(), key=lambda item: item[1].start))
+        self.metadata = header.metadata
+        self.tensors: Mapping[str, Raw] = {
+            name: Raw(name, path, info.shape, DTYPES[info.dtype])
+            for name, info in self._infos.items()
+        }
+
+    def read(self, name: str, third: int | None = None) -> Tensor:
+        info, shape = self._infos[name], self.tensors[name].shape
+        start, count = info.start, info.end - info.start
+        if third is not None:
+            count, shape = count // 3, (shape[0] // 3, *shape[1:])
+            start += third * count
+        return self._bytes(start, count).view(DTYPES[info.dtype]).reshape(shape)
+
+    def _bytes(self, start: int, count: int) -> Tensor:
+        buffer = torch.empty(count, dtype=torch.uint8)
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]
+        done = 0
+        try:
+            while done < count:
+                got = os.preadv(self._descriptor, [view[done:]], start + done)
+                if not got:
+                    raise ToolError(f"{self.path.name} became shorter while it was read")
+                done += got
+        except OSError as error:
+            raise unreadable(self.path, error) from error
+        return buffer
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class _Pickle:
+    """Mapped, where torch can: files from before torch 1.6 are loaded whole."""
+
+    kind = "pytorch"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: Mapping[str, str] = {}
+        table = _load(path)
+        self.wrapper = next((key for key in WRAPPERS if isinstance(table.get(key), Mapping)), "")
+        if self.wrapper:
+            table = table[self.wrapper]
+        self._found = {
+            str(name): value.detach().to_dense()
+            for name, value in table.items()
+            if isinstance(value, Tensor)
+        }
+        if not self._found:
+            raise ToolError(f"{path.name} holds no tensors by name")
+        self.tensors: Mapping[str, Raw] = {
+            name: Raw(name, path, tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._found.items()
+        }
+
+    def read(self, name: str, third: int | None = None) -> Tensor:
+        whole = self._found[name]
+        part = whole if third is None else whole.chunk(3)[third]
+        return part.clone(memory_format=torch.contiguous_format)
+
+    def close(self) -> None:
+        self._found.clear()
+
+
+def _load(path: Path) -> Mapping[Any, Any]:
+    """The pickle's table. Raises: ToolError if it is none, or holds more than tensors and plain values."""
+    try:
+        mapped = _first_bytes(path).startswith(b"PK")
+        table = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ToolError(
+            f"{path.name} is a pickle that holds more than tensors, and pickles are never run",
+            "Convert it to .safetensors where you trust it.",
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        # A cut file makes torch seek before its beginning; only another error is the system's.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise unreadable(path, error) from error
+        raise ToolError(f"{path.name} is a broken pickle, or not all of one") from error
+    if not isinstance(table, Mapping):
+        raise ToolError(f"{path.name} is no table of named tensors")
+    return table

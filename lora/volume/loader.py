@@ -1,0 +1,200 @@
+"""From a reference to a parsed adapter, by way of the cache; what was parsed lately is kept warm."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from lora.errors import DownloadFailed, LoraCorrupt, LoraError, naming
+from lora.fetch.sources import SAFETENSORS, Reference, RemoteFile
+from lora.fetch.transfers import Transfer, Transfers
+from lora.formats.adapter import LoraFile, load
+from lora.formats.embeddings import TokenEmbedding, word_of
+from lora.formats.names.keys import KeyMap
+from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, config_beside
+from lora.lru import ByteLru
+from lora.volume.cache import CacheEntry, Progress, Resolved, VolumeCache
+
+WARM_BYTES = 2_000_000_000
+"""How many bytes of parsed files are kept."""
+
+AT_ONCE = 4
+"""How many LoRAs of one job are fetched at the same time."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A reference, found and parsed."""
+
+    reference: Reference
+    entry: CacheEntry
+    file: LoraFile
+    resolve_seconds: float
+    download_seconds: float
+    parse_seconds: float
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What may be otherwise than the adapter's maker, or the request, meant it."""
+        own = self.entry.warnings
+        if self.entry.record.source.endswith(PEFT_STEM + SAFETENSORS) and not self.file.scaled:
+            return (*own, f"{self.entry.name} has no {PEFT_CONFIG}, so alpha counts as the rank")
+        return own
+
+    @property
+    def embeddings(self) -> tuple[TokenEmbedding, ...]:
+        """The file's new words; one that has no name of its own has the file's."""
+        word = word_of(self.entry.path.stem)
+        return tuple(replace(one, word=one.word or word) for one in self.file.embeddings)
+
+
+class LoraLibrary:
+    """Finds, fetches and parses adapters for one pipeline. Changes no weight."""
+
+    def __init__(self, cache: VolumeCache, key_map: KeyMap, warm_bytes: int = WARM_BYTES) -> None:
+        self.cache = cache
+        self._key_map = key_map
+        self._warm: ByteLru[LoraFile] = ByteLru(warm_bytes)
+        self._guard = threading.Lock()
+
+    def load(self, reference: Reference, progress: Progress | None = None) -> Loaded:
+        """The adapter that a reference means, from the cache or from where it comes.
+
+        Raises: LoraError, whose sentence names the reference.
+        """
+        with naming(reference.shown):
+            return self._load(reference, self._resolve(reference), progress)
+
+    def load_all(
+        self, references: Sequence[Reference], tell: Callable[[Transfer], None] | None = None
+    ) -> list[Loaded]:
+        """The adapters of a job, fetched at the same time. `tell` hears how far all of them are.
+
+        Nothing is downloaded unless every reference is known to mean something. Raises: LoraError, with
+        the faults of all of them.
+        """
+        transfers = Transfers(tell or (lambda transfer: None))
+        with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora") as pool:
+
+            def each(work: Callable[..., Result], *given: Sequence[Any]) -> list[Result]:
+                futures = [pool.submit(_named, work, *one) for one in zip(*given, strict=True)]
+                return _results(futures)
+
+            places = each(self._resolve, references)
+            progress = [transfers.of(number) for number in range(len(references))]
+            return each(self._load, references, places, progress)
+
+    def _resolve(self, reference: Reference) -> tuple[Resolved, float]:
+        """Where it is, and how many seconds it took to find out."""
+        begun = time.perf_counter()
+        return self.cache.resolve(reference), time.perf_counter() - begun
+
+    def _load(
+        self, reference: Reference, found: tuple[Resolved, float], progress: Progress | None
+    ) -> Loaded:
+        place, seconds = found
+        begun = time.perf_counter()
+        entry = self.cache.get(place, progress)
+        fetched = time.perf_counter()
+        try:
+            file = self._parse(entry)
+        except (FileNotFoundError, LoraCorrupt) as error:
+            entry = self._get_again(place, entry, error, progress)
+            fetched = time.perf_counter()
+            file = self._parse_for_good(entry)
+        return Loaded(
+            reference=reference,
+            entry=entry,
+            file=file,
+            resolve_seconds=seconds,
+            download_seconds=fetched - begun,
+            parse_seconds=time.perf_counter() - fetched,
+        )
+
+    def _get_again(
+        self, place: Resolved, entry: CacheEntry, error: Exception, progress: Progress | None
+    ) -> CacheEntry:
+        """The file once more, if what could not be read is gone, or not what was downloaded.
+
+        Raises: `error` if it is what its source has.
+        """
+        place, warnings = place._replace(refresh=False), tuple[str, ...]()
+        if isinstance(error, LoraCorrupt):
+            shelf, remote = self.cache.shelf, isinstance(place.place, RemoteFile)
+            if not remote or entry.downloaded or not shelf.is_damaged(entry):
+                raise error
+            shelf.set_aside(entry.path)
+            warnings = (f"{entry.name} was damaged on the volume; it was fetched again",)
+        entry = self.cache.get(place, progress)
+        return replace(entry, warnings=(*warnings, *entry.warnings))
+
+    def _parse_for_good(self, entry: CacheEntry) -> LoraFile:
+        try:
+            return self._parse(entry)
+        except FileNotFoundError as error:
+            raise DownloadFailed(
+                f"{entry.name} was removed by another worker, twice", "Try again later."
+            ) from error
+
+    def _parse(self, entry: CacheEntry) -> LoraFile:
+        """The file's parsed form, by its content: a changed file is never mistaken for the old one.
+
+        Raises: LoraError; FileNotFoundError if the file is not the one of the record any more.
+        """
+        record, config = entry.record, _config(entry)
+        key = record.sha256, hashlib.sha256((config or "").encode()).hexdigest()
+        with self._guard:
+            warm = self._warm.get(key)
+        if warm is not None:
+            return warm
+        try:
+            with self.cache.in_use(entry.path):
+                file = load(
+                    entry.path, self._key_map, record.sha256, config=config, mapped=entry.mappable
+                )
+                stat = entry.path.stat()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # a network file system's word for a file that is gone
+                raise FileNotFoundError(entry.path) from error
+            raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
+        if (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns):
+            raise FileNotFoundError(entry.path)
+        with self._guard:
+            self._warm.put(key, file, record.size)
+        return file
+
+    def free(self) -> None:
+        """Forgets what is kept warm."""
+        with self._guard:
+            self._warm.clear()
+
+
+Result = TypeVar("Result")
+
+
+def _named(work: Callable[..., Result], reference: Reference, *more: Any) -> Result:
+    with naming(reference.shown):
+        return work(reference, *more)
+
+
+def _results(futures: Sequence[Future[Result]]) -> list[Result]:
+    """All of them. Raises: the first error, whose sentence has those of the others."""
+    errors = [error for future in futures if (error := future.exception())]
+    coded = list({str(error): error for error in errors if isinstance(error, LoraError)}.values())
+    if len(coded) < 2 or len(coded) < len({str(error) for error in errors}):
+        return [future.result() for future in futures]
+    first = coded[0]
+    raise type(first)("; ".join(one.sentence for one in coded), first.hint) from first
+
+
+def _config(entry: CacheEntry) -> str | None:
+    """The text of the PEFT config that goes with an adapter. Raises: LoraCorrupt if it cannot be read."""
+    return config_beside(entry.path) if entry.record.config is None else entry.record.config

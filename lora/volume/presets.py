@@ -1,0 +1,216 @@
+"""Named stacks of LoRAs on the volume, and LightX2V's config files.
+
+`presets.json` in the cache's folder is one JSON object: name -> preset, an object with `loras` as in a job,
+and perhaps `prompt_prefix`, `prompt_suffix`, `trigger_words`, `description`. People may edit it by hand. It
+is read anew each time, so a change shows at once. This reads and writes; what a preset may hold is checked
+by who uses it, as a job is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora.durable import replace_durably
+from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, ToolError, nearest
+from lora.formats.names.blocks import LARGEST
+from lora.volume.lease import Lease, Watch
+from lora.volume.records import INCOMING
+
+FILE = "presets.json"
+
+MAX_BYTES = 10_000_000
+"""Of presets.json, and of a config file."""
+
+SILENCE, PATIENCE, POLL = 10.0, 30.0, 0.02
+"""Seconds after which a silent writer counts as dead; that a change may wait; between two looks."""
+
+Preset = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Presets:
+    """The presets of one volume."""
+
+    root: Path
+    """The cache's folder on the volume: never the fallback, which no other worker sees."""
+    lease: Callable[[Path, float], Lease] = Lease
+
+    @property
+    def path(self) -> Path:
+        """Where they are written down."""
+        return self.root / FILE
+
+    def read(self) -> dict[str, Any]:
+        """Name -> what stands there, be it a preset or not; empty if there is no file.
+
+        Raises: LoraCorrupt, with the place, if the file is no JSON object.
+        """
+        return self._read()[1]
+
+    def find(self, name: str) -> Preset:
+        """The preset of that name.
+
+        Raises: LoraNotFound, with the nearest names; LoraCorrupt if what stands there is no object.
+        """
+        presets = self.read()
+        if name not in presets:
+            known = sorted(presets)
+            listed = f"There are: {', '.join(known[:20])}." if known else "There are none."
+            raise LoraNotFound(f"there is no preset {name!r}", nearest(name, known) or listed)
+        if not isinstance(presets[name], dict):
+            raise LoraCorrupt(f"{FILE}: {name} is not an object", "Mend it on the volume.")
+        return dict(presets[name])
+
+    def set(self, name: str, preset: Preset) -> None:
+        """Writes a preset, in place of the one that has its name; the others stay.
+
+        Raises: CacheFull if it cannot be written; LoraCorrupt if the file there is no JSON object: then it
+        is left as it is.
+        """
+        self._change(lambda presets: {**presets, name: dict(preset)})
+
+    def delete(self, name: str) -> None:
+        """Removes a preset. Raises: LoraNotFound, CacheFull, LoraCorrupt."""
+        self.find(name)
+        self._change(lambda presets: {one: what for one, what in presets.items() if one != name})
+
+    def _read(self) -> tuple[bytes, dict[str, Any]]:
+        try:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise LoraCorrupt(f"{FILE} is over {MAX_BYTES // 1_000_000} MB")
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            return b"", {}
+        except OSError as error:
+            raise LoraCorrupt(f"{FILE} cannot be read ({error.strerror})") from error
+        fault = "it is not an object of name -> preset"
+        try:
+            presets = json.loads(data)
+        except json.JSONDecodeError as error:
+            presets, fault = None, f"line {error.lineno}, column {error.colno} is no JSON"
+        except (ValueError, RecursionError):
+            presets, fault = None, "it is no UTF-8 text, or nested without end"
+        if not isinstance(presets, dict):
+            raise LoraCorrupt(f"{FILE} cannot be used: {fault}", "Mend it on the volume.")
+        return data, presets
+
+    def _change(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Reads, changes and writes while no other worker does, as far as the lease can tell.
+
+        Without a true lease, a file that changed meanwhile is seen right before it is replaced.
+        """
+        part = self.root / INCOMING / f"{uuid.uuid4().hex}.part"
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                while True:
+                    data, presets = self._read()
+                    part.write_text(json.dumps(change(presets), indent=1))
+                    if self._read()[0] == data:
+                        replace_durably(part, self.path)
+                        return
+        except OSError as error:
+            words = f"{FILE} cannot be written ({error.strerror})"
+            raise CacheFull(words, "The volume may be full, read-only or gone.") from error
+        finally:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        path = self.root / INCOMING / f"{FILE}.lease"
+        lease, watch = self.lease(path, SILENCE), Watch(path, SILENCE)
+        deadline = time.monotonic() + PATIENCE
+        while not lease.take():
+            if watch.is_dead():
+                if not watch.remove():
+                    break  # nobody can have it any more
+            elif time.monotonic() > deadline:
+                raise CacheFull(f"{FILE} is being changed by other workers", "Try again later.")
+            else:
+                time.sleep(POLL)
+        with lease:
+            yield
+
+
+def read_config(path: Path) -> tuple[dict[str, Any], ...]:
+    """The LoRAs that a config file of LightX2V names, as entries `{"path", "scale"}`; none if it names none.
+
+    Its forms (LightX2V's docs, "lora_deploy"): `{"lora_path": PATH or [PATH, …], "strength_model": 1.0}`, and
+    `{"lora_configs": [{"path": PATH, "strength": 1.0}, …]}`. What else the file says is for others.
+    Raises: ToolError.
+    """
+    try:
+        found = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
+    except OSError as error:
+        raise ToolError(f"{path.name} cannot be read ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ToolError(f"{path.name}: {where} is no JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise ToolError(f"{path.name} is no JSON text") from error
+    if not isinstance(found, dict):
+        raise ToolError(f"{path.name} is not a JSON object", CONFIG_HINT)
+    paths, configs = found.get("lora_path") or [], found.get("lora_configs") or []
+    if paths and configs:
+        raise ToolError(f"{path.name} has both lora_path and lora_configs", "Keep one of them.")
+    if configs:
+        return tuple(_configured(configs, path.name))
+    strength = found.get("strength_model", 1.0)
+    listed = [paths] if isinstance(paths, str) else paths
+    if not isinstance(listed, list):
+        raise ToolError(f"{path.name}: lora_path is neither a path nor a list", CONFIG_HINT)
+    return tuple(
+        _entry(one, strength, f"{path.name}: lora_path[{index}]", "strength_model")
+        for index, one in enumerate(listed)
+    )
+
+
+CONFIG_HINT = 'Write {"lora_configs": [{"path": "…", "strength": 1.0}]}.'
+
+
+def _configured(configs: object, name: str) -> Iterator[dict[str, Any]]:
+    if not isinstance(configs, list):
+        raise ToolError(f"{name}: lora_configs is not a list", CONFIG_HINT)
+    for index, one in enumerate(configs):
+        where = f"{name}: lora_configs[{index}]"
+        if not isinstance(one, dict):
+            raise ToolError(f"{where} is not an object", CONFIG_HINT)
+        yield _entry(one.get("path"), one.get("strength", 1.0), where, "strength")
+
+
+def _entry(path: object, scale: object, where: str, field: str) -> dict[str, Any]:
+    if not isinstance(path, str) or not path.strip():
+        raise ToolError(f"{where} names no LoRA", CONFIG_HINT)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise ToolError(f"{where}: {field} is not a number", CONFIG_HINT)
+    if not abs(scale) <= LARGEST:  # NaN, too
+        raise ToolError(f"{where}: {field} is not between {-LARGEST} and {LARGEST}", CONFIG_HINT)
+    return {"path": path.strip(), "scale": float(scale)}
+
+
+def cached_names(entries: tuple[dict[str, Any], ...], root: Path) -> tuple[dict[str, Any], ...]:
+    """The entries as a job may name them: an absolute path in the cache's folder becomes its name there.
+
+    Raises: ToolError for any other absolute path: a worker serves only what lies in its cache.
+    """
+    return tuple({**one, "path": _cached_name(one["path"], root)} for one in entries)
+
+
+def _cached_name(path: str, root: Path) -> str:
+    if not path.startswith(("/", "~", "./", "../")):
+        return path
+    place = Path(path).expanduser().resolve()
+    if not place.is_relative_to(root.resolve()):
+        raise ToolError(
+            f"{Path(path).name} does not lie in the LoRA cache",
+            "Put it into LORA_CACHE_DIR, or name a URL or a repo.",
+        )
+    return str(place.relative_to(root.resolve()))

@@ -1,0 +1,97 @@
+"""Embeddings inside adapter files: which words they are, and what is reported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lora.engine.engine import LoraEngine
+from lora.errors import LoraIncompatible
+from lora.fetch.sources import Reference
+from lora.formats.adapter import load
+from lora.formats.embeddings import word_of
+from lora.volume.cache import VolumeCache
+from lora.volume.loader import LoraLibrary
+from tests.adapters import kohya, randn, write
+
+
+@pytest.fixture
+def engine() -> LoraEngine:
+    """Text encoders of two widths, and a layer that LoRAs of the tests fit."""
+    embeddings = {
+        width: torch.nn.ModuleDict({"token_embedding": torch.nn.Embedding(50, width)})
+        for width in (8, 12)
+    }
+    unet = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    first = torch.nn.ModuleDict({"embeddings": embeddings[8]})
+    second = torch.nn.ModuleDict(
+        {"text_model": torch.nn.ModuleDict({"embeddings": embeddings[12]})}
+    )
+    return LoraEngine({"unet": unet, "text_encoder": first, "text_encoder_2": second})
+
+
+def test_bundled_words_belong_to_their_encoders(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = {
+        "unet.0.lora_A.weight": randn(2, 4),
+        "unet.0.lora_B.weight": randn(4, 2),
+        "bundle_emb.<my cat>.clip_l": randn(3, 8),
+        "bundle_emb.<my cat>.clip_g": randn(2, 12),
+        "bundle_emb.a.b.string_to_param.*": randn(1, 8),
+        "bundle_emb.<my cat>.clip_g_out": randn(2, 12),
+        "bundle_emb.x.clip_l": randn(3, 9),
+        "bundle_emb..clip_l": randn(3, 8),
+    }
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
+    assert {(e.word, e.component, tuple(e.vectors.shape)) for e in file.embeddings} == {
+        ("<my cat>", "text_encoder", (3, 8)),
+        ("<my cat>", "text_encoder_2", (2, 12)),
+        ("a.b", "text_encoder", (1, 8)),
+    }
+    assert file.keys == 5
+    assert file.algorithms == ("textual inversion", "lora")
+    reasons = {u.key: u.reason for u in file.unused}
+    assert "behind the text encoder" in reasons["bundle_emb.<my cat>.clip_g_out"]
+    assert "which reads 8 values per token" in reasons["bundle_emb.x.clip_l"]
+    assert "which word" in reasons["bundle_emb..clip_l"]
+    assert file.keys + len(file.unused) == len(tensors)
+
+
+def test_a_file_of_embeddings_is_called_by_its_name(engine: LoraEngine, tmp_path: Path) -> None:
+    cache = VolumeCache(tmp_path)
+    cache.shelf.prepare()
+    tensors = {"clip_l": randn(2, 8), "clip_g": randn(2, 12)}
+    write(tmp_path / "my-style.safetensors", tensors)
+    write(tmp_path / "twin-0123456789abcdef.safetensors", tensors)
+    library = LoraLibrary(cache, engine.key_map)
+    first, twin = (library.load(Reference(n)) for n in ("my-style", "twin-0123456789abcdef"))
+    assert {word.word for word in first.embeddings} == {"my-style"}
+    assert {word.word for word in twin.embeddings} == {"twin"}
+    assert first.file is twin.file
+    assert (first.file.layers, first.file.rank, first.file.keys) == ((), None, 2)
+
+
+def test_an_encoder_that_is_not_there_is_told(unet: torch.nn.Module, tmp_path: Path) -> None:
+    engine = LoraEngine({"unet": unet})
+    file = load(
+        write(tmp_path / "a.safetensors", kohya() | {"bundle_emb.cat.clip_g": randn(1, 12)}),
+        engine.key_map,
+        "x",
+    )
+    assert [u.reason for u in file.unused] == ["this model has no text_encoder_2"]
+    with pytest.raises(LoraIncompatible) as caught:
+        load(write(tmp_path / "b.safetensors", {"clip_g": randn(1, 12)}), engine.key_map, "x")
+    assert "none of its 1 tensors fits this model" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("stem", "word"),
+    [
+        ("cat", "cat"),
+        ("my-cat", "my-cat"),
+        ("cat-0123456789abcdef", "cat"),
+        ("cat-0123456789ABCDEF", "cat-0123456789ABCDEF"),
+        ("0123456789abcdef", "0123456789abcdef"),
+    ],
+)
+def test_the_caches_own_ending_is_not_part_of_the_word(stem: str, word: str) -> None:
+    assert word_of(stem) == word
