@@ -8,14 +8,14 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from lora.engine.modes import Mode
+from lora.engine.stack import LoraUse, Mode
 from lora.errors import CodedError, nearest
 from lora.fetch.sources import Reference
 from lora.formats.names.blocks import LARGEST, parse_blocks
@@ -267,25 +267,6 @@ class InvalidInput(CodedError):
 
 
 @dataclass(frozen=True)
-class LoraRequest:
-    """One LoRA that a request asks for."""
-
-    reference: Reference
-    scale: float = 1.0
-    components: Mapping[str, float] = field(default_factory=dict)
-    """A further factor for each component that is named."""
-    blocks: Mapping[str, float] = field(default_factory=dict)
-    """A further factor for each block of the UNet that is named."""
-    start: float = 0.0
-    end: float = 1.0
-
-    @property
-    def ranged(self) -> bool:
-        """Whether it is there for a part of the denoising only."""
-        return self.start > 0.0 or self.end < 1.0
-
-
-@dataclass(frozen=True)
 class ImageRequest:
     """A valid request, every default filled in. See `IMAGE_REQUEST` for what each field means."""
 
@@ -303,7 +284,7 @@ class ImageRequest:
     num_images: int
     high_noise_frac: float | None
     refiner_mode: str
-    loras: tuple[LoraRequest, ...]
+    loras: tuple[LoraUse[Reference], ...]
     lora_selection: tuple[str, ...] | None
     strict_loras: bool
     lora_mode: str | None
@@ -331,12 +312,9 @@ def parse_job(job: object) -> ImageRequest:
     loras, warnings, lora_faults = _read_loras(
         values.get("loras"), bool(values.get("strict_loras"))
     )
-    if values.get("lora_mode") == "merged" and any(lora.ranged for lora in loras):
-        faults.append("lora_mode: a LoRA with start or end cannot be merged")
-    if faults + lora_faults:
-        count = len(faults + lora_faults)
-        start = "" if count == 1 else f"{count} faults: "
-        raise InvalidInput(start + "; ".join(faults + lora_faults), HINT)
+    if values.get("lora_mode") == Mode.MERGED and any(use.ranged for use in loras):
+        faults.append(NOT_MERGED)
+    _refuse(faults + lora_faults)
     chosen = filled(IMAGE_REQUEST, values)
     chosen["prompt"] = chosen["prompt"] or ""
     selected = chosen["lora_selection"]
@@ -347,7 +325,32 @@ def parse_job(job: object) -> ImageRequest:
     return ImageRequest(**{**chosen, "loras": loras, "warnings": tuple(warnings)})
 
 
+def parse_loras(entries: list[object]) -> tuple[LoraUse[Reference], ...]:
+    """Entries of `loras` that stand elsewhere than in a job: in a preset, or in the worker's settings.
+
+    Raises: InvalidInput, with every fault at once; an entry that names no LoRA is one.
+    """
+    found = list(faults_of(_LORAS, {"loras": entries}, ""))
+    loras, _, faults = _read_loras(entries, strict=True)
+    _refuse(found + faults)
+    return loras
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    """Raises: InvalidInput if there is a fault; its sentence lists them all."""
+    if faults:
+        start = "" if len(faults) == 1 else f"{len(faults)} faults: "
+        raise InvalidInput(start + "; ".join(faults), HINT)
+
+
 HINT = "See the README's table of parameters."
+
+_LORAS = {
+    "type": "object",
+    "properties": {"loras": {**IMAGE_REQUEST["properties"]["loras"], "type": "array"}},
+}
+
+NOT_MERGED = "lora_mode: a LoRA with start or end cannot be merged"
 
 
 NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
@@ -361,9 +364,9 @@ def as_entry(given: object) -> Mapping[str, Any] | None:
 
 def _read_loras(
     entries: object, strict: bool
-) -> tuple[tuple[LoraRequest, ...], list[str], list[str]]:
+) -> tuple[tuple[LoraUse[Reference], ...], list[str], list[str]]:
     """The entries that name a LoRA; warnings for those that do not; faults."""
-    loras: list[LoraRequest] = []
+    loras: list[LoraUse[Reference]] = []
     warnings: list[str] = []
     faults: list[str] = []
     for index, given in enumerate(entries if isinstance(entries, list) else []):
@@ -383,7 +386,7 @@ def _read_loras(
     return tuple(loras), warnings, faults
 
 
-def _lora(values: dict[str, Any]) -> LoraRequest:
+def _lora(values: dict[str, Any]) -> LoraUse[Reference]:
     """An entry that fits the schema. Raises: ValueError, with the field's name first."""
     scale, blocks = values.pop("scale"), values.pop("blocks")
     start, end = float(values.pop("start")), float(values.pop("end"))
@@ -394,7 +397,7 @@ def _lora(values: dict[str, Any]) -> LoraRequest:
     except ValueError as error:
         raise ValueError(f"blocks: {error}") from None
     whole = not isinstance(scale, Mapping)
-    return LoraRequest(
+    return LoraUse(
         Reference(**values),
         scale=float(scale) if whole else 1.0,
         components={} if whole else {name: float(one) for name, one in scale.items()},

@@ -35,6 +35,7 @@ from torch import Tensor
 from benchmarks.full_size import CONFIG, write_lora
 from benchmarks.tools_page import keep
 from demo.networks import TOPOLOGY, new_unet
+from lora.engine.stack import LoraUse
 from lora.formats.adapter import load
 from lora.formats.names.keys import Shape
 from lora.tools.adapters.saving import WriteOptions
@@ -42,7 +43,7 @@ from lora.tools.extract.forms import takes_factors
 from lora.tools.extract.run import ExtractOptions, extract
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import energy, truncated_svd
-from lora.tools.merge import LoraToMerge, MergeOptions, merge
+from lora.tools.merge import MergeOptions, merge
 from lora.tools.models.checkpoints import Checkpoint, Place
 from lora.tools.resize import ResizeOptions, resize
 
@@ -192,7 +193,7 @@ def do_merge(folders: Folders) -> dict[str, Any]:
     """The extracted LoRA into the source, in its own dtype and shards."""
     shutil.rmtree(folders.merged, ignore_errors=True)
     with Checkpoint.open(folders.source) as model:
-        report = merge(model, [LoraToMerge(folders.lora)], folders.merged, MergeOptions())
+        report = merge(model, [LoraUse(folders.lora)], folders.merged, MergeOptions())
     return {"parameters": report.parameters, "gb": round(report.bytes / 1e9, 3)}
 
 

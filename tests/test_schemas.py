@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
+from lora.engine.stack import LoraUse
 from lora.fetch.sources import Reference
-from schemas import IMAGE_REQUEST, InvalidInput, LoraRequest, parse_job
+from schemas import IMAGE_REQUEST, InvalidInput, parse_job
 
 
 def parse(**values: Any) -> Any:
@@ -165,8 +166,8 @@ def test_loras_are_strings_or_objects() -> None:
         loras=["a.safetensors", {"path": "u/r", "scale": 2, "weight_name": "w", "revision": "v"}]
     ).loras
     assert loras == (
-        LoraRequest(Reference("a.safetensors"), 1.0),
-        LoraRequest(Reference("u/r", "w", "v"), 2.0),
+        LoraUse(Reference("a.safetensors"), 1.0),
+        LoraUse(Reference("u/r", "w", "v"), 2.0),
     )
 
 
@@ -183,7 +184,7 @@ def test_scales_by_component_and_block_and_ranges() -> None:
 def test_an_entry_that_names_no_lora_is_skipped_with_a_warning_or_strictly_refused() -> None:
     entries = [5, None, {"scale": 1}, "a", ""]
     request = parse(loras=entries)
-    assert [lora.reference.path for lora in request.loras] == ["a"]
+    assert [use.lora.path for use in request.loras] == ["a"]
     assert len(request.warnings) == 4
     assert "loras[0]" in request.warnings[0]
     text = fault_of({"input": {"prompt": "x", "loras": entries, "strict_loras": True}})

@@ -15,11 +15,12 @@ from PIL import Image
 from lora.engine.engine import Block, LoraEngine
 from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraUnsupported
+from lora.fetch.sources import Reference
 from lora.library.catalog import Catalog
 from lora.volume.loader import Loaded, LoraLibrary
 from lora.volume.presets import Presets
 from pipelines.image import ImagePipeline, Preview, Route, StepCallback, Timings, choose_route
-from schemas import ImageRequest, LoraRequest, parse_job
+from schemas import ImageRequest, parse_job
 from settings import Settings
 from worker.inputs import load_picture
 from worker.outputs import (
@@ -142,8 +143,8 @@ class ImageJob:
         request, timings = self.request, self._timings
         pipeline, engine = self._parts.pipeline, self._parts.engine
         pairs = list(zip(request.loras, self.loaded, strict=True))
-        stack = [_use(lora, found) for lora, found in pairs]
-        words = [word for lora, found in pairs if lora.scale for word in found.embeddings]
+        stack = [use.of(found.file) for use, found in pairs]
+        words = [word for use, found in pairs if use.scale for word in found.embeddings]
         with (
             pipeline.tokens(words) as warnings,
             engine.applied(stack, self._mode(), request.num_inference_steps) as block,
@@ -159,7 +160,7 @@ class ImageJob:
         return Drawn(images, block.mode, (*warnings, *block.warnings, *unheld))
 
     def _mode(self) -> Mode:
-        if self.request.lora_mode is None and any(lora.ranged for lora in self.request.loras):
+        if self.request.lora_mode is None and any(use.ranged for use in self.request.loras):
             # The worker's setting is no reason to refuse what only dynamic can do.
             return Mode.DYNAMIC
         return Mode(self.request.lora_mode or self._parts.settings.lora_mode)
@@ -237,19 +238,13 @@ def _as_uri(preview: Image.Image | None) -> str | None:
     return encode(preview, "webp", PREVIEW_QUALITY, "").data_uri if preview else None
 
 
-def _use(lora: LoraRequest, found: Loaded) -> LoraUse:
-    return LoraUse(
-        found.file, lora.scale, lora.components, lora.blocks, start=lora.start, end=lora.end
-    )
-
-
 def _load(
     library: LoraLibrary, request: ImageRequest, timings: Timings, progress: Progress
 ) -> list[Loaded]:
     """The job's LoRAs. They come in at the same time: each phase counts as long as the slowest takes."""
     if not request.loras:
         return []
-    loaded = library.load_all([lora.reference for lora in request.loras], progress.download)
+    loaded = library.load_all([use.lora for use in request.loras], progress.download)
     timings.add("resolve", max(one.resolve_seconds for one in loaded))
     timings.add("download", max(one.download_seconds for one in loaded))
     timings.add("parse", max(one.parse_seconds for one in loaded))
@@ -260,13 +255,13 @@ MAX_UNUSED = 1000
 """How many unused tensors an answer lists; the warning has the count."""
 
 
-def _report(lora: LoraRequest, loaded: Loaded, mode: Mode | None) -> dict[str, Any]:
+def _report(use: LoraUse[Reference], loaded: Loaded, mode: Mode | None) -> dict[str, Any]:
     """What the answer says of one LoRA."""
-    file, use = loaded.file, _use(lora, loaded)
+    file = loaded.file
     layers = len({layer.target for layer in file.layers if use.scale_of(layer.target)})
-    words = sorted({word.word for word in loaded.embeddings}) if lora.scale else []
+    words = sorted({word.word for word in loaded.embeddings}) if use.scale else []
     return {
-        "source": lora.reference.shown,
+        "source": use.lora.shown,
         "file": loaded.entry.name,
         "sha256": file.sha256,
         "origin": "downloaded" if loaded.entry.downloaded else "cached",
@@ -276,7 +271,7 @@ def _report(lora: LoraRequest, loaded: Loaded, mode: Mode | None) -> dict[str, A
         "words": words,
         "used_keys": file.keys,
         "unused_keys": unused_keys(loaded),
-        "scale": {"all": lora.scale, **lora.components} if lora.components else lora.scale,
+        "scale": {"all": use.scale, **use.components} if use.components else use.scale,
         "mode": mode,
         "status": "applied" if layers or words else "scale is 0",
     }

@@ -128,8 +128,8 @@ class LibraryActions:
             )
         if name.lower() == NONE:
             raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
-        for lora in ready(name, preset).loras:
-            parse(lora.reference)  # what can mean nothing is told now, and not to the first job
+        for use in ready(name, preset).loras:
+            parse(use.lora)  # what can mean nothing is told now, and not to the first job
         self.selection.presets.set(name, preset)
         return {"name": name, **_shown(preset)}
 

@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora.engine.stack import LoraUse, Mode
 from lora.errors import CodedError
+from lora.fetch.sources import Reference
 from lora.volume.presets import Presets
-from schemas import MAX_LORAS, ImageRequest, InvalidInput, LoraRequest, faults_of, filled, parse_job
+from schemas import (
+    MAX_LORAS,
+    NOT_MERGED,
+    ImageRequest,
+    InvalidInput,
+    faults_of,
+    filled,
+    parse_loras,
+)
 
 NONE = "none"
 """What a job selects to have no preset, not even the worker's default."""
@@ -53,7 +63,7 @@ class Ready:
     """A preset that was checked."""
 
     name: str
-    loras: tuple[LoraRequest, ...]
+    loras: tuple[LoraUse[Reference], ...]
     before: tuple[str, ...]
     """What comes before the prompt."""
     after: tuple[str, ...]
@@ -67,23 +77,25 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
     """
     faults = list(faults_of(PRESET, preset, ""))
     values = filled(PRESET, preset)
-    loras: tuple[LoraRequest, ...] = ()
+    loras: tuple[LoraUse[Reference], ...] = ()
+    before: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
     if not faults:
-        texts = (values["prompt_prefix"], *values["trigger_words"], values["prompt_suffix"])
-        prompt = " ".join(text for text in texts if text and text.strip()) or "-"
-        given = {"prompt": prompt, "loras": values["loras"], "lora_mode": lora_mode}
+        before = _texts([values["prompt_prefix"]])
+        after = _texts((*values["trigger_words"], values["prompt_suffix"]))
         try:
-            loras = parse_job({"input": {**given, "strict_loras": True}}).loras
+            loras = parse_loras(values["loras"])
         except InvalidInput as error:
             faults = [error.sentence]
-        if not values["loras"] and prompt == "-":
+        if lora_mode == Mode.MERGED and any(use.ranged for use in loras):
+            faults.append(NOT_MERGED)
+        if not (values["loras"] or before or after):
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
         raise InvalidInput(
             f"preset {name!r}: {'; '.join(faults)}", "presets.set writes a preset anew."
         )
-    after = (*values["trigger_words"], values["prompt_suffix"])
-    return Ready(name, loras, _texts([values["prompt_prefix"]]), _texts(after))
+    return Ready(name, loras, before, after)
 
 
 def _texts(given: Sequence[str | None]) -> tuple[str, ...]:
@@ -131,10 +143,9 @@ class Selection:
         return _joined(request, (), [self._ready(name, request) for name in names])
 
     def _by_default(self, request: ImageRequest) -> Chosen:
-        loras: tuple[LoraRequest, ...] = ()
+        loras: tuple[LoraUse[Reference], ...] = ()
         if self.default_loras:
-            entries = {"prompt": "-", "loras": list(self.default_loras), "strict_loras": True}
-            loras = parse_job({"input": entries}).loras
+            loras = parse_loras(list(self.default_loras))
         if not self.default_preset:
             return _joined(request, loras, [])
         try:
@@ -147,7 +158,7 @@ class Selection:
 
 
 def _joined(
-    request: ImageRequest, defaults: tuple[LoraRequest, ...], chosen: list[Ready]
+    request: ImageRequest, defaults: tuple[LoraUse[Reference], ...], chosen: list[Ready]
 ) -> Chosen:
     added = (*defaults, *(lora for preset in chosen for lora in preset.loras))
     if not added and not chosen:

@@ -90,7 +90,8 @@ def block_factors(text: str) -> dict[str, float]:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Merges. Raises: ToolError; LoraError for an adapter that cannot be read or fits nowhere."""
-    from lora.tools.merge import LoraToMerge, MergeOptions, merge
+    from lora.engine.stack import LoraUse
+    from lora.tools.merge import MergeOptions, merge
     from lora.tools.models.checkpoints import Checkpoint
 
     loras = []
@@ -99,7 +100,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
         if not Path(source).exists():
             raise ToolError(f"there is no file {source}", "Look at --lora-model.")
         factors = dict(options.components), options.blocks
-        loras.append(LoraToMerge(Path(source), options.alpha if scale is None else scale, *factors))
+        loras.append(LoraUse(Path(source), options.alpha if scale is None else scale, *factors))
     chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
     with Checkpoint.open(options.source_model, options.source_type) as model, progress() as tell:
         report = merge(model, loras, options.output, chosen, tell)

@@ -33,7 +33,7 @@ from lora.engine.modules import as_matrix, shared_parameters, targets_of, tree, 
 from lora.engine.originals import Originals
 from lora.engine.plan import Merge, Plan, make_plan
 from lora.engine.prepared import Merged, Prepared
-from lora.engine.stack import LoraUse, Mode, Stack
+from lora.engine.stack import Mode, Stack
 from lora.engine.undo import RestoreFailed, Undo
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.names.keys import KeyMap, Target
@@ -132,7 +132,7 @@ class LoraEngine:
         weights = {
             weight
             for use in stack
-            for layer in use.file.layers
+            for layer in use.lora.layers
             if (weight := writable(self.module(layer.target), layer.parameter)) is not None
         }
         return choose_mode(
@@ -156,14 +156,14 @@ class LoraEngine:
     def prepare(self, stack: Stack, mode: Mode) -> tuple[Hashable, Prepared]:
         """What the stack needs, from an earlier time if it was used before, and the key to keep it by."""
         strengths = tuple(use.strengths for use in stack)
-        key: tuple[Hashable, ...] = (mode, *(use.file.identity for use in stack))
+        key: tuple[Hashable, ...] = (mode, *(use.lora.identity for use in stack))
         if mode is Mode.MERGED:  # merged weights are made for one scale, factors for any
             key = (*key, strengths)
         kept = self.prepared.get(key)
         if kept is not None and kept.strengths == strengths and not kept.plan.is_stale():
             return key, kept
         plan = make_plan(stack, mode, self.module, self._shared)
-        size = sum(file.size for file in {use.file for use in stack})
+        size = sum(file.size for file in {use.lora for use in stack})
         return key, Prepared(plan, strengths, size, factors=kept.factors if kept else {})
 
 
@@ -179,7 +179,7 @@ class Block:
 
     def __init__(self, engine: LoraEngine) -> None:
         self._engine = engine
-        self._stack: tuple[LoraUse, ...] = ()
+        self._stack: Stack = ()
         self._now: tuple[bool, ...] = ()
         """Which of the stack's LoRAs are within their range."""
         self._held: set[int] = set()
@@ -225,7 +225,11 @@ class Block:
             self._go(self._stack, now, self.mode, None)
 
     def _go(
-        self, stack: tuple[LoraUse, ...], now: tuple[bool, ...], mode: Mode, steps: int | None
+        self,
+        stack: Stack,
+        now: tuple[bool, ...],
+        mode: Mode,
+        steps: int | None,
     ) -> None:
         """Applies the stack, of which those are there that `now` says."""
         engine = self._engine
@@ -262,7 +266,7 @@ class Block:
         written: dict[nn.Parameter, tuple[Merge, Tensor]] = {}
         for weight, entry in plan.merges.items():
             content = tuple(
-                (stack[part.use].file.identity, part.layer.target, part.scale)
+                (stack[part.use].lora.identity, part.layer.target, part.scale)
                 for part in entry.parts
             )
             if undo.content(weight) == content:

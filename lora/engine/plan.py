@@ -73,7 +73,7 @@ def make_plan(
     parts: dict[tuple[Target, str], list[Part]] = defaultdict(list)
     for number, use in enumerate(stack):
         scales: dict[Target, float] = {}
-        for layer in use.file.layers:
+        for layer in use.lora.layers:
             scale = scales.get(layer.target)
             if scale is None:
                 scale = scales[layer.target] = use.scale_of(layer.target)

@@ -1,22 +1,33 @@
-"""What a request asks for: adapters, how strongly each, where, and when."""
+"""What a caller asks for: which adapters, how strongly, in which parts of the model, and when.
+
+`LoraUse` is the one form of it, whatever names the adapter: a reference in a request, a path on a command
+line, a parsed file in the engine. Imports without torch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lora.engine.modes import Mode
-from lora.formats.adapter import LoraFile
-from lora.formats.names.keys import Target
+
+if TYPE_CHECKING:
+    from lora.formats.adapter import LoraFile
+    from lora.formats.names.keys import Target
 
 __all__ = ["LoraUse", "Mode", "Stack"]
 
+Lora = TypeVar("Lora")
+Other = TypeVar("Other")
+
 
 @dataclass(frozen=True)
-class LoraUse:
+class LoraUse(Generic[Lora]):
     """One adapter of a stack, and how strongly: 1 is as trained, 0 nothing, negative the reverse."""
 
-    file: LoraFile
+    lora: Lora
+    """The adapter: a `LoraFile` for the engine, a `Reference` in a request, a path for the tools."""
     scale: float = 1.0
     components: Mapping[str, float] = field(default_factory=dict)
     """Component -> a further factor; 1 for one that is not named."""
@@ -28,28 +39,39 @@ class LoraUse:
     start: float = 0.0
     """When it begins, as a fraction of the denoising. Text encoders do not denoise: there it always is."""
     end: float = 1.0
+    """When it ends, as a fraction of the denoising."""
+
+    def of(self, lora: Other) -> LoraUse[Other]:
+        """The same strength for another form of the adapter: the parsed file in place of its reference."""
+        use: Any = replace(self, lora=lora)  # type: ignore[arg-type]
+        return use
 
     def scale_of(self, target: Target) -> float:
-        """The factor of one layer."""
+        """The factor of one layer: scale x its component's factor x its block's factor."""
         factor = self.components.get(target.component, 1.0) * self.blocks.get(target.block, 1.0)
         return self.scale * factor
 
     @property
+    def factors(self) -> tuple[float, ...]:
+        """Every number that multiplies the adapter's change."""
+        return (self.scale, *self.components.values(), *self.blocks.values())
+
+    @property
     def ranged(self) -> bool:
-        """Whether it is there for a part of the denoising only."""
+        """Whether it applies during a part of the denoising only."""
         return self.start > 0.0 or self.end < 1.0
 
     def holds(self, fraction: float) -> bool:
-        """Whether it is there at a moment of the denoising."""
+        """Whether it applies at this fraction of the denoising."""
         return self.start <= fraction and (fraction < self.end or self.end >= 1.0)
 
-    def without(self, component: str) -> LoraUse:
-        """The same, and nothing for one component."""
-        return LoraUse(self.file, self.scale, {**self.components, component: 0.0}, self.blocks)
+    def without(self, component: str) -> LoraUse[Lora]:
+        """The same, with a factor of 0 for one component."""
+        return replace(self, components={**self.components, component: 0.0})
 
     @property
     def strengths(self) -> tuple[object, ...]:
-        """Everything but the file, as a key."""
+        """Scale and factors as a key for look-ups, without the adapter and without start and end."""
         return (
             self.scale,
             tuple(sorted(self.components.items())),
@@ -57,4 +79,6 @@ class LoraUse:
         )
 
 
-Stack = Sequence[LoraUse]
+Stack = Sequence[LoraUse["LoraFile"]]
+"""The adapters that are applied together. Their order does not matter: every change is taken from the
+original weight, and the changes add up."""

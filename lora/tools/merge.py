@@ -10,9 +10,9 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -33,16 +33,6 @@ STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """Metadata that would be wrong of a merged model."""
 
 NOT_WEIGHTS = "a word's vectors cannot be merged into weights"
-
-
-@dataclass(frozen=True)
-class LoraToMerge:
-    """One adapter, a file or a PEFT folder, and how strongly; as in `lora.engine.stack.LoraUse`."""
-
-    path: Path
-    scale: float = 1.0
-    components: Mapping[str, float] = field(default_factory=dict)
-    blocks: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,7 +79,7 @@ class MergeReport:
 
 def merge(
     model: Checkpoint,
-    loras: Sequence[LoraToMerge],
+    loras: Sequence[LoraUse[Path]],
     output: Path,
     options: MergeOptions = MergeOptions(),
     tell: Tell = tell_nobody,
@@ -106,14 +96,11 @@ def merge(
     started = time.monotonic()
     if options.dtype not in DTYPES:
         raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(DTYPES)}.")
-    factors = [
-        f for one in loras for f in (one.scale, *one.components.values(), *one.blocks.values())
-    ]
-    if not all(math.isfinite(factor) for factor in factors):
+    if not all(math.isfinite(factor) for use in loras for factor in use.factors):
         raise ToolError("a scale is not a number")
-    target = Output.of(model, output, options.format, [lora.path for lora in loras])
-    files = _load(loras, model.key_map())
-    merged = [_merged(lora, file, options) for lora, file in zip(loras, files, strict=True)]
+    target = Output.of(model, output, options.format, [use.lora for use in loras])
+    files = _load([use.lora for use in loras], model.key_map())
+    merged = [_merged(use, file, options) for use, file in zip(loras, files, strict=True)]
     merging = MergedTensors(model, _changes(loras, files), options.dtype)
     total = sum(merging.bytes_of(raw) for job in target.jobs for raw in job.tensors)
     target.refuse_full_disk(total)
@@ -133,15 +120,15 @@ def merge(
     )
 
 
-def _load(loras: Sequence[LoraToMerge], key_map: KeyMap) -> list[LoraFile]:
+def _load(paths: Sequence[Path], key_map: KeyMap) -> list[LoraFile]:
     """Raises: LoraError or ToolError with the adapter's name."""
     files = []
-    for lora in loras:
+    for path in paths:
         try:
-            files.append(_bind(lora.path, key_map))
+            files.append(_bind(path, key_map))
         except OSError as error:
             why = error.strerror or type(error).__name__
-            raise ToolError(f"{lora.path.name} cannot be read ({why})") from error
+            raise ToolError(f"{path.name} cannot be read ({why})") from error
     return files
 
 
@@ -150,7 +137,7 @@ def _bind(path: Path, key_map: KeyMap) -> LoraFile:
         return load(found.file, key_map, file_sha256(found.original), config=found.config)
 
 
-def _merged(lora: LoraToMerge, file: LoraFile, options: MergeOptions) -> MergedLora:
+def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> MergedLora:
     """Raises: ToolError if not all of its tensors have a place, and that is not allowed."""
     words = {word for one in file.embeddings for word in (one.word or "a new word",)}
     unused = (*file.unused, *(UnusedKey(word, NOT_WEIGHTS) for word in sorted(words)))
@@ -158,18 +145,17 @@ def _merged(lora: LoraToMerge, file: LoraFile, options: MergeOptions) -> MergedL
     if unused and not options.allow_unused:
         first = unused[0]
         raise ToolError(
-            f"{len(unused)} of {lora.path.name}'s {used + len(unused)} tensors have no place in this model, "
+            f"{len(unused)} of {use.lora.name}'s {used + len(unused)} tensors have no place in this model, "
             f"the first of them {first.key[:200]} ({first.reason})",
             "Allow unused tensors to merge the rest.",
         )
-    return MergedLora(lora.path.name, file.sha256, lora.scale, used, unused)
+    return MergedLora(use.lora.name, file.sha256, use.scale, used, unused)
 
 
-def _changes(loras: Sequence[LoraToMerge], files: Sequence[LoraFile]) -> Changes:
+def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Changes:
     """In the stack's order."""
     changes: dict[Place, list[tuple[Algorithm, float]]] = defaultdict(list)
-    for lora, file in zip(loras, files, strict=True):
-        use = LoraUse(file, lora.scale, lora.components, lora.blocks)
+    for use, file in zip(loras, files, strict=True):
         for layer in file.layers:
             if scale := use.scale_of(layer.target):
                 place = Place(layer.target.component, layer.target.path, layer.parameter)

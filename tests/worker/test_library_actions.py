@@ -148,7 +148,7 @@ def test_one_bad_preset_does_not_break_the_others(actions: LibraryActions, root:
     assert found["faults"]["bad"].startswith("preset 'bad': prompt_prefx is not a field")
     assert found["faults"]["worse"] == "presets.json: worse is not an object"
     chosen = choose(actions.selection, "good")
-    assert [lora.reference.path for lora in chosen.request.loras] == ["a"]
+    assert [use.lora.path for use in chosen.request.loras] == ["a"]
     with pytest.raises(InvalidInput) as caught:
         choose(actions.selection, "bad")
     assert "preset 'bad'" in str(caught.value)
@@ -167,7 +167,7 @@ def choose(selection: Selection, wanted: object, **values: Any) -> Chosen:
 
 
 def paths(chosen: Chosen) -> list[str]:
-    return [lora.reference.path for lora in chosen.request.loras]
+    return [use.lora.path for use in chosen.request.loras]
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_a_packed_layer_takes_a_lora_beside_itself(
     assert writable(packed.linear, "weight") is None
     assert takes_low_rank(packed.linear)
     x = randn(5, 12).to(dtype)
-    part = next(layer.part for layer in stack[0].file.layers if layer.target.path == "linear")
+    part = next(layer.part for layer in stack[0].lora.layers if layer.target.path == "linear")
     change = functional.linear(x.float(), part.delta(torch.zeros(8, 12))) * 0.5
     packed.linear.bias.data = packed.linear.bias.data.to(dtype)
     with torch.no_grad():
@@ -296,7 +296,7 @@ def test_linear_layers_take_every_form_of_input(
     delta = sum(
         0.5 * layer.part.delta(root.linear.weight.detach())
         for use in stack
-        for layer in use.file.layers
+        for layer in use.lora.layers
         if layer.target.path == "linear"
     )
     expected = merged_copy(root.linear, delta)

@@ -193,7 +193,7 @@ def read(path: Path) -> LoraFile:
 
 def merged(*uses: LoraUse) -> dict[str, Tensor]:
     """Every parameter that the adapters change, as the engine merges them."""
-    changed = {f"{layer.target}.{layer.parameter}" for use in uses for layer in use.file.layers}
+    changed = {f"{layer.target}.{layer.parameter}" for use in uses for layer in use.lora.layers}
     with engine().applied(uses, Mode.MERGED):
         return {
             f"{name}.{path}": parameter.detach().clone()

@@ -24,19 +24,19 @@ from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraIncompatible, ToolError
 from lora.formats.adapter import load
 from lora.formats.header import read_header
-from lora.tools.merge import LoraToMerge, MergeOptions, MergeReport, merge
+from lora.tools.merge import MergeOptions, MergeReport, merge
 from lora.tools.models.checkpoints import Checkpoint, Place, file_sha256
 from tests.adapters import kohya, randn
 from tests.conftest import ROOT
 from tests.lora.small import NAMES, small, tensors_of
-from tests.lora.tools import models
+from tests.lora.tools import made_models as models
 
 SAME, FP32 = MergeOptions(), MergeOptions(dtype="fp32")
 QUERY = "text_model.encoder.layers.1.self_attn.q_proj"
 
 
 def run(
-    model: Path, loras: list[LoraToMerge], output: Path, options: MergeOptions = SAME
+    model: Path, loras: list[LoraUse[Path]], output: Path, options: MergeOptions = SAME
 ) -> MergeReport:
     with Checkpoint.open(model) as checkpoint:
         return merge(checkpoint, loras, output, options)
@@ -102,7 +102,7 @@ def applied(lora: Path, scale: float) -> dict[Place, Tensor]:
 def test_merged_model_has_the_engines_numbers(tmp_path: Path, lora: Path, single: bool) -> None:
     model = models.sdxl_single(tmp_path / "sdxl.safetensors") if single else models.DEMO
     output = tmp_path / ("out.safetensors" if single else "out")
-    report = run(model, [LoraToMerge(lora, 0.7)], output, FP32)
+    report = run(model, [LoraUse(lora, 0.7)], output, FP32)
     expected = applied(lora, 0.7)
     assert report.parameters == 6
     assert [(one.used, one.unused) for one in report.loras] == [(18, ())]
@@ -124,7 +124,7 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 def test_what_no_adapter_touches_stays_bit_for_bit(tmp_path: Path, lora: Path) -> None:
     model = models.sdxl_single(tmp_path / "sdxl.safetensors")
-    run(model, [LoraToMerge(lora)], tmp_path / "out.safetensors")
+    run(model, [LoraUse(lora)], tmp_path / "out.safetensors")
     before, after = load_file(model), load_file(tmp_path / "out.safetensors")
     assert before.keys() == after.keys()
     different = {name for name in before if not same_bits(before[name], after[name])}
@@ -153,7 +153,7 @@ def test_every_algorithm_is_merged_as_the_engine_does(
     save_file(tensors, tmp_path / "lora.safetensors")
     run(
         tmp_path / "model.safetensors",
-        [LoraToMerge(tmp_path / "lora.safetensors", 0.6)],
+        [LoraUse(tmp_path / "lora.safetensors", 0.6)],
         tmp_path / "out.safetensors",
     )
     engine = LoraEngine({"transformer": root})
@@ -202,7 +202,7 @@ def test_every_form_of_a_model_into_every_form(tmp_path: Path, form: str, output
     else:
         torch.save({"state_dict": tensors} if form == "ckpt" else tensors, model)
     given = model / "model.safetensors.index.json" if form == "index" else model
-    run(given, [LoraToMerge(lora, 0.7)], tmp_path / output)
+    run(given, [LoraUse(lora, 0.7)], tmp_path / output)
     if output == "out.pt":
         table = torch.load(tmp_path / output, weights_only=True)
         assert ("state_dict" in table) == (form == "ckpt")
@@ -222,7 +222,7 @@ def test_every_form_of_a_model_into_every_form(tmp_path: Path, form: str, output
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "fp8"])
 def test_dtype_of_the_output(tmp_path: Path, lora: Path, dtype: str) -> None:
     model = models.sdxl_single(tmp_path / "sdxl.safetensors")
-    report = run(model, [LoraToMerge(lora)], tmp_path / "out.safetensors", MergeOptions(dtype))
+    report = run(model, [LoraUse(lora)], tmp_path / "out.safetensors", MergeOptions(dtype))
     found: dict[str, set[str]] = {}
     for name, info in read_header(tmp_path / "out.safetensors").tensors.items():
         kind = "matrix" if len(info.shape) > 1 else "vector"
@@ -245,7 +245,7 @@ def test_dtype_of_the_output(tmp_path: Path, lora: Path, dtype: str) -> None:
 def test_result_is_rounded_once(tmp_path: Path) -> None:
     tensors, lora = models.wan(), wan_lora(tmp_path / "lora.safetensors")
     save_file(tensors, tmp_path / "wan.safetensors")
-    loras = [LoraToMerge(lora, 0.3), LoraToMerge(lora, 0.4)]
+    loras = [LoraUse(lora, 0.3), LoraUse(lora, 0.4)]
     run(tmp_path / "wan.safetensors", loras, tmp_path / "whole.safetensors")
     run(tmp_path / "wan.safetensors", loras, tmp_path / "half.safetensors", MergeOptions("bf16"))
     whole, half = (
@@ -259,8 +259,8 @@ def test_metadata_tells_what_was_merged_and_keeps_the_inputs(tmp_path: Path, lor
     model = models.sdxl_single(tmp_path / "sdxl.safetensors")
     tensors = load_file(model)
     save_file(tensors, model, {"modelspec.title": "tiny", "sshs_model_hash": "of other weights"})
-    run(model, [LoraToMerge(lora, 0.5)], tmp_path / "one.safetensors")
-    run(tmp_path / "one.safetensors", [LoraToMerge(lora, 2)], tmp_path / "two.safetensors")
+    run(model, [LoraUse(lora, 0.5)], tmp_path / "one.safetensors")
+    run(tmp_path / "one.safetensors", [LoraUse(lora, 2)], tmp_path / "two.safetensors")
     with safe_open(tmp_path / "two.safetensors", "pt") as opened:
         metadata = opened.metadata()
     sha256s = file_sha256(tmp_path / "one.safetensors"), file_sha256(lora)
@@ -274,7 +274,7 @@ def test_metadata_tells_what_was_merged_and_keeps_the_inputs(tmp_path: Path, lor
 
 
 def test_components_and_blocks_have_their_own_factors(tmp_path: Path, lora: Path) -> None:
-    factors = LoraToMerge(lora, 1.0, {"text_encoder": 0.0}, {"IN04": 0.0, "BASE": 0.5})
+    factors = LoraUse(lora, 1.0, {"text_encoder": 0.0}, {"IN04": 0.0, "BASE": 0.5})
     report = run(models.DEMO, [factors], tmp_path / "out", FP32)
     half = applied(lora, 0.5)
     with Checkpoint.open(tmp_path / "out") as merged, Checkpoint.open(models.DEMO) as original:
@@ -298,7 +298,7 @@ def test_folder_is_the_inputs_with_new_weights_alone(tmp_path: Path, lora: Path)
     shutil.copy(unet, model / "tiny_unet.ckpt")
     (model / ".cache").mkdir()
     (model / ".cache" / "lock").write_text("")
-    report = run(model, [LoraToMerge(lora)], tmp_path / "out")
+    report = run(model, [LoraUse(lora)], tmp_path / "out")
     assert report.left_out == (
         "tiny_unet.ckpt",
         "unet/diffusion_pytorch_model.fp16.safetensors",
@@ -320,7 +320,7 @@ def test_list_of_shards_has_the_new_sum_of_bytes(tmp_path: Path) -> None:
     model = models.sharded(tmp_path / "wan", models.wan())
     lora = wan_lora(tmp_path / "lora.safetensors")
     (tmp_path / "out").mkdir()
-    run(model, [LoraToMerge(lora)], tmp_path / "out", MergeOptions("bf16"))
+    run(model, [LoraUse(lora)], tmp_path / "out", MergeOptions("bf16"))
     index = "model.safetensors.index.json"
     before, after = (json.loads((f / index).read_text()) for f in (model, tmp_path / "out"))
     assert after["metadata"]["total_size"] * 2 == before["metadata"]["total_size"]
@@ -339,7 +339,7 @@ def test_peft_folder_and_pickle_are_adapters_too(tmp_path: Path) -> None:
     (peft / "adapter_config.json").write_text(json.dumps(config))
     for name in ("adapter_model.bin", "adapter_model.safetensors"):
         torch.save(parts, peft / name) if name.endswith("bin") else save_file(parts, peft / name)
-        run(tmp_path / "wan.safetensors", [LoraToMerge(peft)], tmp_path / "out.safetensors")
+        run(tmp_path / "wan.safetensors", [LoraUse(peft)], tmp_path / "out.safetensors")
         merged = load_file(tmp_path / "out.safetensors")["blocks.0.self_attn.q.weight"]
         expected = tensors["blocks.0.self_attn.q.weight"] + 3 * up @ down
         torch.testing.assert_close(merged, expected)
@@ -350,25 +350,25 @@ def test_unused_tensors_are_refused_unless_they_are_allowed(tmp_path: Path) -> N
     lora = wan_lora(tmp_path / "lora.safetensors")
     save_file({**load_file(lora), "diffusion_model.blocks.7.ffn.0.diff_b": torch.ones(20)}, lora)
     output = tmp_path / "out.safetensors"
-    said = refusal(tmp_path / "wan.safetensors", [LoraToMerge(lora)], output)
+    said = refusal(tmp_path / "wan.safetensors", [LoraUse(lora)], output)
     assert "1 of lora.safetensors's 6 tensors have no place" in said
     assert "diffusion_model.blocks.7.ffn.0.diff_b (no module of this model has that name)" in said
     allowed = MergeOptions(allow_unused=True)
-    report = run(tmp_path / "wan.safetensors", [LoraToMerge(lora)], output, allowed)
+    report = run(tmp_path / "wan.safetensors", [LoraUse(lora)], output, allowed)
     assert [(one.used, len(one.unused)) for one in report.loras] == [(5, 1)]
 
 
 def test_words_in_an_adapter_count_as_unused(tmp_path: Path, lora: Path) -> None:
     save_file({**adapter(), "bundle_emb.dog.clip_l": torch.ones(1, 32)}, lora)
     assert "dog (a word's vectors cannot be merged" in refusal(
-        models.DEMO, [LoraToMerge(lora)], tmp_path / "out"
+        models.DEMO, [LoraUse(lora)], tmp_path / "out"
     )
 
 
 def test_adapter_for_another_model_is_refused_by_name(tmp_path: Path, lora: Path) -> None:
     save_file(models.wan(), tmp_path / "wan.safetensors")
     with pytest.raises(LoraIncompatible, match=r"lora\.safetensors: the file was made for SDXL"):
-        run(tmp_path / "wan.safetensors", [LoraToMerge(lora)], tmp_path / "out.safetensors")
+        run(tmp_path / "wan.safetensors", [LoraUse(lora)], tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["same", "fp16"])
@@ -384,7 +384,7 @@ def test_overflow_names_the_layer_and_publishes_nothing(
     lora = wan_lora(tmp_path / "lora.safetensors")
     said = refusal(
         tmp_path / "wan.safetensors",
-        [LoraToMerge(lora, 1e7)],
+        [LoraUse(lora, 1e7)],
         tmp_path / output,
         MergeOptions(dtype),
     )
@@ -398,7 +398,7 @@ def test_untouched_weight_that_overflows_the_new_dtype_is_named(tmp_path: Path) 
     tensors["head.head.weight"][0, 0] = 1e6
     tensors["blocks.0.self_attn.norm_q.weight"][0] = float("inf")  # the model's own
     save_file(tensors, tmp_path / "wan.safetensors")
-    loras = [LoraToMerge(wan_lora(tmp_path / "lora.safetensors"))]
+    loras = [LoraUse(wan_lora(tmp_path / "lora.safetensors"))]
     output = tmp_path / "out.safetensors"
     for dtype in ("fp16", "fp8"):
         said = refusal(tmp_path / "wan.safetensors", loras, output, MergeOptions(dtype))
@@ -409,7 +409,7 @@ def test_untouched_weight_that_overflows_the_new_dtype_is_named(tmp_path: Path) 
 def test_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     model = models.sharded(tmp_path / "wan", models.wan())
     lora = wan_lora(tmp_path / "lora.safetensors")
-    loras = [LoraToMerge(lora)]
+    loras = [LoraUse(lora)]
     shard = model / "model-00002-of-00002.safetensors"
     before = shard.read_bytes(), lora.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(shard)
@@ -421,7 +421,7 @@ def test_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
 
 
 def test_output_that_cannot_be_is_refused(tmp_path: Path, lora: Path) -> None:
-    loras = [LoraToMerge(lora)]
+    loras = [LoraUse(lora)]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
     assert "there already" in refusal(models.DEMO, loras, tmp_path / "full")
@@ -441,7 +441,7 @@ def test_disk_without_room_is_refused_before_anything_is_written(
     tmp_path: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**7, 0, 10**7))
-    said = refusal(models.DEMO, [LoraToMerge(lora)], tmp_path / "out")
+    said = refusal(models.DEMO, [LoraUse(lora)], tmp_path / "out")
     assert "needs 0.0 GB" in said or "GB, and the disk has" in said
     assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
 
@@ -451,11 +451,11 @@ import resource, sys
 from pathlib import Path
 from lora.errors import ToolError
 from lora.tools.models.checkpoints import Checkpoint
-from lora.tools.merge import LoraToMerge, merge
+from lora.tools.merge import merge
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
 try:
     with Checkpoint.open(Path(sys.argv[1])) as model:
-        merge(model, [LoraToMerge(Path(sys.argv[2]))], Path(sys.argv[3]))
+        merge(model, [LoraUse(Path(sys.argv[2]))], Path(sys.argv[3]))
 except ToolError as error:
     print(error)
     sys.exit(2)
@@ -482,11 +482,11 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from lora.tools.models.checkpoints import Checkpoint
-from lora.tools.merge import LoraToMerge, merge
+from lora.tools.merge import merge
 print("ready", flush=True)
 for number in range(1000):
     with Checkpoint.open(Path(sys.argv[1])) as model:
-        merge(model, [LoraToMerge(Path(sys.argv[2]))], Path(sys.argv[3]) / f"{number}{sys.argv[4]}")
+        merge(model, [LoraUse(Path(sys.argv[2]))], Path(sys.argv[3]) / f"{number}{sys.argv[4]}")
 """
 
 
@@ -495,7 +495,7 @@ for number in range(1000):
 def test_run_killed_at_any_moment_leaves_only_whole_models(tmp_path: Path, ending: str) -> None:
     save_file(models.wan(), tmp_path / "wan.safetensors")
     lora = wan_lora(tmp_path / "lora.safetensors")
-    run(tmp_path / "wan.safetensors", [LoraToMerge(lora)], tmp_path / "good.safetensors")
+    run(tmp_path / "wan.safetensors", [LoraUse(lora)], tmp_path / "good.safetensors")
     good = load_file(tmp_path / "good.safetensors")
     written = 0
     for pause in (0.031, 0.083, 0.157):
@@ -522,7 +522,7 @@ def test_progress_ends_at_the_total(tmp_path: Path, lora: Path) -> None:
     told: list[tuple[int, int, str]] = []
     with Checkpoint.open(models.DEMO) as model:
         report = merge(
-            model, [LoraToMerge(lora)], tmp_path / "out", MergeOptions(), lambda *x: told.append(x)
+            model, [LoraUse(lora)], tmp_path / "out", MergeOptions(), lambda *x: told.append(x)
         )
     assert [done for done, _, _ in told] == sorted(done for done, _, _ in told)
     assert told[-1][:2] == (report.bytes, report.bytes)

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lora.engine.stack import LoraUse
 from lora.errors import ToolError
 from lora.formats.adapter import load
 from lora.formats.names.naming import Naming
@@ -24,7 +25,7 @@ from lora.tools.extract.run import Conv, ExtractOptions, ExtractReport, LayerRep
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import truncated_svd
 from lora.tools.factors.tucker import tucker_svd
-from lora.tools.merge import LoraToMerge, MergeOptions, merge
+from lora.tools.merge import MergeOptions, merge
 from lora.tools.models.checkpoints import Checkpoint, Place
 from tests.adapters import randn
 from tests.conftest import ROOT
@@ -45,7 +46,7 @@ def extracted(
 def merged(source: Path, lora: Path) -> dict[str, Tensor]:
     output = lora.with_name("merged.safetensors")
     with Checkpoint.open(source) as model:
-        merge(model, [LoraToMerge(lora)], output, MergeOptions())
+        merge(model, [LoraUse(lora)], output, MergeOptions())
     return load_file(output)
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from lora.engine.engine import LoraEngine
 from lora.errors import ToolError
 from lora.tools.models.checkpoints import Checkpoint, Place
-from tests.lora.tools import models
+from tests.lora.tools import made_models as models
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 
