@@ -35,6 +35,7 @@ from worker.actions import Actions, action_of
 from worker.image_job import PHASES, Answer, ImageJob, Job, Parts
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
+from worker.opening import open_cache, read_settings
 from worker.outputs import guard_size, open_bucket, sendable
 from worker.progress import Progress
 from worker.sender import Sender
@@ -86,7 +87,7 @@ class Worker:
             int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
         )
         engine = LoraEngine(pipeline.components, budgets)
-        lora_cache = settings.open_cache()
+        lora_cache = open_cache(settings)
         with suppress(OSError):  # whoever needs to write will say so
             lora_cache.shelf.prepare()
         library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
@@ -275,7 +276,7 @@ def _failure(error: CodedError, *, refresh: bool = False) -> Answer:
 @cache
 def default_worker() -> Worker:
     """The worker of this process, by its environment; the models are loaded when it is first asked for."""
-    return Worker(Settings.from_env(os.environ)).setup()
+    return Worker(read_settings(os.environ)).setup()
 
 
 def generate_image(job: Job) -> Answer:
@@ -295,7 +296,7 @@ def main() -> None:
     quiet_libraries()
     worker = default_worker()
     runpod.serverless.register_fitness_check(worker.check_fitness)
-    concurrency = int(worker.settings.concurrency)
+    concurrency = worker.settings.concurrency
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
         {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}

@@ -23,6 +23,7 @@ from pipelines.image import ImagePipeline, Preview, Route, StepCallback, Timings
 from schemas import ImageRequest, parse_job
 from settings import Settings
 from worker.inputs import load_picture
+from worker.opening import default_loras
 from worker.outputs import (
     Bucket,
     OutputTooLarge,
@@ -79,7 +80,7 @@ class Parts:
     def selection(self) -> Selection:
         """The presets, and what a job gets that asks for no LoRA."""
         settings, presets = self.settings, Presets(self.library.cache.shelf.root)
-        return Selection(presets, settings.lora_default_preset, settings.default_loras)
+        return Selection(presets, settings.lora_default_preset, default_loras(settings))
 
     @property
     def warnings(self) -> tuple[str, ...]:
