@@ -39,10 +39,10 @@ def get_lora_cache_path(source: str) -> Path:
     from lora.fetch.sources import CachedName, Reference
 
     lora_cache = _lora_cache()
-    place = lora_cache.resolve(Reference(source)).place
-    if isinstance(place, CachedName):
-        return lora_cache.find(place).path
-    return lora_cache.path_for(place)
+    location = lora_cache.resolve(Reference(source)).location
+    if isinstance(location, CachedName):
+        return lora_cache.find(location).path
+    return lora_cache.path_for(location)
 
 
 def download_lora(source: str) -> Path:
