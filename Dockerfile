@@ -31,7 +31,7 @@ RUN --mount=type=secret,id=HF_TOKEN \
     if [ -s /run/secrets/HF_TOKEN ]; then export HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; fi; \
     python download_weights.py && HF_HUB_OFFLINE=1 python download_weights.py --check
 
-COPY handler.py schemas.py ./
+COPY handler.py schemas.py validation.py ./
 COPY lora/ lora/
 COPY pipelines/ pipelines/
 COPY worker/ worker/

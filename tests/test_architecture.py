@@ -22,6 +22,7 @@ PARTS = (
     "pipelines",
     "schemas",
     "settings",
+    "validation",
     "lora",
     "emulator",
 )

@@ -14,10 +14,11 @@ import handler
 from handler import Worker
 from lora import errors
 from lora.errors import CodedError
-from schemas import IMAGE_REQUEST, LORA_ENTRY, InvalidInput, parse_job
+from schemas import IMAGE_REQUEST, LORA_ENTRY, parse_job
 from settings import Settings
 from tests.conftest import ROOT
 from tests.make_hub_json import PATH, hub_json
+from validation import InvalidInput
 from worker.outputs import OutputTooLarge
 from worker.stop import Cancelled
 

@@ -11,9 +11,9 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from lora.fetch.web import Web
-from schemas import InvalidInput
 from settings import Settings
 from tests.server import LOOPBACK
+from validation import InvalidInput
 from worker.outputs import (
     Bucket,
     Encoded,
