@@ -35,6 +35,7 @@ from worker.failures import OOM_HINT, OutOfMemory, Unexpected, failure, unexpect
 from worker.image_job import PHASES, ImageJob
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
+from worker.opening import open_cache, read_settings
 from worker.outputs import guard_size, open_bucket, sendable
 from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
@@ -87,7 +88,7 @@ class Worker:
             int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
         )
         engine = LoraEngine(pipeline.components, budgets)
-        lora_cache = settings.open_cache()
+        lora_cache = open_cache(settings)
         with suppress(OSError):  # whatever has to write there later reports it
             lora_cache.shelf.prepare()
         library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
@@ -248,7 +249,7 @@ class Worker:
 @cache
 def default_worker() -> Worker:
     """The worker of this process, set up from the environment at the first call."""
-    return Worker(Settings.from_env(os.environ)).setup()
+    return Worker(read_settings(os.environ)).setup()
 
 
 def generate_image(job: Job) -> Answer:
@@ -268,7 +269,7 @@ def main() -> None:
     quiet_libraries()
     worker = default_worker()
     runpod.serverless.register_fitness_check(worker.check_fitness)
-    concurrency = int(worker.settings.concurrency)
+    concurrency = worker.settings.concurrency
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
         {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}

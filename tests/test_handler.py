@@ -30,6 +30,7 @@ from tests.adapters import as_bytes, kohya, sd15
 from tests.conftest import ROOT
 from tests.lora.engine.test_engine import State
 from tests.server import LoopbackServer
+from worker.opening import open_cache
 
 FAST: dict[str, Any] = {"prompt": "a big red circle on a blue background", "num_inference_steps": 2}
 FAST |= {"seed": 7, "scheduler": "K_EULER"}
@@ -517,7 +518,7 @@ def preloading(folder: Path, *sources: str) -> Worker:
         device="cpu",
         lora_cache_dir=folder,
         lora_preload=", ".join(sources),
-        lora_allow_private_urls="1",
+        lora_allow_private_urls=True,
     )
     return Worker(settings)
 
@@ -529,7 +530,7 @@ def test_preloaded_loras_are_there_before_the_first_job(
     worker = preloading(tmp_path, url, gone)
     worker.__dict__["parts"] = replace(  # another cache, the same models
         demo_worker.parts,
-        library=LoraLibrary(worker.settings.open_cache(), demo_worker.parts.engine.key_map),
+        library=LoraLibrary(open_cache(worker.settings), demo_worker.parts.engine.key_map),
     )
     worker.setup()
     deadline = time.monotonic() + 20

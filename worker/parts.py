@@ -15,6 +15,7 @@ from lora.volume.loader import LoraLibrary
 from lora.volume.presets import Presets
 from pipelines.image import ImagePipeline
 from settings import Settings
+from worker.opening import default_loras
 from worker.outputs import Bucket
 from worker.selection import Selection
 
@@ -48,7 +49,7 @@ class Parts:
     def selection(self) -> Selection:
         """The presets, and the LoRAs of a job that names none."""
         settings, presets = self.settings, Presets(self.library.cache.shelf.root)
-        return Selection(presets, settings.lora_default_preset, settings.default_loras)
+        return Selection(presets, settings.lora_default_preset, default_loras(settings))
 
     @property
     def warnings(self) -> tuple[str, ...]:

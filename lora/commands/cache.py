@@ -40,7 +40,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Does the action. Raises: CodedError."""
-    cache = worker_settings().open_cache()
+    from worker.opening import open_cache
+
+    cache = open_cache(worker_settings())
     actions: dict[str, Callable[[VolumeCache, Namespace], Mapping[str, Any]]] = {
         "list": _list,
         "add": _add,

@@ -214,8 +214,9 @@ def _fetched(source: str, settings: Settings, place: Path, tell: Tell) -> str:
     """Puts what a source means into `place`, by way of the user's own cache; its name there."""
     from lora.fetch.sources import SAFETENSORS, Reference
     from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
+    from worker.opening import open_cache
 
-    cache, reference = settings.open_cache(), Reference(source)
+    cache, reference = open_cache(settings), Reference(source)
     entry = cache.get(
         cache.resolve(reference), lambda done, total: tell(done, total or 0, reference.shown)
     )

@@ -254,9 +254,10 @@ def write_file(path: Path, data: bytes) -> None:
 
 def worker_settings() -> Settings:
     """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
-    from settings import Settings, SettingsError
+    from settings import SettingsError
+    from worker.opening import read_settings
 
     try:
-        return Settings.from_env(os.environ)
+        return read_settings(os.environ)
     except SettingsError as error:
         raise ToolError(str(error), "The README lists the environment variables.") from error

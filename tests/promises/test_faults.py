@@ -30,6 +30,7 @@ from settings import Settings
 from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
 from tests.server import LOOPBACK, LoopbackServer, Reply, gzip_of
+from worker.opening import open_cache
 
 ADAPTER, OTHER = as_bytes(kohya()), as_bytes(kohya(seed=9))
 ETAG = '"one"'
@@ -476,7 +477,7 @@ def test_every_row_names_its_code() -> None:
 
 def test_the_numbers_and_settings_in_the_docs_are_the_codes() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
-    limits = Settings().open_cache().limits
+    limits = open_cache(Settings()).limits
     for words in (
         f"{limits.tries} tries in a row",
         f"{limits.timeout:.0f} s",

@@ -25,6 +25,7 @@ from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer, Reply
 from tests.test_handler import job
 from tests.worker.test_inputs import png
+from worker.opening import read_settings
 
 CANARY = "canary"
 KEY_ID = "canary-key-id"
@@ -262,7 +263,7 @@ def test_no_secret_is_ever_shown_or_kept(
     secret = {one.metadata["env"] for one in fields(Settings) if one.metadata["secret"]}
     assert {name for name in secret if CANARY in environment[name]} == secret
     site.store.replies["/gone.safetensors"] = Reply(status=404)
-    worker = Worker(Settings.from_env(environment), heard.update).setup()
+    worker = Worker(read_settings(environment), heard.update).setup()
     worker.check_fitness()
     for name, make in GOOD.items():
         answer = worker({**make(site), "id": "job"})
