@@ -31,7 +31,7 @@ PARTS = (
 
 GROUND = {"lora.errors", "lora.durable", "lora.lru"}
 
-DOORS = {"lora": {"lora"}, "lora.__main__": {"lora", "worker.generate"}}
+DOORS = {"lora": {"lora"}, "lora.__main__": {"lora"}}
 """What stands above the packages of `lora`: the door for programs, and the command line."""
 
 
