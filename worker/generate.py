@@ -194,7 +194,7 @@ def _gathered(
 
 def _local(source: str, place: Path) -> str | None:
     """Puts the user's file or folder into `place`; its name there, or None if there is none."""
-    from lora.fetch.sources import EXTENSIONS
+    from lora.formats.endings import EXTENSIONS
     from lora.tools.adapters.opening import file_of
 
     path = Path(source).expanduser()
@@ -221,7 +221,8 @@ def _put(path: Path, place: Path) -> str:
 
 def _fetched(source: str, settings: Settings, place: Path, on_progress: OnProgress) -> str:
     """Puts what a source means into `place`, by way of the user's own cache; its name there."""
-    from lora.fetch.sources import SAFETENSORS, Reference
+    from lora.fetch.sources import Reference
+    from lora.formats.endings import SAFETENSORS
     from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
     from worker.opening import open_cache
 

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.formats.adapter import LoraFile, UnusedKey, load
+from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm
+from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap
 from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.opening import opened
@@ -159,7 +160,7 @@ def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Chang
         for layer in file.layers:
             if scale := use.scale_of(layer.target):
                 place = Place(layer.target.component, layer.target.path, layer.parameter)
-                changes[place].append((layer.part, scale))
+                changes[place].append((layer.algorithm, scale))
     return changes
 
 

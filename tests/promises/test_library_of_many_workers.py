@@ -166,7 +166,7 @@ def check(root: Path) -> None:
             file = load(path, key_map(), "x")
             metadata = json.loads(file.metadata["lora_adapter_metadata"])
             assert (
-                file.layers[0].part.delta(torch.zeros(16, 16))[0, 0] == metadata[".lora_alpha"]
+                file.layers[0].algorithm.delta(torch.zeros(16, 16))[0, 0] == metadata[".lora_alpha"]
             ), why
 
 

@@ -184,7 +184,7 @@ def test_an_open_file_and_a_mapped_one_keep_their_bytes_when_it_is_refreshed(
 
 def tensors(file: LoraFile) -> list[torch.Tensor]:
     """Every tensor of the file's layers."""
-    values = [value for layer in file.layers for value in vars(layer.part).values()]
+    values = [value for layer in file.layers for value in vars(layer.algorithm).values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
