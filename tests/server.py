@@ -23,7 +23,7 @@ from lora.fetch.web import Web
 LOOPBACK = Web(WebRules(allow_private=True))
 """Asks servers of this machine, too."""
 
-STALL = 60.0
+STALL = 600.0
 """Most seconds that an answer falls silent; it ends with the server, too."""
 
 
