@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ def test_every_block_of_the_page_runs(
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102 - our own page
+        exec(compile(block, str(PAGE), "exec"), names)
     pictures = [names[name].tobytes() for name in ("plain", "striped", "merged", "both", "dark")]
     assert len(set(pictures)) == len(pictures)
     assert names["style"].file.layers
@@ -56,8 +57,6 @@ def test_a_name_that_is_not_there_is_told() -> None:
 
 
 def test_a_pipeline_without_a_part_that_adapters_know_is_refused() -> None:
-    class Pipeline:
-        components = {"vae": object(), "unet": None}
-
+    pipeline = SimpleNamespace(components={"vae": object(), "unet": None})
     with pytest.raises(ValueError, match="none of unet"):
-        lora.engine_for(Pipeline())
+        lora.engine_for(pipeline)
