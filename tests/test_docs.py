@@ -15,8 +15,9 @@ from docs.generate import files, leaves
 from handler import Worker
 from lora import errors
 from lora.errors import CodedError
-from schemas import InvalidInput, parse_job
+from schemas import parse_job
 from tests.conftest import ROOT
+from validation import InvalidInput
 from worker.outputs import OutputTooLarge
 from worker.stop import Cancelled
 

@@ -15,10 +15,12 @@ import torch
 from lora.fetch.sources import Reference
 from lora.volume.loader import Loaded
 from lora.volume.records import told_of
-from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
-from worker.image_job import Parts, unused_keys
+from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
+from validation import InvalidInput, faults_of, filled
+from worker.image_job import unused_keys
 from worker.library_actions import SCHEMAS as LIBRARY_SCHEMAS
 from worker.library_actions import LibraryActions
+from worker.parts import Parts
 
 _ENTRY = {
     name: LORA_ENTRY["properties"][name]

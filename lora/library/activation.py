@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from lora.durable import replace_durably
 from lora.errors import CacheFull, LoraCorrupt, LoraNotFound
-from lora.fetch.sources import SAFETENSORS, CachedName, RemoteFile
+from lora.fetch.sources import CachedName, RemoteFile
 from lora.formats.adapter import LoraFile, load
+from lora.formats.endings import SAFETENSORS
 from lora.formats.families import identify
 from lora.formats.header import read_header
 from lora.formats.names.keys import KeyMap

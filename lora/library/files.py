@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lora.fetch.sources import EXTENSIONS
+from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.volume.records import pin_path
 

@@ -41,8 +41,9 @@ from lora.errors import (
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Download, Fetched, Limits, NotModified, OnBytes
 from lora.fetch.hub import Hub
-from lora.fetch.sources import SAFETENSORS, CachedName, Reference, RemoteFile
+from lora.fetch.sources import CachedName, Reference, RemoteFile
 from lora.fetch.web import Web
+from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
 from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG, config_beside
 from lora.formats.pickles import convert, looks_like_pickle

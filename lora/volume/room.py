@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from lora.errors import CacheFull
-from lora.fetch.sources import EXTENSIONS
+from lora.formats.endings import EXTENSIONS
 from lora.volume.records import INCOMING, Record, pin_path, read_as, record_path
 
 log = logging.getLogger(__name__)

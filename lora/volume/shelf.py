@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lora.errors import LoraCorrupt, LoraError, SourceInvalid
-from lora.fetch.sources import EXTENSIONS, SAFETENSORS, RemoteFile
+from lora.fetch.sources import RemoteFile
+from lora.formats.endings import EXTENSIONS, SAFETENSORS
 from lora.formats.header import read_header
 from lora.formats.peft import STEMS
 from lora.volume.mounts import on_local_disk

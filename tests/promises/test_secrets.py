@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -24,6 +23,7 @@ from settings import Settings
 from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer, Reply
 from tests.test_handler import job
+from tests.waiting import until
 from tests.worker.test_inputs import png
 from worker.opening import read_settings
 
@@ -294,9 +294,7 @@ def test_no_secret_is_ever_shown_or_kept(
 
 def _wait_for(worker: Worker) -> None:
     """For the preload, which goes on in the background."""
-    deadline = time.monotonic() + 10
-    while "under way" in worker.preloaded.values() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: "under way" not in worker.preloaded.values())
     assert sorted(text[:14] for text in worker.preloaded.values()) == ["LORA_NOT_FOUND", "ready"]
 
 

@@ -15,12 +15,13 @@ from lora.errors import CodedError, LoraNotFound
 from lora.library.catalog import Catalog
 from lora.volume.cache import VolumeCache
 from lora.volume.presets import Presets
-from schemas import ImageRequest, InvalidInput, faults_of, filled, parse_job
+from schemas import ImageRequest, parse_job
 from settings import SettingsError
 from tests.adapters import kohya, loha, write
 from tests.conftest import ROOT
 from tests.test_handler import FAST, job
 from tests.worker.test_actions import ask as act
+from validation import InvalidInput, faults_of, filled
 from worker.library_actions import SCHEMAS, LibraryActions
 from worker.opening import read_settings
 from worker.selection import PRESET, Chosen, Selection, ready

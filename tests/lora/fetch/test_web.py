@@ -25,9 +25,9 @@ from lora.fetch.rules import WebRules, origin_of
 from lora.fetch.sources import Reference
 from lora.fetch.web import MAX_REDIRECTS, UncheckedConnection, Web
 from lora.volume.cache import Limits, VolumeCache
-from schemas import InvalidInput
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, STALL, LoopbackServer, Reply, gzip_of
+from validation import InvalidInput
 from worker.inputs import load_picture
 
 ADAPTER = as_bytes(kohya())
