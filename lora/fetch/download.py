@@ -168,7 +168,7 @@ class Download:
             raise _TryAgain(_reason(error)) from None
         if self._total is not None and self._done != self._total:
             self._validator = None  # another length than announced: the next try starts anew
-            raise _TryAgain("the body has another length than was told")
+            raise _TryAgain("the body has another length than announced")
 
     def _begin(self, stream: io.FileIO, body: Body) -> None:
         """Resumes where the last try broke off, if the server does so too; else starts anew."""
