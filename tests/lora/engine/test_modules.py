@@ -152,7 +152,7 @@ def test_a_packed_layers_bias_is_merged(packed: nn.Module, mode: Mode) -> None:
     engine, before = LoraEngine({"unet": packed}), outputs(packed)
     with engine.applied([LoraUse(adapter("lora_bias"))], mode):
         after = outputs(packed)
-    part = next(p.part for p in adapter("lora_bias").layers if p.parameter == "bias")
+    part = next(p.algorithm for p in adapter("lora_bias").layers if p.parameter == "bias")
     with engine.applied([LoraUse(adapter("lora"))], mode):
         pass
     assert same(before, outputs(packed))
