@@ -18,7 +18,7 @@ from jsonschema.exceptions import ValidationError
 from lora.engine.stack import LoraUse, Mode
 from lora.errors import CodedError, nearest
 from lora.fetch.sources import Reference
-from lora.formats.names.blocks import LARGEST, parse_blocks
+from lora.formats.names.blocks import MAX_SCALE, parse_blocks
 
 SCHEDULERS = (
     "PNDM",
@@ -206,10 +206,10 @@ LORA_ENTRY: dict[str, Any] = {
         "path": {"type": "string", "minLength": 1, "description": "The source"},
         "scale": {
             "type": ["number", "object"],
-            "minimum": -LARGEST,
-            "maximum": LARGEST,
+            "minimum": -MAX_SCALE,
+            "maximum": MAX_SCALE,
             "propertyNames": {"enum": list(LORA_COMPONENTS)},
-            "additionalProperties": {"type": "number", "minimum": -LARGEST, "maximum": LARGEST},
+            "additionalProperties": {"type": "number", "minimum": -MAX_SCALE, "maximum": MAX_SCALE},
             "default": 1.0,
             "description": "How strongly; 1 as trained, 0 not at all, negative the reverse. An object "
             "gives each component its own: `unet`, `text_encoder`, `text_encoder_2` (1 where not named)",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import LoraCorrupt, LoraUnsupported
+from lora.formats.names.keys import PEFT_PREFIX
 
 RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """The slots whose first dimension is the rank."""
@@ -60,7 +61,7 @@ class Alphas:
         if config is None:
             return
         # PEFT's patterns do not see what is before the model's own names.
-        name = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
+        name = name.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
         if "oft_r" in slots and slots["oft_r"].dim() == 2:
             _complete_oft(slots, config)
         elif "ia3_l" in slots and config.feedforward is not None:

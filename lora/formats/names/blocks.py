@@ -26,7 +26,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "OUT": tuple(name for name in EVERY if name.startswith("OUT")),
     "M00": ("MID",),
 }
-LARGEST = 10
+MAX_SCALE = 10
 
 
 def parse_blocks(value: object) -> dict[str, float]:
@@ -72,8 +72,8 @@ def _named(value: Mapping[object, object]) -> dict[str, float]:
 def _factor(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("a block's value is not a number")
-    if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"a block's value is not between {-LARGEST} and {LARGEST}")
+    if not -MAX_SCALE <= value <= MAX_SCALE:
+        raise ValueError(f"a block's value is not between {-MAX_SCALE} and {MAX_SCALE}")
     return float(value)
 
 

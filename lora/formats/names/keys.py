@@ -14,70 +14,53 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from lora.formats.names.sgm import sgm_path
+from lora.formats.names.sgm import block_of, sgm_path
 from lora.formats.names.wan import wan_path
 
 Shape = tuple[int, ...]
 
+SAME = (
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+"""The slots whose suffix is their own name, in LyCORIS and in PEFT: LoHa's and LoKr's."""
+
+LYCORIS: Mapping[str, str] = {
+    **{slot: f"{slot}.weight" for slot in ("lora_up", "lora_down", "lora_mid")},
+    **{slot: slot for slot in ("alpha", "bias_indices", "bias_values", "bias_size", *SAME)},
+    **{slot: slot for slot in ("dora_scale", "oft_blocks", "rescale", "on_input")},
+    **{slot: f"{slot}.weight" for slot in ("a1", "a2", "b1", "b2", "bm")},
+    **{slot: slot for slot in ("diff", "diff_b", "diff_m")},
+    "weight": "set_weight",
+}
+"""Slot -> what kohya, LyCORIS and ComfyUI put behind the module's name."""
+
+LYCORIS_NORMS: Mapping[str, str] = {"diff": "w_norm", "diff_b": "b_norm"}
+"""The same, for the modules that LyCORIS has for norms."""
+
+PEFT: Mapping[str, str] = {
+    "lora_up": "lora_B.weight",
+    "lora_down": "lora_A.weight",
+    "lora_up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+    "oft_r": "oft_R.weight",
+    "ia3_l": "ia3_l",
+    **{slot: slot for slot in SAME},
+}
+"""Slot -> what PEFT and diffusers put behind the module's name."""
+
 SLOTS: Mapping[str, str] = {
-    # kohya, LyCORIS
-    "lora_up.weight": "lora_up",
-    "lora_down.weight": "lora_down",
-    "lora_mid.weight": "lora_mid",
-    "alpha": "alpha",
-    "bias_indices": "bias_indices",
-    "bias_values": "bias_values",
-    "bias_size": "bias_size",
-    # diffusers and PEFT
-    "lora_B.weight": "lora_up",
-    "lora_A.weight": "lora_down",
-    "lora_B.bias": "lora_up_bias",
+    **{suffix: slot for row in (LYCORIS, LYCORIS_NORMS, PEFT) for slot, suffix in row.items()},
+    # older forms of diffusers and PEFT
     "lora.up.weight": "lora_up",
     "lora.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
     "lora_linear_layer.down.weight": "lora_down",
     "up.weight": "lora_up",  # behind `processor.to_q_lora`
     "down.weight": "lora_down",
-    # LyCORIS LoHa; PEFT's has the same names
-    "hada_w1_a": "hada_w1_a",
-    "hada_w1_b": "hada_w1_b",
-    "hada_w2_a": "hada_w2_a",
-    "hada_w2_b": "hada_w2_b",
-    "hada_t1": "hada_t1",
-    "hada_t2": "hada_t2",
-    # LyCORIS LoKr; PEFT's has the same names
-    "lokr_w1": "lokr_w1",
-    "lokr_w1_a": "lokr_w1_a",
-    "lokr_w1_b": "lokr_w1_b",
-    "lokr_w2": "lokr_w2",
-    "lokr_w2_a": "lokr_w2_a",
-    "lokr_w2_b": "lokr_w2_b",
-    "lokr_t2": "lokr_t2",
-    # DoRA
-    "dora_scale": "dora_scale",
-    "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    # OFT, BOFT
-    "oft_blocks": "oft_blocks",
-    "rescale": "rescale",
     "oft_R": "oft_r",
-    "oft_R.weight": "oft_r",
-    # GLoRA
-    "a1.weight": "a1",
-    "a2.weight": "a2",
-    "b1.weight": "b1",
-    "b2.weight": "b2",
-    "bm.weight": "bm",
-    # IA3; LyCORIS' own factors are called `weight`
-    "on_input": "on_input",
-    "ia3_l": "ia3_l",
-    # parameters given whole
-    "diff": "diff",
-    "diff_b": "diff_b",
-    "diff_m": "diff_m",
-    "w_norm": "diff",
-    "b_norm": "diff_b",
-    "set_weight": "weight",
+    # parameters given whole; LyCORIS' IA3 factors are called `weight`, too
     "weight": "weight",
     "bias": "bias",
     "base_layer.bias": "bias",  # PEFT's `bias="all"` and "lora_only"
@@ -116,42 +99,57 @@ def slot_of(suffix: str) -> str:
 
 
 MAX_KEY = 1000
-"""No trainer writes longer names, and each of their dots would cost a look."""
+"""No trainer writes longer names. Longer ones are not looked up: each of their dots would take a look-up."""
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT's own saving puts before a module's path."""
 
 
 @dataclass(frozen=True)
-class _Prefixes:
-    """What stands before a module's path in a key: dotted, or with underscores for dots."""
+class Prefixes:
+    """What stands before the path of a component's modules. After a `_`, the path has `_` for its dots."""
 
-    dotted: tuple[str, ...]
-    underscored: tuple[str, ...]
+    kohya: str
+    original: str
+    """ComfyUI's and LightX2V's: see `naming.Naming`."""
+    others: tuple[str, ...] = ()
+
+    @cached_property
+    def all(self) -> tuple[str, ...]:
+        """Every one that is read."""
+        return (self.kohya, self.original, *self.others)
 
 
-COMPONENTS: Mapping[str, _Prefixes] = {
-    "unet": _Prefixes(
-        ("unet.", "diffusion_model.", "model.diffusion_model."),
-        ("lora_unet_", "lycoris_", "oft_unet_"),
+_DRAWING = ("lora_unet_", "diffusion_model.")
+COMPONENTS: Mapping[str, Prefixes] = {
+    "unet": Prefixes(*_DRAWING, ("unet.", "model.diffusion_model.", "lycoris_", "oft_unet_")),
+    "transformer": Prefixes(
+        *_DRAWING, ("transformer.", "model.diffusion_model.", "lora_transformer_", "lycoris_")
     ),
-    "transformer": _Prefixes(
-        ("transformer.", "diffusion_model.", "model.diffusion_model."),
-        ("lora_transformer_", "lora_unet_", "lycoris_"),
+    "text_encoder": Prefixes(
+        "lora_te1_",
+        "text_encoders.clip_l.transformer.",
+        ("text_encoder.", "clip_l.", "lora_te_", "lycoris_te1_"),
     ),
-    "text_encoder": _Prefixes(
-        ("text_encoder.", "clip_l.", "text_encoders.clip_l.transformer."),
-        ("lora_te1_", "lora_te_", "lycoris_te1_"),
+    "text_encoder_2": Prefixes(
+        "lora_te2_",
+        "text_encoders.clip_g.transformer.",
+        ("text_encoder_2.", "clip_g.", "lycoris_te2_"),
     ),
-    "text_encoder_2": _Prefixes(
-        ("text_encoder_2.", "clip_g.", "text_encoders.clip_g.transformer."),
-        ("lora_te2_", "lycoris_te2_"),
-    ),
-    "text_encoder_3": _Prefixes(
-        ("text_encoder_3.", "t5.", "text_encoders.t5xxl.transformer."), ("lora_te3_",)
+    "text_encoder_3": Prefixes(
+        "lora_te3_", "text_encoders.t5xxl.transformer.", ("text_encoder_3.", "t5.")
     ),
 }
 """The prefixes of each component that pipelines have."""
 
-_MAIN_PREFIXES = ("", "base_model.model.", "transformer.")
-"""For the first component, which bare names mean: PEFT's own saving, diffusers' for models that draw."""
+
+def prefixes_of(component: str) -> Prefixes:
+    """A component's prefixes; of one that is not known, its name."""
+    return COMPONENTS.get(component) or Prefixes(f"{component}.", f"{component}.")
+
+
+_MAIN_PREFIXES = ("", PEFT_PREFIX, "transformer.")
+"""Before names that mean the first component: nothing, PEFT's, and diffusers' for models that draw."""
 
 MODULATIONS = ("modulation", "scale_shift_table")
 """What models call the table that `diff_m` changes."""
@@ -201,7 +199,7 @@ class KeyMap:
             main = component == self.components[0]
             for path, parameters in found.items():
                 sgm = sgm_path(path, found) if component == "unet" else None
-                target = Target(component, path, parameters, _block(sgm))
+                target = Target(component, path, parameters, block_of(sgm or ""))
                 for name in _names(component, _paths(component, path, sgm, found), main=main):
                     if self._targets.setdefault(name, target) is not target:
                         other = self._targets[name]
@@ -233,30 +231,19 @@ class KeyMap:
     def missing_component(self, key: str) -> str | None:
         """The component that a key is for, if this pipeline has none of that name."""
         meant = [
-            component
-            for component, prefixes in COMPONENTS.items()
-            if key.startswith((*prefixes.dotted, *prefixes.underscored))
+            component for component, prefixes in COMPONENTS.items() if key.startswith(prefixes.all)
         ]
         return None if set(meant) & set(self.components) else next(iter(meant), None)
 
 
-def _block(sgm: str | None) -> str:
-    found = re.match(r"(input|middle|output)_blocks?\.(\d+)", sgm or "")
-    if not found:
-        return "BASE"
-    side, number = found.groups()
-    return "MID" if side == "middle" else f"{'IN' if side == 'input' else 'OUT'}{int(number):02}"
-
-
 def _names(component: str, paths: Iterable[str], *, main: bool) -> Iterator[str]:
     """Every stem that means a module which trainers know under these paths."""
-    prefixes = COMPONENTS.get(component, _Prefixes((f"{component}.",), ()))
-    dotted = {*prefixes.dotted, *(_MAIN_PREFIXES if main else ())}
+    prefixes = {*prefixes_of(component).all, *(_MAIN_PREFIXES if main else ())}
     for path in paths:
-        for prefix in dotted:
-            yield prefix + path
-        if path:
-            for prefix in prefixes.underscored:
+        for prefix in prefixes:
+            if not prefix.endswith("_"):
+                yield prefix + path
+            elif path:
                 yield prefix + path.replace(".", "_")
 
 

@@ -16,7 +16,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from enum import StrEnum
 
-from lora.formats.names.keys import KeyMap, Shape, Target
+from lora.formats.names.keys import (
+    LYCORIS,
+    LYCORIS_NORMS,
+    PEFT,
+    PEFT_PREFIX,
+    SAME,
+    KeyMap,
+    Shape,
+    Target,
+    prefixes_of,
+)
 from lora.formats.names.sgm import sgm_path
 from lora.formats.names.wan import wan_path
 
@@ -35,40 +45,6 @@ class Naming(StrEnum):
         return self in (Naming.DIFFUSERS, Naming.PEFT)
 
 
-_SAME = (
-    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-)
-"""Slots whose suffix is their name, in LyCORIS and in PEFT."""
-
-_LYCORIS: Mapping[str, str] = {
-    "lora_up": "lora_up.weight",
-    "lora_down": "lora_down.weight",
-    "lora_mid": "lora_mid.weight",
-    **{name: name for name in ("alpha", "bias_indices", "bias_values", "bias_size")},
-    **{name: name for name in (*_SAME, "dora_scale", "oft_blocks", "rescale", "on_input")},
-    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2", "bm")},
-    **{name: name for name in ("diff", "diff_b")},
-    "weight": "set_weight",
-}
-_PEFT_LORA: Mapping[str, str] = {
-    "lora_up": "lora_B.weight",
-    "lora_down": "lora_A.weight",
-    "lora_up_bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
-_PEFT_OTHERS: Mapping[str, str] = {
-    **{name: name for name in _SAME if name != "lokr_t2"},  # PEFT's core has another shape
-    "oft_r": "oft_R.weight",
-    "ia3_l": "ia3_l",
-}
-_SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
-    Naming.KOHYA: _LYCORIS,
-    Naming.ORIGINAL: {**_LYCORIS, "diff_m": "diff_m"},
-    Naming.DIFFUSERS: _PEFT_LORA,
-    Naming.PEFT: {**_PEFT_LORA, **_PEFT_OTHERS},
-}
-
 _IN_CONFIG: Mapping[Naming, Set[str]] = {
     Naming.KOHYA: frozenset(),
     Naming.ORIGINAL: frozenset(),
@@ -78,13 +54,21 @@ _IN_CONFIG: Mapping[Naming, Set[str]] = {
 """Slots that a naming keeps in its config; they have no key."""
 
 PEFT_TYPES: Mapping[str, Set[str]] = {
-    "LORA": frozenset(_PEFT_LORA),
-    "LOHA": frozenset(name for name in _SAME if name.startswith("hada")),
-    "LOKR": frozenset(name for name in _SAME if name.startswith("lokr")),
+    "LORA": frozenset({"lora_up", "lora_down", "lora_up_bias", "magnitude"}),
+    "LOHA": frozenset(slot for slot in SAME if slot.startswith("hada")),
+    "LOKR": frozenset(slot for slot in SAME if slot.startswith("lokr")),
     "OFT": frozenset({"oft_r", "neumann_terms"}),
     "IA3": frozenset({"ia3_l", "on_input"}),
 }
 """PEFT's name of an algorithm -> its slots. An adapter of PEFT is of one type."""
+
+_SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
+    Naming.KOHYA: {slot: suffix for slot, suffix in LYCORIS.items() if slot != "diff_m"},
+    Naming.ORIGINAL: LYCORIS,
+    Naming.DIFFUSERS: {slot: PEFT[slot] for slot in PEFT_TYPES["LORA"]},
+    # PEFT's Tucker core of a LoKr has another shape than LyCORIS'.
+    Naming.PEFT: {slot: suffix for slot, suffix in PEFT.items() if slot != "lokr_t2"},
+}
 
 MAGNITUDE_OF: Mapping[Naming, str] = {
     Naming.KOHYA: "dora_scale",
@@ -93,23 +77,6 @@ MAGNITUDE_OF: Mapping[Naming, str] = {
     Naming.PEFT: "magnitude",
 }
 """The slot in which a naming keeps a DoRA's magnitudes of the outputs."""
-
-_PREFIXES: Mapping[Naming, Mapping[str, str]] = {
-    Naming.KOHYA: {
-        "unet": "lora_unet_",
-        "transformer": "lora_unet_",
-        "text_encoder": "lora_te1_",
-        "text_encoder_2": "lora_te2_",
-        "text_encoder_3": "lora_te3_",
-    },
-    Naming.ORIGINAL: {
-        "unet": "diffusion_model.",
-        "transformer": "diffusion_model.",
-        "text_encoder": "text_encoders.clip_l.transformer.",
-        "text_encoder_2": "text_encoders.clip_g.transformer.",
-        "text_encoder_3": "text_encoders.t5xxl.transformer.",
-    },
-}
 
 _WORDS: Mapping[str, str] = {
     "lora_mid": "a Tucker core",
@@ -177,16 +144,14 @@ class Namer:
         """What a module is called: its keys' beginning."""
         component = target.component
         if self.naming is Naming.PEFT:
-            return f"base_model.model.{target.path}"
+            return f"{PEFT_PREFIX}{target.path}"
         if self.naming is Naming.DIFFUSERS:
             return f"{component}.{_full_path(target)}"
         if self.naming is Naming.ORIGINAL:
-            prefix = _PREFIXES[self.naming].get(component, f"{component}.")
-            return prefix + self._original(target)
+            return prefixes_of(component).original + self._original(target)
+        prefix = prefixes_of(component).kohya
         if component == "text_encoder" and not self._sdxl:
-            prefix = "lora_te_"
-        else:
-            prefix = _PREFIXES[self.naming].get(component, f"{component}.")
+            prefix = "lora_te_"  # kohya numbers them only where there are two
         # kohya trains SD 1.5 and SD 2 in diffusers' own modules, and everything else in the original's.
         plain = component == "unet" and not self._sdxl
         path = target.path if plain else self._original(target)
@@ -202,8 +167,8 @@ class Namer:
             return None
         if slot == "weight" and "on_input" in beside:
             ending = "weight"
-        elif self.naming is Naming.KOHYA and slot in ("diff", "diff_b") and _is_norm(target):
-            ending = "w_norm" if slot == "diff" else "b_norm"  # LyCORIS' module for norms
+        elif self.naming is Naming.KOHYA and slot in LYCORIS_NORMS and _is_norm(target):
+            ending = LYCORIS_NORMS[slot]
         else:
             ending = _SUFFIXES[self.naming][slot]
         return f"{self.stem(target)}.{ending}"

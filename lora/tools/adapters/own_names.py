@@ -10,7 +10,7 @@ from lora.errors import LoraUnsupported
 from lora.formats.embeddings import BUNDLE, ENCODERS, is_embedding
 from lora.formats.families import identify
 from lora.formats.header import Header
-from lora.formats.names.keys import COMPONENTS, MAX_KEY, KeyMap, Shape, slot_of
+from lora.formats.names.keys import COMPONENTS, MAX_KEY, PEFT_PREFIX, KeyMap, Shape, slot_of
 
 Slots = Mapping[str, Shape]
 """Slot -> the shape of its tensor."""
@@ -33,13 +33,12 @@ def split_key(key: str) -> tuple[str, str] | None:
 def component_of(stem: str, main: str) -> tuple[str, str]:
     """(component, path) of a module's name; `main` is the component that names without a prefix mean."""
     for component in sorted(COMPONENTS, key=lambda name: not name.startswith("text_encoder")):
-        prefixes = COMPONENTS[component]
-        for prefix in (*prefixes.dotted, *prefixes.underscored):
+        for prefix in COMPONENTS[component].all:
             if stem.startswith(prefix):
                 path = stem.removeprefix(prefix)
                 text = component.startswith("text_encoder")
                 return (component, path.removeprefix("text_model.")) if text else (main, path)
-    return main, stem.removeprefix("base_model.model.")
+    return main, stem.removeprefix(PEFT_PREFIX)
 
 
 def main_component(header: Header) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lora.formats.algorithms import recipes
 from lora.formats.alphas import RANKED
 from lora.formats.contents import UnusedKey
-from lora.formats.names.keys import KeyMap, Target
+from lora.formats.names.keys import PEFT_PREFIX, KeyMap, Target
 from lora.formats.names.naming import Naming
 
 
@@ -76,7 +76,7 @@ class Adapter:
     def naming(self) -> Naming:
         """The naming that it was read in, as far as its keys tell."""
         if self.has_config:
-            peft = any(part.stem.startswith("base_model.model.") for part in self.parts)
+            peft = any(part.stem.startswith(PEFT_PREFIX) for part in self.parts)
             return Naming.PEFT if peft else Naming.DIFFUSERS
         return Naming.ORIGINAL if any("." in part.stem for part in self.parts) else Naming.KOHYA
 
