@@ -1,6 +1,6 @@
-"""What a module's name tells a person: which tool wrote it, which block it is in, what kind of layer it is.
+"""Describes a module by its name: which tool wrote it, its block, and its kind of layer. No torch.
 
-Names are matched by pattern here, since this is only told; what is applied goes by `names.keys`. No torch.
+Names are matched by patterns here, since this is only shown to people; adapters are applied by `names.keys`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BARE = "module names without a prefix"
 
 
 def layout_of(key: str) -> str:
-    """The tool, or the convention, that names tensors so."""
+    """The tool or the convention that a key's form belongs to."""
     return next((name for name, pattern in LAYOUTS if re.match(pattern, key)), BARE)
 
 
@@ -63,7 +63,7 @@ LAYER_KINDS: tuple[tuple[str, str], ...] = (
 
 
 def kind_of(path: str) -> str:
-    """What kind of layer a module is."""
+    """A module's kind of layer."""
     return next((kind for kind, pattern in LAYER_KINDS if re.search(pattern, path)), "other")
 
 
@@ -81,7 +81,7 @@ _SGM = {path.replace(".", "_"): name for path, name in (*WHOLE.items(), *layers(
 def block_of(component: str, path: str) -> str:
     """The row of a component's chart that a module belongs to.
 
-    A UNet's: IN00 to IN11, MID, OUT00 to OUT11 and BASE, as `names.blocks` has them. A transformer's:
+    For a UNet: IN00 to IN11, MID, OUT00 to OUT11 and BASE, as in `names.blocks`. For a transformer:
     `blocks 07`. A text encoder is one row.
     """
     if component.startswith("text_encoder"):

@@ -1,9 +1,9 @@
 """Trainers' names for the tensors of an adapter -> component, module and slot. Strings only.
 
 A tensor's key is a stem (which module), a dot and a suffix (which tensor of the algorithm). Suffixes come
-from the table `SLOTS`. Stems are looked up in a dictionary of every name that any trainer gives to any
-module of the pipeline that is loaded, made from the modules' own paths; so underscores are never
-parsed, and a key either means exactly one module or is reported as unknown.
+from the table `SLOTS`. Stems are looked up in a dictionary of all names that any trainer gives to the
+modules of the loaded pipeline, made from the modules' own paths. So underscores are never parsed, and a
+key either means exactly one module or is reported as unknown.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ SLOTS: Mapping[str, str] = {
     "lambda_layer": "lambda_layer",
     "reshape_weight": "reshape_weight",
 }
-"""What follows a module's name in a key -> slot: the field of an algorithm that takes the tensor."""
+"""Suffix of a key -> slot: the field of an algorithm that takes the tensor."""
 
 _T_LORA = (
     "T-LoRA: the file lacks the base part that its trainer subtracts, and its rank changes with the "
@@ -89,20 +89,20 @@ REFUSED: Mapping[str, str] = {
 _ADAPTER_NAME = re.compile(
     r"^(lora_[AB]|lora_magnitude_vector|oft_R|ia3_l|hada_\w+|lokr_\w+|modules_to_save)\.[^.]+(?=\.|$)"
 )
-"""PEFT puts the adapter's name behind its own (`lora_A.default.weight`) where it is not taken out."""
+"""PEFT may leave the adapter's name behind its own (`lora_A.default.weight`)."""
 
 
 def slot_of(suffix: str) -> str:
-    """The slot that a suffix means; if it is not known, the suffix behind a `?`, which no field has."""
+    """The slot of a suffix; for an unknown one, `?` and the suffix, which is the name of no field."""
     slot = SLOTS.get(suffix)
     return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), f"?{suffix}")
 
 
 MAX_KEY = 1000
-"""No trainer writes longer names. Longer ones are not looked up: each of their dots would take a look-up."""
+"""Trainers write no longer names. These are not looked up, since each of their dots costs a look-up."""
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT's own saving puts before a module's path."""
+"""What PEFT itself writes before a module's path."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Prefixes:
 
     @cached_property
     def all(self) -> tuple[str, ...]:
-        """Every one that is read."""
+        """All that are read."""
         return (self.kohya, self.original, *self.others)
 
 
@@ -144,15 +144,15 @@ COMPONENTS: Mapping[str, Prefixes] = {
 
 
 def prefixes_of(component: str) -> Prefixes:
-    """A component's prefixes; of one that is not known, its name."""
+    """A component's prefixes; for an unknown one, its name and a dot."""
     return COMPONENTS.get(component) or Prefixes(f"{component}.", f"{component}.")
 
 
 _MAIN_PREFIXES = ("", PEFT_PREFIX, "transformer.")
-"""Before names that mean the first component: nothing, PEFT's, and diffusers' for models that draw."""
+"""Further prefixes of the first component: none, PEFT's, and diffusers' for models that draw."""
 
 MODULATIONS = ("modulation", "scale_shift_table")
-"""What models call the table that `diff_m` changes."""
+"""The names that models have for the table that `diff_m` changes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,27 +180,27 @@ class Match(NamedTuple):
 
     target: Target
     slot: str
-    """One of the values of `SLOTS`, or `?` and the key's own ending if that is not known."""
+    """One of the values of `SLOTS`, or `?` and the key's suffix if that is not known."""
     stem: str
     """The module's name in the file."""
 
 
 class KeyMap:
-    """Every name that a trainer may give to a module of this pipeline. Built once, never changed."""
+    """All names that trainers may give to the modules of one pipeline. Built once, never changed."""
 
     def __init__(self, modules: Mapping[str, Mapping[str, Mapping[str, Shape]]]) -> None:
-        """`modules`: component -> module path -> parameter -> shape, the component that draws first.
+        """`modules`: component -> module path -> parameter -> shape; the first component draws.
 
-        Raises: ValueError if two modules share a name; then no key with it could be trusted.
+        Raises: ValueError if two modules share a name, since a key with that name would be ambiguous.
         """
         self._targets: dict[str, Target] = {}
         self.components = tuple(modules)
-        for component, found in modules.items():
+        for component, paths in modules.items():
             main = component == self.components[0]
-            for path, parameters in found.items():
-                sgm = sgm_path(path, found) if component == "unet" else None
+            for path, parameters in paths.items():
+                sgm = sgm_path(path, paths) if component == "unet" else None
                 target = Target(component, path, parameters, block_of(sgm or ""))
-                for name in _names(component, _paths(component, path, sgm, found), main=main):
+                for name in _names(component, _paths(component, path, sgm, paths), main=main):
                     if self._targets.setdefault(name, target) is not target:
                         other = self._targets[name]
                         raise ValueError(f"{name!r} would mean both {other} and {target}")
@@ -211,12 +211,12 @@ class KeyMap:
         return frozenset(self._targets.values())
 
     def find(self, name: str) -> Target | None:
-        """The module that a trainer calls so."""
+        """The module that trainers call by this name."""
         return self._targets.get(name)
 
     def match(self, key: str) -> Match | None:
-        """What a tensor's key means in this pipeline: its longest beginning that is a module's name,
-        and the slot; None if no beginning is.
+        """The module and the slot of a key. The stem is its longest beginning that is a module's name;
+        None if it has none.
         """
         if len(key) > MAX_KEY:
             return None
@@ -229,7 +229,7 @@ class KeyMap:
         return None
 
     def missing_component(self, key: str) -> str | None:
-        """The component that a key is for, if this pipeline has none of that name."""
+        """The component that a key is for, if this pipeline does not have it."""
         meant = [
             component for component, prefixes in COMPONENTS.items() if key.startswith(prefixes.all)
         ]
@@ -237,7 +237,7 @@ class KeyMap:
 
 
 def _names(component: str, paths: Iterable[str], *, main: bool) -> Iterator[str]:
-    """Every stem that means a module which trainers know under these paths."""
+    """Every stem that means the module with these paths."""
     prefixes = {*prefixes_of(component).all, *(_MAIN_PREFIXES if main else ())}
     for path in paths:
         for prefix in prefixes:
@@ -254,7 +254,7 @@ _OLD_CLIP = re.compile(r"(.*self_attn)\.(q|k|v|out)_proj")
 def _paths(
     component: str, path: str, sgm: str | None, siblings: Mapping[str, object]
 ) -> Iterator[str]:
-    """Every dotted path that trainers use for a module."""
+    """All dotted paths that trainers use for a module."""
     if component.startswith("text_encoder"):
         # transformers 5 dropped `text_model.` from CLIPTextModel, and trainers still write it.
         bare = path.removeprefix("text_model.")

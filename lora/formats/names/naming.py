@@ -1,4 +1,4 @@
-"""How other tools name an adapter's tensors: the key of a module's slot in each naming, for writing.
+"""The names of an adapter's tensors in the conventions of other tools, for writing.
 
 | naming | a key | alpha |
 | --- | --- | --- |
@@ -7,8 +7,8 @@
 | peft | `base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight` | in `adapter_config.json` |
 | original | `diffusion_model.input_blocks.4.1.proj_in.lora_down.weight` | a tensor |
 
-`original` is LightX2V's and ComfyUI's: the names of the model's own code. Whatever key is made here,
-`KeyMap.match` reads it back as the same module and slot.
+`original` is LightX2V's and ComfyUI's: the names of the model's own code. `KeyMap.match` reads every key that
+is made here back as the same module and slot.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Naming(StrEnum):
 
     @property
     def has_config(self) -> bool:
-        """Whether alphas stand in a PEFT config instead of tensors."""
+        """Whether alphas are in a PEFT config, not in tensors."""
         return self in (Naming.DIFFUSERS, Naming.PEFT)
 
 
@@ -51,7 +51,7 @@ _IN_CONFIG: Mapping[Naming, Set[str]] = {
     Naming.DIFFUSERS: frozenset({"alpha"}),
     Naming.PEFT: frozenset({"alpha", "on_input", "neumann_terms"}),
 }
-"""Slots that a naming keeps in its config; they have no key."""
+"""The slots that a naming stores in its config; they have no key."""
 
 PEFT_TYPES: Mapping[str, Set[str]] = {
     "LORA": frozenset({"lora_up", "lora_down", "lora_up_bias", "magnitude"}),
@@ -99,8 +99,8 @@ _WORDS: Mapping[str, str] = {
 
 
 def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
-    """Why a naming cannot hold a module with these slots; None if it can. `magnitude` and `dora_scale`
-    of the outputs are one thing under two names: ask with the naming's own (`MAGNITUDE_OF`).
+    """Why a naming cannot store a module with these slots; None if it can. The magnitudes of the outputs are
+    `magnitude` or `dora_scale`: pass the naming's own slot for them (`MAGNITUDE_OF`).
     """
     there = set(slots)
     left = sorted(there - set(_SUFFIXES[naming]) - _IN_CONFIG[naming])
@@ -115,7 +115,7 @@ def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
 
 
 def peft_types(slots: Iterable[str]) -> tuple[str, ...]:
-    """PEFT's names of the algorithms that slots belong to, `alpha` apart: it belongs to each."""
+    """PEFT's names of the algorithms that slots belong to. `alpha` is ignored, since each may have it."""
     there = set(slots)
     if "ia3_l" not in there:
         there.discard("on_input")
@@ -141,7 +141,7 @@ class Namer:
         return None
 
     def stem(self, target: Target) -> str:
-        """What a module is called: its keys' beginning."""
+        """A module's name: the beginning of its keys."""
         component = target.component
         if self.naming is Naming.PEFT:
             return f"{PEFT_PREFIX}{target.path}"
@@ -158,10 +158,10 @@ class Namer:
         return prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
 
     def key(self, target: Target, slot: str, beside: Iterable[str] = ()) -> str | None:
-        """A tensor's key; None where this naming keeps the slot in its config. `beside`: the module's other
-        slots, which matter for IA3 alone: its `weight` is no new value of the module's.
+        """A tensor's key; None if this naming stores the slot in its config. `beside`: the module's other
+        slots. They matter only for IA3, whose `weight` is not a new value of the module's weight.
 
-        Raises: KeyError for a slot that the naming cannot hold; ask `trouble` first.
+        Raises: KeyError for a slot that the naming cannot store; call `trouble` first.
         """
         if slot in _IN_CONFIG[self.naming]:
             return None
@@ -175,7 +175,7 @@ class Namer:
 
     @property
     def _sdxl(self) -> bool:
-        """Whether the U-Net is SDXL's or its refiner's: they alone read sizes beside the prompt."""
+        """Whether the U-Net is SDXL's or its refiner's: only they read sizes in addition to the prompt."""
         paths = self._paths.get("unet", set())
         return "add_embedding.linear_1" in paths or "text_encoder_2" in self._paths
 
@@ -190,14 +190,14 @@ class Namer:
 
 
 def suffix(naming: Naming, slot: str) -> str | None:
-    """What follows a module's name in a key; None where the naming has no such key."""
+    """What follows a module's name in a key; None if the naming has no such key."""
     return _SUFFIXES[naming].get(slot)
 
 
 def bare_path(target: Target) -> str:
-    """A text encoder's path without `text_model.`, which transformers 5 dropped from some; others' as it is.
+    """A text encoder's path without `text_model.`, which transformers 5 dropped from some; others unchanged.
 
-    PEFT's configs are to say it so: a name there fits every module that ends in it, with and without.
+    PEFT's configs need this form: a name there fits every module that ends in it, with the prefix or without.
     """
     if target.component in ("text_encoder", "text_encoder_2"):
         return target.path.removeprefix("text_model.")
@@ -205,7 +205,7 @@ def bare_path(target: Target) -> str:
 
 
 def _full_path(target: Target) -> str:
-    """With `text_model.`, as all trainers write it."""
+    """The path with `text_model.`, as all trainers write it."""
     path = bare_path(target)
     clip = target.component in ("text_encoder", "text_encoder_2")
     return f"text_model.{path}" if clip and path != "text_projection" else path

@@ -1,7 +1,7 @@
-"""Which component of a model, and which parameter of it, a checkpoint's tensor is: told from names alone.
+"""Finds by name alone which component of a model, and which parameter of it, a checkpoint's tensor is.
 
-Paths come out as they are in a live pipeline of diffusers 0.42 and transformers 5: a text encoder without a
-projection has no `text_model.` before its paths, one with a projection has.
+The paths are those of a live pipeline of diffusers 0.42 and transformers 5: those of a text encoder with a
+projection begin with `text_model.`, those of one without a projection do not.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ MAIN = ("unet", "transformer", "transformer_2")
 """The components that draw."""
 
 ADAPTABLE = (*MAIN, "text_encoder", "text_encoder_2", "text_encoder_3")
-"""The components that adapters change. A `vae` has places too, and no adapter has names for it."""
+"""The components that adapters change. A `vae` has places too, but no adapter has names for it."""
 
 
 class Where(NamedTuple):
-    """Which parameter of which module a stored tensor is, or a third of it is."""
+    """The parameter of a module that a stored tensor, or a third of it, is."""
 
     path: str
     parameter: str
     third: int | None = None
-    """0, 1 or 2: these of the tensor's three blocks of rows, where a fused tensor holds three parameters."""
+    """0, 1 or 2: the block of rows, if a fused tensor holds three parameters."""
     transposed: bool = False
     """Whether the tensor is stored as [in, out]."""
 
@@ -37,11 +37,11 @@ class Found(NamedTuple):
     name: str
     component: str
     wheres: tuple[Where, ...]
-    """Nothing: the tensor is no parameter of the model."""
+    """Empty if the tensor is no parameter of the model."""
 
 
 Namer = Callable[[str], tuple[Where, ...]]
-"""A tensor's name, without its component's prefix, to what it holds; nothing for what is no parameter."""
+"""From a tensor's name, without its component's prefix, to what it holds; empty if it is no parameter."""
 
 
 # --- how each component's parameters are called -------------------------------------------------------
@@ -128,7 +128,7 @@ _FUSED = {"attn.in_proj_weight": "weight", "attn.in_proj_bias": "bias"}
 
 
 def open_clip(*, projected: bool) -> Namer:
-    """OpenCLIP's names: query, key and value are the thirds of one tensor, the projection is transposed."""
+    """OpenCLIP's names. Query, key and value are thirds of one tensor; the projection is transposed."""
 
     def where(name: str) -> tuple[Where, ...]:
         if name in ("text_projection", "text_projection.weight"):
@@ -184,7 +184,7 @@ PREFIXES: tuple[_Row, ...] = (
 
 
 class _Layout(NamedTuple):
-    """One row of the table of layouts: how to know it, and what is then what."""
+    """One row of the table of layouts: how it is recognised, its component, and its names."""
 
     holds: Callable[[Collection[str]], bool]
     component: str
@@ -207,8 +207,8 @@ LAYOUTS: tuple[_Layout, ...] = (
 
 
 def places(names: Iterable[str], component: str = "") -> Iterator[Found]:
-    """What each name means. `component`: whose folder of a pipeline the names are from; empty if they are
-    those of a file, which then may hold a whole model.
+    """What each name means. `component`: the one whose folder of a pipeline the names are from; empty if they
+    are from a file that may hold a whole model.
     """
     names = list(names)
     if component:
@@ -239,7 +239,7 @@ def _component(names: list[str], prefix: str, component: str) -> Iterator[Found]
 
 
 def _namer(component: str, names: Collection[str]) -> Namer:
-    """How a component's names are to be read."""
+    """The naming that a component's names are in."""
     projected = component != "text_encoder" or "text_projection.weight" in names
     if is_sgm_unet(names):
         return sgm_unet(names)
