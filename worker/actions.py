@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +15,12 @@ import torch
 from lora.fetch.sources import Reference
 from lora.volume.loader import Loaded
 from lora.volume.records import told_of
-from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
-from worker.image_job import Parts, unused_keys
+from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
+from validation import InvalidInput, faults_of, filled
+from worker.image_job import unused_keys
 from worker.library_actions import SCHEMAS as LIBRARY_SCHEMAS
 from worker.library_actions import LibraryActions
-
-VERSION = "0.5"
-"""Of the worker, as `health` tells it."""
+from worker.parts import Parts
 
 _ENTRY = {
     name: LORA_ENTRY["properties"][name]
@@ -60,6 +61,12 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 """Action -> the schema of its other fields."""
 
 Answer = dict[str, Any]
+
+
+def version() -> str:
+    """The worker's version."""
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    return str(tomllib.loads(project)["project"]["version"])
 
 
 def action_of(job: object) -> str | None:
@@ -109,7 +116,7 @@ class Actions:
         with suppress(OSError):
             free_disk = round(shutil.disk_usage(cache.shelf.root).free / 1e9, 2)
         return {
-            "version": VERSION,
+            "version": version(),
             "model": parts.pipeline.name,
             "device": str(device),
             "memory": memory,

@@ -7,19 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora.engine.stack import LoraUse, Mode
+from lora.engine.stack import LoraUse
 from lora.errors import CodedError
 from lora.fetch.sources import Reference
 from lora.volume.presets import Presets
-from schemas import (
-    MAX_LORAS,
-    NOT_MERGED,
-    ImageRequest,
-    InvalidInput,
-    faults_of,
-    filled,
-    parse_loras,
-)
+from schemas import MAX_LORAS, ImageRequest, parse_loras
+from validation import InvalidInput, faults_of, filled
 
 NONE = "none"
 """What a job selects to have no preset, not even the worker's default."""
@@ -30,6 +23,7 @@ PRESET: dict[str, Any] = {
     "properties": {
         "loras": {
             "type": "array",
+            "maxItems": MAX_LORAS,
             "default": [],
             "description": "LoRAs as in a job: sources, or objects with `path`",
         },
@@ -83,12 +77,8 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
     if not faults:
         before = _texts([values["prompt_prefix"]])
         after = _texts((*values["trigger_words"], values["prompt_suffix"]))
-        try:
-            loras = parse_loras(values["loras"])
-        except InvalidInput as error:
-            faults = [error.sentence]
-        if lora_mode == Mode.MERGED and any(use.ranged for use in loras):
-            faults.append(NOT_MERGED)
+        loras, _, broken = parse_loras(values["loras"], lora_mode)
+        faults += broken
         if not (values["loras"] or before or after):
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
@@ -145,7 +135,9 @@ class Selection:
     def _by_default(self, request: ImageRequest) -> Chosen:
         loras: tuple[LoraUse[Reference], ...] = ()
         if self.default_loras:
-            loras = parse_loras(list(self.default_loras))
+            loras, _, faults = parse_loras(list(self.default_loras))
+            if faults:
+                raise InvalidInput.of(faults)
         if not self.default_preset:
             return _joined(request, loras, [])
         try:

@@ -28,6 +28,7 @@ from tests.lora.small import (
     small,
 )
 from tests.state import unchanged
+from tests.waiting import PATIENCE
 
 
 def matrix(test: Callable[..., None]) -> Callable[..., None]:
@@ -141,11 +142,11 @@ def test_of_two_threads_that_ask_at_once_one_is_refused_and_nothing_is_harmed() 
         barrier.wait()
         try:
             with engine.applied([LoraUse(adapter("loha"))], Mode.MERGED):
-                barrier.wait(10)  # the other one has been refused
+                barrier.wait(PATIENCE)  # the other one has been refused
                 answers.append("applied")
         except EngineBusy:
             answers.append("busy")
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
 
     with unchanged(root):
         threads = [threading.Thread(target=ask) for _ in range(2)]
