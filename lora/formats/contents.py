@@ -18,15 +18,13 @@ from lora.formats.alphas import Alphas
 from lora.formats.embeddings import is_embedding
 from lora.formats.families import cross_attention_width, identify
 from lora.formats.header import Header
-from lora.formats.names.keys import REFUSED, SLOTS, KeyMap, Target
+from lora.formats.names.keys import ONE_NUMBER, REFUSED, SLOTS, KeyMap, Target
 from lora.formats.tensors import read_runs
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
-ONE_NUMBER = ("alpha", "on_input", "neumann_terms")
-
 NOT_FLOATING = ("bias_indices", "bias_size", *ONE_NUMBER)
-"""The slots that may hold whole numbers."""
+"""The slots that may hold whole numbers, and whose precision is never changed."""
 
 KNOWN_SLOTS = frozenset(SLOTS.values())
 

@@ -38,6 +38,9 @@ LYCORIS: Mapping[str, str] = {
 LYCORIS_NORMS: Mapping[str, str] = {"diff": "w_norm", "diff_b": "b_norm"}
 """The same, for the modules that LyCORIS has for norms."""
 
+ONE_NUMBER = ("alpha", "on_input", "neumann_terms")
+"""The slots that hold one number. PEFT keeps them in its config."""
+
 PEFT: Mapping[str, str] = {
     "lora_up": "lora_B.weight",
     "lora_down": "lora_A.weight",

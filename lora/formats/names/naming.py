@@ -19,6 +19,7 @@ from enum import StrEnum
 from lora.formats.names.keys import (
     LYCORIS,
     LYCORIS_NORMS,
+    ONE_NUMBER,
     PEFT,
     PEFT_PREFIX,
     SAME,
@@ -49,7 +50,7 @@ _IN_CONFIG: Mapping[Naming, Set[str]] = {
     Naming.KOHYA: frozenset(),
     Naming.ORIGINAL: frozenset(),
     Naming.DIFFUSERS: frozenset({"alpha"}),
-    Naming.PEFT: frozenset({"alpha", "on_input", "neumann_terms"}),
+    Naming.PEFT: frozenset(ONE_NUMBER),
 }
 """The slots that a naming stores in its config; they have no key."""
 

@@ -1,4 +1,4 @@
-"""Finds an adapter's modules by its own names and shapes, where no model is at hand. No torch."""
+"""Finds an adapter's modules by its own names and shapes, where no model is at hand."""
 
 from __future__ import annotations
 
