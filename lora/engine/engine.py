@@ -209,7 +209,7 @@ class Block:
                 "Use the mode dynamic or auto, or leave out start and end.",
             )
         self._held.clear()
-        self._go(tuple(stack), tuple(use.holds(0.0) for use in stack), asked, steps)
+        self._switch_to(tuple(stack), tuple(use.holds(0.0) for use in stack), asked, steps)
         self.seconds = time.perf_counter() - begun
 
     def at(self, fraction: float) -> None:
@@ -219,9 +219,11 @@ class Block:
         """
         now = tuple(use.holds(fraction) for use in self._stack)
         if now != self._now:
-            self._go(self._stack, now, self.mode, None)
+            self._switch_to(self._stack, now, self.mode, None)
 
-    def _go(self, stack: Stack, now: tuple[bool, ...], mode: Mode, steps: int | None) -> None:
+    def _switch_to(
+        self, stack: Stack, now: tuple[bool, ...], mode: Mode, steps: int | None
+    ) -> None:
         """Applies those LoRAs of the stack for which `now` is true."""
         engine = self._engine
         self._stack, self._now = (), ()  # true if it fails

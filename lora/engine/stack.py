@@ -1,7 +1,7 @@
 """What a caller asks for: which adapters, how strongly, in which parts of the model, and when.
 
-A `LoraUse` says so everywhere, whatever stands for the adapter: a reference in a request, a path on a
-command line, a parsed file in the engine. Imports without torch.
+All of this is a `LoraUse`, whatever form the adapter has: a reference in a request, a path on a command line,
+a parsed file in the engine. Imports without torch.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def layers(resnets: int, attended: Set[int] = frozenset()) -> Mapping[str, str]:
 def sgm_path(path: str, siblings: Container[str]) -> str | None:
     """The sgm name of a module of diffusers' UNet; None if it has none.
 
-    `siblings` are all module paths of that UNet: they tell its number of resnets, and its attentions.
+    `siblings` are all module paths of that UNet; they show its number of resnets, and its attentions.
     """
     if path in WHOLE:
         return WHOLE[path]
@@ -74,7 +74,7 @@ def sgm_path(path: str, siblings: Container[str]) -> str | None:
 
 
 def diffusers_path(name: str, resnets: int) -> str | None:
-    """The path in diffusers' UNet of a module that sgm calls so: the inverse of `sgm_path`."""
+    """The path in diffusers' UNet of the module with this sgm name: the inverse of `sgm_path`."""
     modules, attentions = _inverse(resnets)
     layer, inside = _split(name, 2 if name.startswith("middle_block.") else 3)
     if name in modules or layer not in attentions or not inside:

@@ -69,7 +69,7 @@ _DOWNSAMPLER = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight")
 def sgm_unet(names: Collection[str]) -> Namer:
     """The names of a UNet as the original Stable Diffusion code (sgm) has them.
 
-    The first downsampler closes the first level: its number tells how many resnets a level has.
+    The first downsampler closes the first level: its number shows how many resnets a level has.
     """
     closing = [int(match[1]) for name in names if (match := _DOWNSAMPLER.fullmatch(name))]
     resnets = min(closing, default=3) - 1
@@ -165,7 +165,7 @@ class _Row(NamedTuple):
 
     prefix: str
     component: str
-    """Empty: the names behind the prefix tell it."""
+    """Empty if the names behind the prefix show it."""
 
 
 # The first prefix that a name has counts.
