@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
-from lora.formats.names.blocks import LARGEST, parse_blocks
+from lora.formats.names.blocks import MAX_SCALE, parse_blocks
 from validation import SHA256, WEB_OR_DATA, InvalidInput, faults_of, field, filled, number
 
 SCHEDULERS = (
@@ -126,7 +126,7 @@ IMAGE_REQUEST: dict[str, Any] = {
     },
 }
 
-_SCALES = {"minimum": -LARGEST, "maximum": LARGEST}
+_SCALES = {"minimum": -MAX_SCALE, "maximum": MAX_SCALE}
 
 LORA_ENTRY: dict[str, Any] = {
     "type": "object",

@@ -196,7 +196,7 @@ def _gathered(
 def _local(source: str, place: Path) -> str | None:
     """Puts the user's file or folder into `place`; its name there, or None if there is none."""
     from lora.formats.endings import EXTENSIONS
-    from lora.tools.adapters.opening import file_of
+    from lora.formats.opening import file_of
 
     path = Path(source).expanduser()
     if path.is_dir():

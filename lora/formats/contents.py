@@ -18,15 +18,13 @@ from lora.formats.alphas import Alphas
 from lora.formats.embeddings import is_embedding
 from lora.formats.families import cross_attention_width, identify
 from lora.formats.header import Header
-from lora.formats.names.keys import REFUSED, SLOTS, KeyMap, Target
+from lora.formats.names.keys import ONE_NUMBER, REFUSED, SLOTS, KeyMap, Target
 from lora.formats.tensors import read_runs
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
-ONE_NUMBER = ("alpha", "on_input", "neumann_terms")
-
 NOT_FLOATING = ("bias_indices", "bias_size", *ONE_NUMBER)
-"""The slots that may hold whole numbers."""
+"""The slots that may hold whole numbers, and whose precision is never changed."""
 
 KNOWN_SLOTS = frozenset(SLOTS.values())
 
@@ -158,10 +156,12 @@ def _check(module: Module, *, check_shapes: bool) -> Mapping[str, str]:
     used, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}
     if left and not alone:
-        what = "a part is missing" if left <= KNOWN_SLOTS else "no known algorithm has such tensors"
+        fault = (
+            "a part is missing" if left <= KNOWN_SLOTS else "no known algorithm has such tensors"
+        )
         shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
         more = ", ..." * (len(slots) > MAX_SLOTS_SHOWN)
-        return dict.fromkeys(slots, f"{what} (the layer has {', '.join(shown)}{more})")
+        return dict.fromkeys(slots, f"{fault} (the layer has {', '.join(shown)}{more})")
     target = module.target
     for recipe in used if check_shapes else ():
         algorithm = recipe.make(slots)
@@ -210,21 +210,21 @@ def refuse_other_models(
     if fits and used:
         return
     family = identify(header)
-    what = f"the file was made for {family}" if family else "the file is for an unknown model"
+    made_for = f"the file was made for {family}" if family else "the file is for an unknown model"
     if not fits:
         raise LoraIncompatible(
-            f"{what} (its cross attention reads {width} values per token, this model's {ours})",
+            f"{made_for} (its cross attention reads {width} values per token, this model's {ours})",
             HINT,
         )
-    known = [u for u in unused if u.reason != UNKNOWN_MODULE and "has no" not in u.reason]
-    if known:
+    bound = [u for u in unused if u.reason != UNKNOWN_MODULE and "has no" not in u.reason]
+    if bound:
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
-            f"({known[0].key[:MAX_SHOWN]}: {known[0].reason})",
+            f"({bound[0].key[:MAX_SHOWN]}: {bound[0].reason})",
             "The README lists the algorithms that are read.",
         )
     raise LoraIncompatible(
-        f"{what}, and none of its {len(unused)} tensors fits this model "
+        f"{made_for}, and none of its {len(unused)} tensors fits this model "
         f"({unused[0].key[:MAX_SHOWN]}: {unused[0].reason})",
         HINT,
     )

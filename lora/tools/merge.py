@@ -23,8 +23,8 @@ from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm
 from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap
+from lora.formats.opening import opened
 from lora.tools import OnProgress, ignore_progress
-from lora.tools.adapters.opening import opened
 from lora.tools.merged_tensors import DTYPES, Changes, MergedTensors
 from lora.tools.models.checkpoints import Checkpoint, Place, Raw, file_sha256
 from lora.tools.models.outputs import Job, Output

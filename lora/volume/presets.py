@@ -19,7 +19,7 @@ from typing import Any
 
 from lora.durable import replace_durably
 from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, ToolError, nearest
-from lora.formats.names.blocks import LARGEST
+from lora.formats.names.blocks import MAX_SCALE
 from lora.volume.lease import Lease, Watch
 from lora.volume.records import INCOMING
 
@@ -191,8 +191,10 @@ def _entry(path: object, scale: object, where: str, field: str) -> dict[str, Any
         raise ToolError(f"{where} names no LoRA", CONFIG_HINT)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ToolError(f"{where}: {field} is not a number", CONFIG_HINT)
-    if not abs(scale) <= LARGEST:  # NaN, too
-        raise ToolError(f"{where}: {field} is not between {-LARGEST} and {LARGEST}", CONFIG_HINT)
+    if not abs(scale) <= MAX_SCALE:  # NaN, too
+        raise ToolError(
+            f"{where}: {field} is not between {-MAX_SCALE} and {MAX_SCALE}", CONFIG_HINT
+        )
     return {"path": path.strip(), "scale": float(scale)}
 
 

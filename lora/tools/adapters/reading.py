@@ -13,8 +13,8 @@ from lora.formats.alphas import CONFIG_IN_FILE
 from lora.formats.contents import MAX_SHOWN, Contents, read_contents, refuse_other_models
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import COMPONENTS, KeyMap, Target
+from lora.formats.opening import opened
 from lora.tools.adapters.known import key_map_for
-from lora.tools.adapters.opening import opened
 from lora.tools.adapters.own_names import own_key_map
 from lora.tools.adapters.parts import Adapter, Part
 

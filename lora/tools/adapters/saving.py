@@ -20,6 +20,7 @@ from torch import Tensor
 from lora.durable import sync_folder, write_durably
 from lora.errors import ToolError
 from lora.formats.alphas import CONFIG_IN_FILE
+from lora.formats.contents import NOT_FLOATING
 from lora.formats.names.naming import Naming
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.tools.adapters.hashes import LEGACY_BYTES, LEGACY_START
@@ -30,9 +31,6 @@ from lora.tools.writing import telling, write_pytorch
 
 STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", CONFIG_IN_FILE)
 """Metadata that tells of a file's own bytes or of its naming."""
-
-KEPT_EXACT = ("alpha", "on_input", "neumann_terms", "bias_indices", "bias_size")
-"""Slots that no precision is chosen for."""
 
 
 class Format(StrEnum):
@@ -107,7 +105,7 @@ def _lay(adapter: Adapter, options: WriteOptions) -> _Laid:
 
 
 def _cast(key: str, slot: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or slot in KEPT_EXACT or not tensor.is_floating_point():
+    if dtype is None or slot in NOT_FLOATING or not tensor.is_floating_point():
         return tensor.contiguous()
     cast = tensor.to(dtype)
     if not bool(cast.float().isfinite().all()):

@@ -24,8 +24,7 @@ from torch import Tensor
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap, Shape
 from lora.tools.models.folders import sources_of
-from lora.tools.models.layouts import ADAPTABLE, Found, places
-from lora.tools.models.sdxl_names import Where
+from lora.tools.models.layouts import ADAPTABLE, Found, Where, places
 from lora.tools.models.weights import KINDS, Raw, WeightsFile, open_weights, unreadable
 
 __all__ = ["Checkpoint", "Place", "Raw", "Stored", "file_sha256"]

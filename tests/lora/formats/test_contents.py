@@ -17,8 +17,8 @@ from lora.formats.adapter import load
 from lora.formats.header import read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.names.naming import Naming
+from lora.formats.opening import opened
 from lora.library.catalog import Catalog
-from lora.tools.adapters.opening import opened
 from lora.tools.adapters.reading import read_adapter
 from lora.tools.adapters.saving import Format, WriteOptions, write_adapter
 from lora.tools.combine import CombineOptions, Source, combine
