@@ -94,7 +94,7 @@ def _env_input(setting: Any) -> dict[str, Any]:
         "advanced": env not in TITLES,
     }
     if isinstance(default, bool):
-        shown |= {"type": "boolean", "default": default, "trueValue": "true", "falseValue": "false"}
+        shown |= {"type": "boolean", "default": default}
     elif isinstance(default, int | float):
         shown |= {"type": "number", "default": default, "min": about["minimum"]}
     else:
