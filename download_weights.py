@@ -35,7 +35,7 @@ def get_lora_cache_path(source: str) -> Path:
     A hub repo is asked for its commit, which is part of the name. Raises: LoraError.
     """
     lora_cache = Settings.from_env(os.environ).open_cache()
-    place = lora_cache.resolve(Reference(source)).place
+    place = lora_cache.resolve(Reference(source)).location
     if isinstance(place, CachedName):
         return lora_cache.find(place).path
     return lora_cache.path_for(place)

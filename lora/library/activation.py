@@ -1,16 +1,14 @@
-"""Whether an adapter can be used: read whole, as a job would; and how a trainer's comes into the cache."""
+"""Checks an adapter by reading it whole, as a job would, and publishes a trainer's adapter in the cache."""
 
 from __future__ import annotations
 
 import errno
 import os
 import time
-import uuid
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from lora.durable import replace_durably
+from lora.durable import part_file, replace_durably
 from lora.errors import CacheFull, LoraCorrupt, LoraNotFound
 from lora.fetch.sources import SAFETENSORS, CachedName, RemoteFile
 from lora.formats.adapter import LoraFile, load
@@ -20,9 +18,9 @@ from lora.formats.names.keys import KeyMap
 from lora.formats.peft import read_config
 from lora.library.checks import check_config, refuse_half_a_folder, refuse_unused
 from lora.library.copy import copy_whole
-from lora.library.files import Adapter, adapter_at
 from lora.library.states import Standing, State, put, unknown
 from lora.library.summary import trigger_words
+from lora.volume.adapters import StoredAdapter, adapter_at
 from lora.volume.cache import VolumeCache
 from lora.volume.records import INCOMING, Record, record_path, write
 from lora.volume.shelf import file_name
@@ -37,13 +35,14 @@ class Activation:
     cache: VolumeCache
     key_map: KeyMap
     model: str
-    """What the base model is called."""
+    """The base model's name."""
 
-    def of(self, adapter: Adapter, name: str, *, publish: bool) -> State:
-        """The state of an adapter that is as it should be. `name`: what the library calls it.
+    def of(self, adapter: StoredAdapter, name: str, *, publish: bool) -> State:
+        """The state of an adapter that can be used. `name`: its name in the library.
 
-        With `publish`, a copy of it is in the cache then, its name in the state's `file`; without, it lies
-        there itself. Raises: LoraError, whose sentence is the reason; CacheFull if there is no room.
+        With `publish`, a copy of it is put into the cache, and the state's `file` is the copy's name.
+        Without, the adapter lies in the cache. Raises: LoraError, whose sentence is the reason why it cannot
+        be used; CacheFull if there is no room.
         """
         refuse_half_a_folder(adapter)
         try:
@@ -58,7 +57,7 @@ class Activation:
                 raise CacheFull(f"there is no room for {name} ({error.strerror})") from error
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
 
-    def _read_whole(self, adapter: Adapter, config: str | None) -> State:
+    def _read_whole(self, adapter: StoredAdapter, config: str | None) -> State:
         weights = str(adapter.weights)
         with self.cache.in_use(adapter.root / weights):
             entry = self.cache.find(CachedName(weights))
@@ -71,8 +70,8 @@ class Activation:
         refuse_unused(file)
         return replace(_active(adapter, entry.path, file), source=record.source)
 
-    def _published(self, adapter: Adapter, config: str | None, name: str) -> State:
-        """Only a copy that was checked appears in the cache.
+    def _published(self, adapter: StoredAdapter, config: str | None, name: str) -> State:
+        """Puts a checked copy into the cache.
 
         Its name has the hash of its content, and its time is the original's: workers that publish the same
         version at once write the same file and the same record, and one version never replaces another.
@@ -80,22 +79,18 @@ class Activation:
         check_config(config, self.model)
         shelf = self.cache.shelf
         root = shelf.prepare()
-        part = root / INCOMING / f"{uuid.uuid4().hex}.part"
-        try:
+        with part_file(root / INCOMING) as part:
             limit = self.cache.limits.file_bytes
             sha256 = copy_whole(adapter.root / str(adapter.weights), config, part, limit)
             file = load(part, self.key_map, sha256, mapped=shelf.is_local(part))
             refuse_unused(file)
             state = replace(_active(adapter, part, file), source=name)
             path = root / _file_name(adapter, name, sha256)
-            _publish(part, path, adapter.stamp.mtime_ns, state)
+            _publish(part, path, adapter.version.mtime_ns, state)
             return replace(state, file=path.name)
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
 
 
-def _file_name(adapter: Adapter, name: str, sha256: str) -> str:
+def _file_name(adapter: StoredAdapter, name: str, sha256: str) -> str:
     path = PurePosixPath(adapter.path)
     readable = "_".join((path if adapter.is_folder else path.with_suffix("")).parts) + SAFETENSORS
     return file_name(RemoteFile("", f"{name} {sha256}", name, readable))
@@ -104,19 +99,18 @@ def _file_name(adapter: Adapter, name: str, sha256: str) -> str:
 def _publish(part: Path, path: Path, mtime_ns: int, state: State) -> None:
     """Raises: OSError."""
     os.utime(part, ns=(mtime_ns, mtime_ns))
-    about = part.stat()
+    status = part.stat()
     digest = state.sha256 or ""
-    # Never fetched, so never evicted: nobody could fetch it again.
-    record = Record(state.source or "", digest, about.st_size, about.st_mtime_ns, fetched=None)
+    # Without a time of download, so that it is never evicted: nobody could fetch it again.
+    record = Record(state.source or "", digest, status.st_size, status.st_mtime_ns, fetched=None)
     write(path.parent, record_path(path), record)
     replace_durably(part, path)
     copy = adapter_at(path.parent, path.name)
     if copy:
-        own = copy.stamp._asdict()
-        put(copy, replace(state, **own))
+        put(copy, replace(state, **copy.version._asdict()))
 
 
-def _active(adapter: Adapter, path: Path, file: LoraFile) -> State:
+def _active(adapter: StoredAdapter, path: Path, file: LoraFile) -> State:
     header = read_header(path)
     return replace(
         unknown(adapter),

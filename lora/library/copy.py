@@ -1,12 +1,12 @@
-"""A trainer's adapter as one file for the cache: a .safetensors with its PEFT config in it."""
+"""Copies a trainer's adapter into one file for the cache: a .safetensors with its PEFT config in it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 
+from lora.durable import part_file
 from lora.errors import LoraCorrupt, LoraTooLarge
 from lora.fetch.sources import SAFETENSORS
 from lora.formats.alphas import CONFIG_IN_FILE
@@ -17,14 +17,14 @@ PIECE = 8 << 20
 """Bytes that are copied at a time."""
 
 ALIGNED = 8
-"""What the header's length is a multiple of, as the format recommends."""
+"""The header's length is a multiple of this, as the format recommends."""
 
 
 def copy_whole(weights: Path, config: str | None, target: Path, limit: int) -> str:
-    """Copies an adapter of at most `limit` bytes to `target`; the copy's sha256.
+    """Copies an adapter of at most `limit` bytes to `target`, and returns the copy's sha256.
 
-    The config's text goes into the copy's metadata, from which it is read as from beside the file: one file
-    is renamed at once, where two could be parted by who deletes or dies. Pickles become .safetensors.
+    The config's text goes into the copy's metadata, where readers find it as they do beside the file: one
+    file is renamed at once; of two, a delete or a crash may leave only one. Pickles become .safetensors.
     Raises: LoraError if the adapter is not whole; OSError.
     """
     if weights.stat().st_size > limit:
@@ -33,13 +33,9 @@ def copy_whole(weights: Path, config: str | None, target: Path, limit: int) -> s
         )
     if weights.suffix == SAFETENSORS or not looks_like_pickle(weights):
         return _copy(weights, config, target)
-    converted = target.with_suffix(".converted.part")
-    try:
+    with part_file(target.parent) as converted:
         convert(weights, converted, limit)
         return _copy(converted, config, target)
-    finally:
-        with suppress(OSError):
-            converted.unlink(missing_ok=True)
 
 
 def _copy(source: Path, config: str | None, target: Path) -> str:
@@ -64,9 +60,9 @@ def _with_config(head: bytes, config: str) -> bytes:
     try:
         fields = json.loads(head)
         metadata = dict(fields.get("__metadata__", {}))
-        own = {f".{name}": value for name, value in json.loads(config).items()}
-        there = json.loads(metadata.get(CONFIG_IN_FILE, "{}"))
-        metadata[CONFIG_IN_FILE] = json.dumps({**there, **own})
+        beside = {f".{name}": value for name, value in json.loads(config).items()}
+        inside = json.loads(metadata.get(CONFIG_IN_FILE, "{}"))
+        metadata[CONFIG_IN_FILE] = json.dumps({**inside, **beside})
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise LoraCorrupt("adapter_config.json is not what peft writes") from error
     text = json.dumps({**fields, "__metadata__": metadata}, separators=(",", ":")).encode()

@@ -11,7 +11,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 def on_local_disk(folder: Path, mounts: Path = MOUNTS) -> bool:
-    """Whether the folder, which need not exist yet, is on a local file system; False if nothing tells."""
+    """Whether the folder, which need not exist yet, is on a local file system; False if unknown."""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
@@ -20,7 +20,7 @@ def on_local_disk(folder: Path, mounts: Path = MOUNTS) -> bool:
     for line in lines:
         # "36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw" (man proc_pid_mountinfo)
         before, _, after = line.partition(" - ")
-        place = Path(before.split(" ")[4].replace("\\040", " "))
-        if target.is_relative_to(place) and len(place.parts) >= best:
-            best, kind = len(place.parts), after.split(" ")[0]
+        mount = Path(before.split(" ")[4].replace("\\040", " "))
+        if target.is_relative_to(mount) and len(mount.parts) >= best:
+            best, kind = len(mount.parts), after.split(" ")[0]
     return kind in LOCAL

@@ -1,4 +1,4 @@
-"""Sources that said no a moment ago."""
+"""Sources that refused a moment ago are not asked again at once."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ Kinds = tuple[type[LoraError], ...]
 
 
 class Refusals:
-    """Remembers for some seconds who answered that there is nothing (404), or not for us (403)."""
+    """Remembers for some seconds which source answered 404 (nothing is there) or 403 (not for us)."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._guard = threading.Lock()
-        self._known: dict[str, tuple[float, LoraError]] = {}
+        self._until: dict[str, tuple[float, LoraError]] = {}
 
     @contextmanager
     def remembered(
         self, key: str, *, ask_anyway: bool = False, kinds: Kinds = (LoraNotFound, AccessDenied)
     ) -> Iterator[None]:
-        """Around asking a source: raises what it answered a moment ago, and remembers what it answers now.
+        """Wraps the asking of a source: raises its refusal of a moment ago, and remembers one of now.
 
-        `kinds`: the errors that are worth it.
+        `kinds`: the errors that are remembered.
         """
         with self._guard:
-            until, known = self._known.get(key, (0.0, None))
-        if isinstance(known, kinds) and not ask_anyway and time.monotonic() < until:
-            raise type(known)(known.sentence, known.hint)
+            until, refusal = self._until.get(key, (0.0, None))
+        if isinstance(refusal, kinds) and not ask_anyway and time.monotonic() < until:
+            raise type(refusal)(refusal.sentence, refusal.hint)
         try:
             yield
         except kinds as error:
             now = time.monotonic()
             with self._guard:
-                self._known = {k: v for k, v in self._known.items() if v[0] > now}
-                self._known[key] = now + self._seconds, error
+                self._until = {k: v for k, v in self._until.items() if v[0] > now}
+                self._until[key] = now + self._seconds, error
             raise
         with self._guard:
-            self._known.pop(key, None)
+            self._until.pop(key, None)

@@ -22,9 +22,9 @@ LOOKUPS = ".lookups"
 
 
 class Resolved(NamedTuple):
-    """Where a reference's file is, and how it is to be had."""
+    """Where a reference's file is, and how it is to be fetched."""
 
-    place: RemoteFile | CachedName
+    location: RemoteFile | CachedName
     refresh: bool = False
     warning: str | None = None
 
@@ -51,28 +51,28 @@ class Resolver:
 
         Asks the hub or Civitai if it must, downloads nothing. Raises: LoraError.
         """
-        place = parse(reference, self._hub.endpoint, self._civitai.endpoint)
-        if isinstance(place, HubFile):
+        location = parse(reference, self._hub.endpoint, self._civitai.endpoint)
+        if isinstance(location, HubFile):
             plain = not (reference.weight_name or reference.revision or "@" in reference.path)
             if plain and self._shelf.existing(reference.path):
                 return Resolved(CachedName(reference.path, reference.sha256))
-            fixed = re.fullmatch(r"[0-9a-f]{40}", place.revision or "") is not None
-            ask, server = (lambda: self._hub.ask(place)), self._hub.endpoint
-        elif isinstance(place, CivitaiFile):
-            fixed = place.version is not None
-            ask, server = (lambda: self._civitai.ask(place)), self._civitai.endpoint
+            fixed = re.fullmatch(r"[0-9a-f]{40}", location.revision or "") is not None
+            ask, server = (lambda: self._hub.ask(location)), self._hub.endpoint
+        elif isinstance(location, CivitaiFile):
+            fixed = location.version is not None
+            ask, server = (lambda: self._civitai.ask(location)), self._civitai.endpoint
         else:
-            return Resolved(place, reference.refresh)
-        found = self._look_up(f"{server} {place}", ask, fixed, refresh=reference.refresh)
-        remote = found.place
+            return Resolved(location, reference.refresh)
+        resolved = self._look_up(f"{server} {location}", ask, fixed, refresh=reference.refresh)
+        remote = resolved.location
         if reference.sha256 and isinstance(remote, RemoteFile):
-            found = found._replace(place=replace(remote, sha256=reference.sha256))
-        return found
+            resolved = resolved._replace(location=replace(remote, sha256=reference.sha256))
+        return resolved
 
     def _look_up(
         self, key: str, ask: Callable[[], RemoteFile], fixed: bool, *, refresh: bool
     ) -> Resolved:
-        """What a hub says of a reference, from the volume as long as that is fresh."""
+        """What a hub says of a reference; as long as its last answer is fresh, that, from the volume."""
         name = f"{digest_of(key)}.json"
         known, when = None, 0.0
         for root in self._shelf.roots:
@@ -85,16 +85,15 @@ class Resolver:
             return Resolved(known)
         try:
             with self._refusals.remembered(key, ask_anyway=refresh):
-                found = self._patiently(ask)
+                answer = self._patiently(ask)
         except DownloadFailed as error:
             if known is None or refresh:
                 raise
-            words = f"{known.shown} may be out of date: {error.sentence}"
-            return Resolved(known, warning=words)
+            return Resolved(known, warning=f"{known.shown} may be out of date: {error.sentence}")
         with suppress(OSError):  # only the next look-up suffers
             root = self._shelf.prepare()
-            write(root, root / LOOKUPS / name, Lookup(asdict(found), time.time()))
-        return Resolved(found, refresh)
+            write(root, root / LOOKUPS / name, Lookup(asdict(answer), time.time()))
+        return Resolved(answer, refresh)
 
     def _patiently(self, ask: Callable[[], RemoteFile]) -> RemoteFile:
         """Asks again where a hub does not answer, as a download does."""
