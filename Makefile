@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check format evaluate bench-lora bench-cache bench-jobs bench-tools clean
+.PHONY: demo same test check docs format evaluate bench-lora bench-cache bench-jobs bench-tools clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -23,12 +23,20 @@ check: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest tests/test_architecture.py
 
+# README's tables and .runpod/hub.json, from the settings, schemas and errors.
+docs: $(VENV)/ready-dev
+	$(RUN) -m docs.generate
+
 format: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 evaluate: $(VENV)/ready
 	$(RUN) -m benchmarks.demo_model
+
+# Do two commits give the same pictures and files? make same BEFORE=COMMIT
+same: $(VENV)/ready
+	$(RUN) -m benchmarks.commits $(BEFORE)
 
 bench-lora: $(VENV)/ready
 	$(RUN) -m benchmarks.lora_engine

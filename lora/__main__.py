@@ -1,4 +1,4 @@
-"""The command line: `python -m lora COMMAND ...`. See docs/tools.md.
+"""The command line: `lora COMMAND ...`, or `python -m lora COMMAND ...`. See docs/tools.md.
 
 Exit codes: 0; 2 for input that does not do, with one line `error: CODE: sentence. hint` for each fault;
 130 when interrupted; 1, with a traceback, for what nobody foresaw.
@@ -11,8 +11,10 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from importlib import import_module
+from typing import cast
 
-from lora.commands import cache, combine, convert, extract, generate, inspect, merge, resize
+from lora.commands import cache, combine, convert, extract, inspect, merge, resize
 from lora.commands.shared import Command, add_json
 from lora.errors import CodedError, ToolError
 from lora.tools.adapters.metadata import clean
@@ -24,26 +26,33 @@ COMMANDS: Mapping[str, Command] = {
     "combine": combine,
     "resize": resize,
     "convert": convert,
-    "generate": generate,
     "cache": cache,
 }
+
+GENERATE = "draw pictures with LoRAs, as the worker does, into a folder"
+"""The summary of `generate`: the one command that belongs to the worker and not to the library."""
 
 MAX_ERROR = 4000
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Does what the command line says; the exit code."""
-    options = _parser().parse_args(arguments)
-    command = COMMANDS[options.command]
+    """Does what the command line says. Returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        commands = {
+            **COMMANDS,
+            **({"generate": _generate()} if "generate" in arguments[:1] else {}),
+        }
+        options = _parser(commands).parse_args(arguments)
+        command = commands[options.command]
         with redirect_stdout(sys.stderr):  # whatever a library prints: stdout is the result's
             result = command.run(options)
     except CodedError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return 2
     except OSError as error:
         # The name is the user's own: this is their machine, and not an answer of the worker.
-        _tell(str(ToolError(f"{error.filename or 'a file'}: {error.strerror or error}")))
+        _print_error(str(ToolError(f"{error.filename or 'a file'}: {error.strerror or error}")))
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
@@ -51,25 +60,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _write(json.dumps(result, indent=1) if options.json else command.show(result))
     faults = result.get("errors") or ()
     for fault in faults:
-        _tell(str(fault))
+        _print_error(str(fault))
     return 2 if faults else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def _generate() -> Command:
+    """The worker's module. Raises: ToolError where its code is not."""
+    try:
+        return cast(Command, import_module("worker.generate"))
+    except ModuleNotFoundError as error:
+        if error.name not in ("worker", "worker.generate"):
+            raise
+        raise ToolError(
+            "`generate` draws with the worker, whose code is not here",
+            "Call `python -m lora generate` in the worker's own folder.",
+        ) from error
+
+
+def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lora", description="Tools for LoRAs and the models that they change."
+        prog="lora", description="Tools for LoRAs and the models that they change."
     )
     parser.set_defaults(json=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        one = commands.add_parser(name, help=command.SUMMARY, description=command.SUMMARY)
-        command.add_arguments(one)
-        add_json(one)
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        summary = GENERATE if name == "generate" else command.SUMMARY
+        subparser = parsers.add_parser(name, help=summary, description=summary)
+        command.add_arguments(subparser)
+        add_json(subparser)
+    if "generate" not in commands:
+        parsers.add_parser("generate", help=GENERATE)
     return parser
 
 
-def _tell(words: str) -> None:
-    sys.stderr.write(f"error: {clean(words, MAX_ERROR)}\n")
+def _print_error(sentence: str) -> None:
+    sys.stderr.write(f"error: {clean(sentence, MAX_ERROR)}\n")
 
 
 def _write(text: str) -> None:

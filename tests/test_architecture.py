@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ PARTS = (
     "pipelines",
     "schemas",
     "settings",
+    "validation",
     "lora",
     "emulator",
 )
@@ -29,7 +31,7 @@ PARTS = (
 
 GROUND = {"lora.errors", "lora.durable", "lora.lru"}
 
-DOORS = {"lora": {"lora"}, "lora.__main__": {"lora", "worker.generate"}}
+DOORS = {"lora": {"lora"}, "lora.__main__": {"lora"}}
 """What stands above the packages of `lora`: the door for programs, and the command line."""
 
 
@@ -151,9 +153,14 @@ def test_the_images_weights_layer_copies_all_that_download_weights_imports(tmp_p
         for file in files:
             (tmp_path / target).mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, tmp_path / target)
-    code = "import download_weights; print(download_weights.__file__)"
+    assert len([file for file in tmp_path.rglob("*.py") if file.name != "__init__.py"]) == 5
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "download_weights.py", "--check"],
+        cwd=tmp_path,
+        env={**os.environ, "HF_HOME": str(tmp_path / "empty"), "WORKER_MODEL": "someone/model"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    assert done.returncode == 0, done.stderr
-    assert str(tmp_path) in done.stdout
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
+    assert done.stderr.startswith("someone/model is neither a folder or file here nor a baked repo")

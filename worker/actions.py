@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +15,12 @@ import torch
 from lora.fetch.sources import Reference
 from lora.library.catalog import Standing
 from lora.volume.loader import Loaded
-from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
-from worker.image_job import Parts, unused_keys
+from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
+from validation import InvalidInput, faults_of, filled
+from worker.image_job import unused_keys
 from worker.library_actions import LibraryActions
+from worker.parts import Parts
 from worker.selection import PRESET
-
-VERSION = "0.5"
-"""The worker's version, which `health` shows."""
 
 Answer = dict[str, Any]
 
@@ -89,6 +90,12 @@ class Action(NamedTuple):
         return {"type": "object", "additionalProperties": False, "properties": self.fields}
 
 
+def version() -> str:
+    """The worker's version."""
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    return str(tomllib.loads(project)["project"]["version"])
+
+
 def action_of(job: object) -> str | None:
     """The action that a job asks for; None if it asks for pictures."""
     values = job.get("input") if isinstance(job, Mapping) else None
@@ -150,7 +157,7 @@ class Actions:
         with suppress(OSError):
             free_disk = round(shutil.disk_usage(cache.shelf.root).free / 1e9, 2)
         return {
-            "version": VERSION,
+            "version": version(),
             "model": parts.pipeline.name,
             "device": str(device),
             "memory": memory,

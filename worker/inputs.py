@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from lora.errors import SourceInvalid
 from lora.fetch.sources import redact_url
 from lora.fetch.web import Web
-from schemas import InvalidInput
+from validation import InvalidInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """What Pillow may read: other formats of its start programs, or are seldom looked at."""

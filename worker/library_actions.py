@@ -9,7 +9,8 @@ from typing import Any
 from lora.errors import CodedError
 from lora.fetch.sources import parse, redact_url
 from lora.library.catalog import Catalog, Query, Standing
-from schemas import InvalidInput, as_entry, filled
+from schemas import as_entry
+from validation import InvalidInput, filled
 from worker.selection import NONE, PRESET, Selection, ready
 
 Answer = dict[str, Any]

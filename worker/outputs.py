@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
 from lora.fetch.web import Web
-from schemas import InvalidInput
 from settings import Settings
+from validation import InvalidInput
 
 
 class OutputTooLarge(CodedError):

@@ -1,1 +1,1 @@
-"""The commands of `python -m lora`: one file each, its arguments, its work and its words."""
+"""The commands of `lora`: each module has the arguments, the work and the output of one."""

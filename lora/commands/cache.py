@@ -1,24 +1,33 @@
-"""`cache list|add|verify|evict|pin|delete`: the LoRAs on the volume, by the worker's own settings."""
+"""`cache list|add|verify|evict|pin|delete`: the LoRAs in the folder of `--dir` or `LORA_CACHE_DIR`."""
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.commands.shared import Tell, add_json, byte_count, progress, size, table, worker_settings
+from lora.commands.shared import add_json, byte_count, progress, size, table
 from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
 
 if TYPE_CHECKING:
+    from lora.tools import OnProgress
     from lora.volume.cache import VolumeCache
+
+FOLDER = "/models/loras"
+"""Where the cache lies if nothing else is said."""
 
 SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
+    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="by default LORA_CACHE_DIR")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="every file, its source, size, last use and pin")
     add = actions.add_parser("add", help="fetch sources into the cache, as a job would")
@@ -40,7 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Does the action. Raises: CodedError."""
-    cache = worker_settings().open_cache()
+    cache = _opened(options.dir, {name: text.strip() for name, text in os.environ.items()})
     actions: dict[str, Callable[[VolumeCache, Namespace], Mapping[str, Any]]] = {
         "list": _list,
         "add": _add,
@@ -52,6 +61,54 @@ def run(options: Namespace) -> Mapping[str, Any]:
     return {"action": options.action, **actions[options.action](cache, options)}
 
 
+def _opened(folder: Path | None, environ: Mapping[str, str]) -> VolumeCache:
+    """The cache, by the environment variables of the worker that concern it. Raises: ToolError."""
+    from lora.volume.cache import Limits
+    from lora.volume.opening import open_cache
+
+    text = environ.get
+    try:
+        budget = _number(environ, "LORA_CACHE_MAX_GB", 0)
+        return open_cache(
+            folder or Path(text("LORA_CACHE_DIR") or FOLDER),
+            Limits(
+                file_bytes=int(_number(environ, "LORA_MAX_FILE_MB", 2048) * 1e6),
+                total_bytes=int(budget * 1e9) if budget else None,
+                timeout=_number(environ, "LORA_DOWNLOAD_TIMEOUT", 300),
+                ttl=_number(environ, "LORA_TTL_HOURS", 24) * 3600,
+            ),
+            hub=(text("HF_ENDPOINT", ""), text("HF_TOKEN", "")),
+            civitai=(text("CIVITAI_ENDPOINT", ""), text("CIVITAI_TOKEN", "")),
+            headers=_headers(text("LORA_AUTH_HEADERS") or "{}"),
+            allowed_hosts=tuple(re.findall(r"[^,\s]+", text("LORA_ALLOWED_HOSTS", ""))),
+            allow_private=text("LORA_ALLOW_PRIVATE_URLS") == "1",
+        )
+    except ValueError as error:
+        hint = "The README lists the environment variables."
+        raise ToolError(f"the environment cannot be used: {error}", hint) from None
+
+
+def _number(environ: Mapping[str, str], name: str, default: float) -> float:
+    try:
+        number = float(environ.get(name) or default)
+    except ValueError:
+        number = float("nan")
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"{name} is not a number of at least 0")
+    return number
+
+
+def _headers(text: str) -> dict[str, tuple[str, str]]:
+    """Origin -> (name, value). The error repeats nothing of the text, which holds secrets."""
+    from lora.fetch.rules import origin_of
+
+    try:
+        pairs = {origin_of(host): line.split(":", 1) for host, line in json.loads(text).items()}
+        return {origin: (name, value.strip()) for origin, (name, value) in pairs.items()}
+    except (ValueError, AttributeError):
+        raise ValueError("LORA_AUTH_HEADERS is no JSON object of host -> 'Name: value'") from None
+
+
 def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:
     return {"root": str(cache.shelf.root), "loras": cache.shelf.describe()}
 
@@ -60,10 +117,10 @@ def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     from lora.fetch.sources import Reference
 
     added, errors = [], []
-    with progress() as tell:
+    with progress() as on_progress:
         for source in options.sources:
             reference = Reference(source)
-            told = partial(_tell_bytes, tell, reference.shown)
+            told = partial(_tell_bytes, on_progress, reference.shown)
             try:
                 entry = cache.get(cache.resolve(reference), told)
             except LoraError as error:
@@ -82,8 +139,8 @@ def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     return {"loras": added, "errors": errors}
 
 
-def _tell_bytes(tell: Tell, what: str, done: int, total: int | None) -> None:
-    tell(done, total or 0, what)
+def _tell_bytes(on_progress: OnProgress, what: str, done: int, total: int | None) -> None:
+    on_progress(done, total or 0, what)
 
 
 def _naming(error: CodedError, shown: str) -> str:

@@ -51,6 +51,6 @@ def run(options: Namespace) -> Mapping[str, Any]:
         write=write_options(options),
         allow_unused=options.allow_unused,
     )
-    with progress() as tell:
-        report = combine(sources, options.output, chosen, key_map_of(options.model), tell)
+    with progress() as on_progress:
+        report = combine(sources, options.output, chosen, key_map_of(options.model), on_progress)
     return told(report, options.output)

@@ -56,6 +56,6 @@ def run(options: Namespace) -> Mapping[str, Any]:
         allow_unused=options.allow_unused,
     )
     opening = Checkpoint.open(options.model) if options.model else nullcontext()
-    with opening as model, progress() as tell:
-        report = convert(options.file, options.output, chosen, model, tell)
+    with opening as model, progress() as on_progress:
+        report = convert(options.file, options.output, chosen, model, on_progress)
     return told(report, options.output)

@@ -86,9 +86,9 @@ def run(options: Namespace) -> Mapping[str, Any]:
     with (
         Checkpoint.open(options.source_model, options.source_type) as source,
         Checkpoint.open(options.target_model, options.target_type) as target,
-        progress() as tell,
+        progress() as on_progress,
     ):
-        report = extract(source, target, options.output, chosen, tell)
+        report = extract(source, target, options.output, chosen, on_progress)
     layers = [{**plain(one), "relative_error": one.relative_error} for one in report.layers]
     return {
         **plain(report),

@@ -41,9 +41,9 @@ def run(options: Namespace) -> Mapping[str, Any]:
         raise ToolError("--plot draws one file", "Inspect it alone.")
     against = key_map_of(options.against)
     files, errors = [], []
-    with progress() as tell:
+    with progress() as on_progress:
         for index, path in enumerate(options.files):
-            tell(index, len(options.files), path.name)
+            on_progress(index, len(options.files), path.name)
             try:
                 described = describe(path, against)
             except LoraError as error:

@@ -102,8 +102,11 @@ def run(options: Namespace) -> Mapping[str, Any]:
         factors = dict(options.components), options.blocks
         loras.append(LoraUse(Path(source), options.alpha if scale is None else scale, *factors))
     chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
-    with Checkpoint.open(options.source_model, options.source_type) as model, progress() as tell:
-        report = merge(model, loras, options.output, chosen, tell)
+    with (
+        Checkpoint.open(options.source_model, options.source_type) as model,
+        progress() as on_progress,
+    ):
+        report = merge(model, loras, options.output, chosen, on_progress)
     return {"output": str(options.output), **plain(report)}
 
 

@@ -36,6 +36,8 @@ def run(options: Namespace) -> Mapping[str, Any]:
             "nothing says how far to shrink it", "Give --rank, --energy or --max-bytes."
         )
     chosen = ResizeOptions(policy, write_options(options), options.allow_unused)
-    with progress() as tell:
-        report = resize(options.file, options.output, chosen, tell, key_map_of(options.model))
+    with progress() as on_progress:
+        report = resize(
+            options.file, options.output, chosen, on_progress, key_map_of(options.model)
+        )
     return told(report, options.output)

@@ -1,29 +1,23 @@
-"""What several commands share: a source with a scale, the rank's options, progress, the worker's settings."""
+"""What several commands share: a source with a scale, the rank's options, progress and results."""
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lora.errors import ToolError
-
 if TYPE_CHECKING:
     import torch
 
     from lora.formats.names.keys import KeyMap
+    from lora.tools import OnProgress
     from lora.tools.factors.ranks import RankPolicy
-    from settings import Settings
-
-Tell = Callable[[int, int, str], None]
-"""Hears how far a tool is: (done, total, what)."""
 
 
 class Command(Protocol):
@@ -168,7 +162,7 @@ INTERVAL = 0.1
 
 
 @contextmanager
-def progress() -> Iterator[Tell]:
+def progress() -> Iterator[OnProgress]:
     """A bar on stderr where that is a terminal, else nothing."""
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
@@ -180,7 +174,7 @@ def progress() -> Iterator[Tell]:
     with tqdm(file=sys.stderr, dynamic_ncols=True, leave=False) as bar:
         last = float("-inf")
 
-        def tell(done: int, total: int, what: str) -> None:
+        def on_progress(done: int, total: int, what: str) -> None:
             nonlocal last
             now = time.monotonic()
             if now - last < INTERVAL:
@@ -190,7 +184,7 @@ def progress() -> Iterator[Tell]:
             bar.set_postfix_str(clean(what, 40), refresh=False)
             bar.refresh()
 
-        yield tell
+        yield on_progress
 
 
 # --- results ----------------------------------------------------------------------------------
@@ -250,13 +244,3 @@ def write_file(path: Path, data: bytes) -> None:
 
     with telling(path):
         write_durably(path, data)
-
-
-def worker_settings() -> Settings:
-    """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
-    from settings import Settings, SettingsError
-
-    try:
-        return Settings.from_env(os.environ)
-    except SettingsError as error:
-        raise ToolError(str(error), "The README lists the environment variables.") from error

@@ -277,7 +277,7 @@ class Block:
             if kept and kept.generation == generation:
                 weight.copy_(kept.values)
             else:
-                parts = [(part.layer.part, part.scale) for part in entry.parts]
+                parts = [(part.layer.algorithm, part.scale) for part in entry.parts]
                 view = as_matrix(entry.module, entry.name, weight.detach())
                 total = merge(view, as_matrix(entry.module, entry.name, original), parts)
                 written[weight] = entry, total

@@ -12,7 +12,7 @@ from torch import nn
 from lora.engine.modules import takes_low_rank, writable
 from lora.engine.stack import Mode, Stack
 from lora.errors import LoraUnsupported
-from lora.formats.adapter import Layer
+from lora.formats.contents import Layer
 from lora.formats.names.keys import Target
 
 
@@ -86,7 +86,7 @@ def make_plan(
         forward = name == "weight" and takes_low_rank(module)
         if mode is Mode.MERGED and weight is not None and id(weight) not in shared:
             forward = False
-        dynamic = [part for part in found if forward and part.layer.part.is_low_rank]
+        dynamic = [part for part in found if forward and part.layer.algorithm.is_low_rank]
         if dynamic:
             plan.dynamic.append(Dynamic(module, target, tuple(dynamic)))
             if mode is Mode.MERGED and weight is None:
@@ -100,7 +100,7 @@ def make_plan(
 def _add_merge(plan: Plan, merge: Merge, weight: nn.Parameter | None) -> None:
     if weight is None:
         raise LoraUnsupported(
-            f"{merge.target} is quantised or offloaded, and {merge.parts[0].layer.part.name} needs its "
+            f"{merge.target} is quantised or offloaded, and {merge.parts[0].layer.algorithm.name} needs its "
             f"{merge.name} itself",
             "Only LoRA without extras can be applied to such layers.",
         )

@@ -80,7 +80,7 @@ class Prepared:
 
 
 def _low_rank(part: Part) -> LowRank:
-    found = part.layer.part.low_rank()
+    found = part.layer.algorithm.low_rank()
     if found is None:
-        raise TypeError(f"{part.layer.part.name} has no factors")
+        raise TypeError(f"{part.layer.algorithm.name} has no factors")
     return found

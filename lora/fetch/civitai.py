@@ -14,8 +14,9 @@ from typing import Any
 import requests
 
 from lora.errors import AccessDenied, DownloadFailed, LoraCorrupt, LoraNotFound
-from lora.fetch.sources import CIVITAI, PICKLES, SAFETENSORS, CivitaiFile, RemoteFile
+from lora.fetch.sources import CIVITAI, CivitaiFile, RemoteFile
 from lora.fetch.web import Web
+from lora.formats.endings import PICKLES, SAFETENSORS
 
 TIMEOUT = 30.0
 """Seconds that Civitai may take for an answer."""

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 import requests
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound, LoraTooLarge
+from lora.fetch.body import Body
 from lora.fetch.sources import RemoteFile
-from lora.fetch.web import Body, Web
+from lora.fetch.web import Web
 
 log = logging.getLogger(__name__)
 

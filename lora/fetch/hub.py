@@ -17,7 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
-from lora.fetch.sources import HUB, PICKLES, SAFETENSORS, HubFile, RemoteFile
+from lora.fetch.sources import HUB, HubFile, RemoteFile
+from lora.formats.endings import PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
 
 TIMEOUT = 30.0

@@ -21,14 +21,7 @@ from pathlib import PurePosixPath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from lora.errors import SourceInvalid
-
-SAFETENSORS = ".safetensors"
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-"""Formats of torch.save: read without running anything in them, and kept as .safetensors."""
-
-EXTENSIONS = (SAFETENSORS, *PICKLES)
-"""File types that are read; the order is the order of preference."""
+from lora.formats.endings import EXTENSIONS
 
 HUB, CIVITAI = "https://huggingface.co", "https://civitai.com"
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})

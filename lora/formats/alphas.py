@@ -24,7 +24,7 @@ RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
 """PEFT's defaults for OFT, and more terms than anyone needs."""
 
-LARGEST = 1e30
+MAX_SCALING = 1e30
 """Any number beyond it would be infinite once it is multiplied in float32."""
 
 
@@ -185,7 +185,7 @@ def _modules(wanted: object) -> Patterns | None:
 
 def _finite(value: Any) -> float:
     number = float(value)
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= MAX_SCALING:
         raise ValueError("not a number that can be used")
     return number
 
@@ -202,7 +202,8 @@ def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> 
     elif "lokr_w1" in slots and "lokr_w2" in slots:
         # PEFT scales a LoKr by alpha / r even where both factors are whole; LyCORIS does not.
         whole = config.ranks.find(name) or config.rank
-        slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole if whole else 1.0)
+        if whole and alpha != whole:
+            slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole)
 
 
 def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:
@@ -212,4 +213,5 @@ def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:
         vectors = slots["oft_r"].float()
         limit = config.oft_limit / math.sqrt(max(1, vectors.shape[0]))
         norms = vectors.norm(dim=1, keepdim=True) * math.sqrt(2)  # of the whole skew matrix
-        slots["oft_r"] = torch.where(norms <= limit, vectors, vectors * (limit / norms))
+        if bool((norms > limit).any()):
+            slots["oft_r"] = torch.where(norms <= limit, vectors, vectors * (limit / norms))

@@ -44,6 +44,7 @@ class Header:
     """Names, shapes and metadata of a whole file."""
 
     tensors: Mapping[str, TensorInfo]
+    """In the order of their bytes."""
     metadata: Mapping[str, str]
 
 
@@ -79,7 +80,8 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
         "".join((*fields, *map(str, metadata), *map(str, metadata.values()))).encode()
     except UnicodeEncodeError as error:  # half a surrogate pair could not be told to anyone
         raise LoraCorrupt("the header's names are no Unicode text") from error
-    tensors = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
+    infos = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
+    tensors = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
     end_of_data = _end_of_data(tensors, data_start) - data_start
     if end_of_data != size - data_start:
         missing = end_of_data - (size - data_start)
@@ -118,7 +120,7 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
 
 def _end_of_data(tensors: Mapping[str, TensorInfo], start: int) -> int:
     """Where the last tensor ends. Raises: LoraCorrupt if they overlap or leave a gap."""
-    for info in sorted(tensors.values(), key=lambda one: (one.start, one.end)):
+    for info in tensors.values():
         if info.start != start:
             raise LoraCorrupt("the file's tensors overlap, or there is a gap between them")
         start = info.end

@@ -119,7 +119,7 @@ def _read(path: Path) -> mmap.mmap:
 def _runs(header: Header, buffer: mmap.mmap) -> Iterator[Run]:
     names: list[str] = []
     infos: list[TensorInfo] = []
-    for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
+    for name, info in header.tensors.items():
         if infos and (infos[-1].dtype, infos[-1].end) != (info.dtype, info.start):
             yield Run(_whole(buffer, infos), names, infos)
             names, infos = [], []

@@ -10,8 +10,9 @@ from pathlib import Path, PurePosixPath
 
 from lora.durable import part_file, replace_durably
 from lora.errors import CacheFull, LoraCorrupt, LoraNotFound
-from lora.fetch.sources import SAFETENSORS, CachedName, RemoteFile
+from lora.fetch.sources import CachedName, RemoteFile
 from lora.formats.adapter import LoraFile, load
+from lora.formats.endings import SAFETENSORS
 from lora.formats.families import identify
 from lora.formats.header import read_header
 from lora.formats.names.keys import KeyMap

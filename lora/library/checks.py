@@ -8,9 +8,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from lora.errors import LoraCorrupt, LoraIncompatible, LoraNotFound, LoraUnsupported
-from lora.fetch.sources import SAFETENSORS, redact_url
-from lora.formats.adapter import MAX_SHOWN, LoraFile
+from lora.fetch.sources import redact_url
+from lora.formats.adapter import LoraFile
 from lora.formats.alphas import Alphas
+from lora.formats.contents import MAX_SHOWN
+from lora.formats.endings import SAFETENSORS
 from lora.formats.header import Header, read_header
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.formats.pickles import looks_like_pickle

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lora.durable import part_file
 from lora.errors import LoraCorrupt, LoraTooLarge
-from lora.fetch.sources import SAFETENSORS
 from lora.formats.alphas import CONFIG_IN_FILE
+from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
 from lora.formats.pickles import convert, looks_like_pickle
 

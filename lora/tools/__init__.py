@@ -1,12 +1,12 @@
-"""The tools for adapter files and checkpoints, as functions, and how each says how far it is."""
+"""The tools for adapter files and checkpoints, as functions; and how each reports its progress."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-Tell = Callable[[int, int, str], None]
-"""Told of progress: how much is done, of how much, and what. The tool says in which unit."""
+OnProgress = Callable[[int, int, str], None]
+"""Called with (done, total, what); the unit is the tool's."""
 
 
-def tell_nobody(done: int, total: int, what: str) -> None:
-    """For callers that do not watch."""
+def ignore_progress(done: int, total: int, what: str) -> None:
+    """For callers who do not watch."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap
-from lora.tools import Tell, tell_nobody
+from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.known import key_map_for
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import header_of, read_adapter
@@ -100,7 +100,7 @@ def combine(
     output: Path,
     options: CombineOptions = CombineOptions(),
     key_map: KeyMap | None = None,
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
 ) -> Report:
     """Writes one adapter that does what all of them do together, each at its scale.
 
@@ -119,7 +119,7 @@ def combine(
         raise ToolError("a scale is not a number")
     refuse_overwriting(output, [source.path for source in sources])
     adapters = _read_all(sources, key_map, options)
-    combined, changes = combined_adapter(adapters, [s.scale for s in sources], options, tell)
+    combined, changes = combined_adapter(adapters, [s.scale for s in sources], options, on_progress)
     metadata = {"merged_from": ", ".join(f"{s.path.stem}:{s.scale:g}" for s in sources)}
     combined = replace(combined, metadata={**combined.metadata, **metadata})
     naming = options.write.naming or (adapters[0].naming if combined.key_map else None)
@@ -151,7 +151,7 @@ def combined_adapter(
     adapters: Sequence[Adapter],
     scales: Sequence[float],
     options: CombineOptions,
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
 ) -> tuple[Adapter, list[LayerChange]]:
     """The sum of the adapters, and what was approximated; see `combine`."""
     modules: dict[object, list[_Scaled]] = {}
@@ -164,7 +164,7 @@ def combined_adapter(
     kept = {key: first.metadata[key] for key in KEPT_METADATA if key in first.metadata}
     empty = replace(first, parts=(), metadata=kept, words=_words(adapters))
     made = [_combine(found, options) for found in modules.values()]
-    return cut_modules(empty, made, options.policy, tell)
+    return cut_modules(empty, made, options.policy, on_progress)
 
 
 @dataclass(frozen=True, eq=False)

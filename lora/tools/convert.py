@@ -19,9 +19,9 @@ from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
 from lora.formats.algorithms.lora import LoRA
 from lora.formats.algorithms.oft import OFT, PeftOFT
 from lora.formats.names.keys import Shape
-from lora.tools import Tell, tell_nobody
-from lora.tools.adapters.inputs import open_adapter
+from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors.cutting import (
     Cut,
@@ -74,7 +74,7 @@ def convert(
     output: Path,
     options: ConvertOptions,
     model: Checkpoint | None = None,
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
 ) -> Report:
     """Writes the adapter of `path` to `output` as the options say.
 
@@ -93,7 +93,7 @@ def convert(
     adapter = open_adapter(path, key_map, named=named, lax=options.allow_unused)
     result, changes = adapter, list[LayerChange]()
     if options.algorithm is Goal.LORA:
-        result, changes = as_lora(adapter, options, model.read if model else None, tell)
+        result, changes = as_lora(adapter, options, model.read if model else None, on_progress)
     write_adapter(output, result, options.write)
     return report_of(result, changes, [adapter])
 
@@ -102,14 +102,14 @@ def as_lora(
     adapter: Adapter,
     options: ConvertOptions,
     read_weight: ReadWeight | None = None,
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
 ) -> tuple[Adapter, list[LayerChange]]:
     """The adapter with every change of a weight as a LoRA, and the layers that were approximated."""
     modules = [_module(part, options, read_weight) for part in adapter.parts]
     about = {key: text for key, text in adapter.metadata.items() if key != "ss_network_args"}
     if "ss_network_module" in about:
         about["ss_network_module"] = "networks.lora"
-    return cut_modules(replace(adapter, metadata=about), modules, options.policy, tell)
+    return cut_modules(replace(adapter, metadata=about), modules, options.policy, on_progress)
 
 
 def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None) -> Module:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora.errors import LoraIncompatible, LoraUnsupported
-from lora.formats.adapter import Layer, LoraFile, load
+from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, DoRA
+from lora.formats.contents import Layer
 from lora.formats.families import family_of, identify
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
@@ -172,7 +173,7 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 
 
 def _algorithms(file: LoraFile) -> dict[str, int]:
-    layers = {(one.target, one.part.name) for one in file.layers}
+    layers = {(one.target, one.algorithm.name) for one in file.layers}
     words = ["textual inversion"] * len(file.embeddings)
     return _counted([*(name for _, name in layers), *words])
 
@@ -206,7 +207,7 @@ def _warnings(
     model_hash = header.metadata.get("sshs_model_hash", "").lower()
     if model_hash and hashes.model_hash and model_hash != hashes.model_hash:
         found.append("sshs_model_hash is not the tensors' hash: they were changed after training")
-    if not file.scaled and any(layer.part.rank for layer in file.layers):
+    if not file.scaled and any(layer.algorithm.rank for layer in file.layers):
         found.append("the file says nothing of alpha: it counts as the rank")
     for name, base in told.items():
         family = family_of(base) if name != BY_SHAPES else None
@@ -223,7 +224,7 @@ def _components(file: LoraFile) -> dict[str, Component]:
 
 
 def _component(layers: list[Layer]) -> Component:
-    parts = [_inner(layer.part) for layer in layers]
+    parts = [_inner(layer.algorithm) for layer in layers]
     ranked = [(part, rank) for part in parts if (rank := part.rank)]
     alphas = [_alpha(part) for part, _ in ranked]
     return Component(
@@ -259,7 +260,7 @@ def _norms(file: LoraFile) -> tuple[tuple[BlockNorm, ...], int]:
     without = 0
     for layer in file.layers:
         target = layer.target
-        norm = delta_norm(layer.part, target.parameters[layer.parameter])
+        norm = delta_norm(layer.algorithm, target.parameters[layer.parameter])
         if norm is None:
             without += 1
         else:

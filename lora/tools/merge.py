@@ -19,10 +19,11 @@ from torch import Tensor
 
 from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.formats.adapter import LoraFile, UnusedKey, load
+from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm
+from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap
-from lora.tools import Tell, tell_nobody
+from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.opening import opened
 from lora.tools.merged_tensors import DTYPES, Changes, MergedTensors
 from lora.tools.models.checkpoints import Checkpoint, Place, Raw, file_sha256
@@ -82,13 +83,13 @@ def merge(
     loras: Sequence[LoraUse[Path]],
     output: Path,
     options: MergeOptions = MergeOptions(),
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
 ) -> MergeReport:
     """Writes the model with the adapters merged, published whole or not at all.
 
     `output` with the ending of weights is one file in the model's own names; any other is a folder with the
     model's files, each with weights written anew under its own name. The metadata gets `merged_from`, a
-    JSON list of name, sha256 and scale, and `model_sha256`. `tell` counts bytes.
+    JSON list of name, sha256 and scale, and `model_sha256`. `on_progress` counts bytes.
 
     Raises: ToolError if the output is the input or cannot be written, an adapter's tensor has no place and
     that is not allowed, or a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
@@ -106,7 +107,7 @@ def merge(
     target.refuse_full_disk(total)
     with ThreadPoolExecutor(1) as pool, target.published():
         sha256 = pool.submit(model.sha256)
-        progress = _Progress(total, tell)
+        progress = _Progress(total, on_progress)
         for job in target.jobs:
             _write(merging, job, lambda: _metadata(merged, sha256.result()), progress)
     return MergeReport(
@@ -159,19 +160,19 @@ def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Chang
         for layer in file.layers:
             if scale := use.scale_of(layer.target):
                 place = Place(layer.target.component, layer.target.path, layer.parameter)
-                changes[place].append((layer.part, scale))
+                changes[place].append((layer.algorithm, scale))
     return changes
 
 
 @dataclass
 class _Progress:
     total: int
-    tell: Tell
+    on_progress: OnProgress
     done: int = 0
 
     def add(self, count: int, what: str) -> None:
         self.done += count
-        self.tell(self.done, self.total, what)
+        self.on_progress(self.done, self.total, what)
 
 
 def _write(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap
-from lora.tools import Tell, tell_nobody
-from lora.tools.adapters.inputs import open_adapter
+from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors.cutting import (
     Cut,
@@ -50,7 +50,7 @@ def resize(
     path: Path,
     output: Path,
     options: ResizeOptions,
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
     key_map: KeyMap | None = None,
 ) -> Report:
     """Writes the adapter of `path` to `output` with each LoRA layer at the rank that the policy chooses.
@@ -67,17 +67,20 @@ def resize(
     adapter = open_adapter(
         path, key_map, named=bool(options.write.naming), lax=options.allow_unused
     )
-    resized, changes = resized_adapter(adapter, options.policy, options.write.dtype, tell)
+    resized, changes = resized_adapter(adapter, options.policy, options.write.dtype, on_progress)
     write_adapter(output, resized, options.write)
     return report_of(resized, changes, [adapter])
 
 
 def resized_adapter(
-    adapter: Adapter, policy: RankPolicy, dtype: torch.dtype | None, tell: Tell = tell_nobody
+    adapter: Adapter,
+    policy: RankPolicy,
+    dtype: torch.dtype | None,
+    on_progress: OnProgress = ignore_progress,
 ) -> tuple[Adapter, list[LayerChange]]:
     """The adapter at the ranks that the policy chooses; layers that get none are dropped, and are told."""
     modules = [_module(part, dtype) for part in adapter.parts]
-    return cut_modules(adapter, modules, policy, tell)
+    return cut_modules(adapter, modules, policy, on_progress)
 
 
 def _module(part: Part, dtype: torch.dtype | None) -> Module:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lora.fetch.sources import EXTENSIONS
+from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.volume.records import pin_path, record_path
 

@@ -24,8 +24,9 @@ from lora.errors import AccessDenied, LoraCorrupt, LoraError, LoraNotFound, near
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Limits, Progress
 from lora.fetch.hub import Hub
-from lora.fetch.sources import SAFETENSORS, CachedName, Reference, RemoteFile
+from lora.fetch.sources import CachedName, Reference, RemoteFile
 from lora.fetch.web import Web
+from lora.formats.endings import SAFETENSORS
 from lora.volume.adapters import delete
 from lora.volume.fetching import Fetch
 from lora.volume.lease import Lease

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from lora.errors import SourceInvalid
-from lora.fetch.sources import EXTENSIONS
+from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import STEMS
 from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden
 from lora.volume.mounts import on_local_disk

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lora.errors import DownloadFailed, LoraCorrupt, LoraError, naming
-from lora.fetch.sources import SAFETENSORS, Reference, RemoteFile
+from lora.fetch.sources import Reference, RemoteFile
 from lora.fetch.transfers import Transfer, Transfers
 from lora.formats.adapter import LoraFile, load
 from lora.formats.embeddings import TokenEmbedding, word_of
+from lora.formats.endings import SAFETENSORS
 from lora.formats.names.keys import KeyMap
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, config_beside
 from lora.lru import ByteLru

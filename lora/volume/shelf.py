@@ -14,7 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from lora.errors import LoraCorrupt, LoraError
-from lora.fetch.sources import SAFETENSORS, RemoteFile
+from lora.fetch.sources import RemoteFile
+from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
 from lora.volume.adapters import StoredAdapter
 from lora.volume.folders import Folders

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from lora.errors import LoraError
 from lora.fetch.sources import Reference, parse, redact_url
 from lora.formats.header import read_header
-from schemas import IMAGE_REQUEST, ImageRequest, InvalidInput, parse_job
+from schemas import IMAGE_REQUEST, ImageRequest, parse_job
 from tests.adapters import as_bytes, kohya
+from validation import InvalidInput
 
 WHOLE = as_bytes(kohya())
 HEADER_BYTES = 8 + int.from_bytes(WHOLE[:8], "little")

@@ -17,13 +17,15 @@ from lora.library.catalog import Catalog
 from lora.volume.cache import VolumeCache
 from lora.volume.loader import LoraLibrary
 from lora.volume.presets import Presets
-from schemas import ImageRequest, InvalidInput, parse_job
-from settings import Settings, SettingsError
+from schemas import ImageRequest, parse_job
+from settings import SettingsError
 from tests.adapters import kohya, loha, write
 from tests.conftest import ROOT
 from tests.test_handler import FAST, job
 from tests.worker.test_actions import ask as act
+from validation import InvalidInput
 from worker.actions import Actions
+from worker.opening import read_settings
 from worker.selection import PRESET, Chosen, Selection, ready
 
 
@@ -351,7 +353,7 @@ def test_a_config_that_cannot_be_used_stops_the_worker_at_its_start(
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env({"LORA_CONFIG": str(tmp_path / "config.json")})
+        read_settings({"LORA_CONFIG": str(tmp_path / "config.json")})
     assert said in str(caught.value)
 
 
@@ -359,7 +361,7 @@ def test_a_default_preset_and_a_config_exclude_each_other(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"lora_path": "a"}')
     environ = {"LORA_CONFIG": str(tmp_path / "config.json"), "LORA_DEFAULT_PRESET": "ink"}
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env(environ)
+        read_settings(environ)
     assert "only one of them can be the default" in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lora.errors import LoraNotFound, naming
-from lora.fetch.sources import EXTENSIONS
+from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS, config_beside
 from lora.formats.pickles import convert, looks_like_pickle
 

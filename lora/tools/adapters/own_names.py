@@ -15,10 +15,8 @@ from lora.formats.names.keys import COMPONENTS, MAX_KEY, KeyMap, Shape, slot_of
 Slots = Mapping[str, Shape]
 """Slot -> the shape of its tensor."""
 
-MAIN = {"language model": "model", None: "unet"}
-"""What the component that draws, or writes, is called: a transformer, but for these and UNets."""
-
-UNETS = ("SD 1.5", "SD 2", "SDXL", "SDXL refiner")
+TRANSFORMERS = ("Flux", "Qwen-Image", "SD 3", "Wan")
+"""The families whose drawing component is a transformer."""
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -45,15 +43,12 @@ def component_of(stem: str, main: str) -> tuple[str, str]:
 
 
 def main_component(header: Header) -> str:
-    """The component that draws in the model which a file is for."""
+    """The component that draws, or writes, in the model which a file is for."""
     family = identify(header)
-    if family in UNETS:
-        return "unet"
-    return MAIN.get(family, "transformer" if _is_known(family) else "unet")
-
-
-def _is_known(family: str | None) -> bool:
-    return family in ("Flux", "Qwen-Image", "SD 3", "Wan")
+    if family == "language model":
+        return "model"
+    named = any(key.startswith("transformer.") for key in header.tensors)
+    return "transformer" if named or family in TRANSFORMERS else "unet"
 
 
 def own_key_map(header: Header) -> KeyMap:
@@ -68,7 +63,8 @@ def own_key_map(header: Header) -> KeyMap:
     for (component, path), slots in _by_module(header, main).items():
         found.setdefault(component, {})[path] = _parameters(slots)
     for component, width in _embedding_widths(header):
-        found.setdefault(component, {})["embeddings.token_embedding"] = {"weight": (1, width)}
+        modules = found.setdefault(component, {})
+        modules.setdefault("embeddings.token_embedding", {"weight": (1, width)})
     try:
         return KeyMap({component: modules for component, modules in found.items() if modules})
     except ValueError as error:
@@ -119,6 +115,13 @@ def _factor(slots: Slots, name: str, core: str) -> Shape:
     return (a[1], b[1], *slots[core][2:]) if core in slots else (a[0], *b[1:])
 
 
+def _glora(slots: Slots) -> Shape:
+    a1, b1, b2 = slots["a1"], slots["b1"], slots["b2"]
+    if a1[0] < a1[1]:  # the older layout has the factors of each pair swapped
+        a1, b1, b2 = slots["a2"], b2, b1
+    return (b1[0], a1[0], *slots.get("bm", b2)[2:])
+
+
 def _rotated(slots: Slots) -> Shape:
     return (math.prod(slots["oft_blocks"][-3:-1]), 1)
 
@@ -139,7 +142,7 @@ SHAPES: Mapping[str, Callable[[Slots], Shape]] = {
     "hada_w1_a": _hadamard,
     "lokr_w1": _kronecker,
     "lokr_w1_a": _kronecker,
-    "b1": lambda slots: (slots["b1"][0], slots["a1"][0]),
+    "b1": _glora,
     "oft_blocks": _rotated,
     "oft_r": _rotated_input,
     "diff": lambda slots: slots["diff"],

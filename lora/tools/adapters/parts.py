@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora.formats.adapter import UnusedKey
 from lora.formats.algorithms import recipes
 from lora.formats.alphas import RANKED
+from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap, Target
 from lora.formats.names.naming import Naming
 

@@ -81,7 +81,7 @@ def verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
         place = Place(layer.target.component, layer.target.path, layer.parameter)
         original, wanted = source.read(place), target.read(place)
         merged = torch.empty_like(original)
-        merge(merged, original, [(layer.part, 1.0)])
+        merge(merged, original, [(layer.algorithm, 1.0)])
         wanted = wanted.to(original.dtype)
         apart = _apart(merged, wanted)
         errors.append(energy(apart))

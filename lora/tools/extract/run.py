@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.tools import Tell, tell_nobody
+from lora.tools import OnProgress, ignore_progress
 from lora.tools.extract.budget import Limits, budget_for_factors, ranks_within, values_of
 from lora.tools.extract.layer import Pair, changed, extract_layer
 from lora.tools.extract.metadata import layers_metadata, sources_metadata
@@ -49,12 +49,12 @@ def extract(
     target: Checkpoint,
     output: Path,
     options: ExtractOptions,
-    tell: Tell = tell_nobody,
+    on_progress: OnProgress = ignore_progress,
 ) -> ExtractReport:
     """Writes an adapter that leads from `source` to `target`, published whole or not at all.
 
     A run that was killed is taken up by the next one with the same models, output and options: layers that
-    are written are not computed again, and the file is the same, byte for byte. `tell` counts tensors.
+    are written are not computed again, and the file is the same, byte for byte. `on_progress` counts tensors.
 
     Raises: ToolError if the two are no states of one model, do not differ, hold NaN or infinity, or if
     the output is an input or cannot be written.
@@ -65,7 +65,7 @@ def extract(
     journal = plan.options.identity(*_hashes(source, target))
     told = sources_metadata(source, target, output.stem)
     with StreamWriter(where.stream, plan.names, told, journal) as writer:
-        run = _Run(source, target, plan, writer, tell)
+        run = _Run(source, target, plan, writer, on_progress)
         for note in writer.notes:
             run.add(note)
         resumed = len(run.layers)
@@ -118,7 +118,7 @@ class _Run:
     target: Checkpoint
     plan: Plan
     writer: StreamWriter
-    tell: Tell
+    on_progress: OnProgress
     layers: list[LayerReport] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     unchanged: int = 0
@@ -185,7 +185,7 @@ class _Run:
         note = {"name": name, **note}
         self.writer.put(tensors, note)
         self.add(note)
-        self.tell(len(self.done), len(self.plan.exact) + len(self.plan.thin), name)
+        self.on_progress(len(self.done), len(self.plan.exact) + len(self.plan.thin), name)
 
     def _measure(self, planned: Sequence[Planned], limits: Limits) -> dict[str, list[float]]:
         """See `Measure`; what a killed run has found is not looked for again."""
@@ -198,7 +198,7 @@ class _Run:
             note = {"name": pair.name, "limit": wanted[pair.name], "spectrum": values}
             self.writer.put({}, note)
             self.add(note)
-            self.tell(count + 1, len(todo), f"singular values of {pair.name}")
+            self.on_progress(count + 1, len(todo), f"singular values of {pair.name}")
         found = {name: self.spectra[name, limit] for name, limit in wanted.items()}
         return {name: values for name, values in found.items() if values}
 

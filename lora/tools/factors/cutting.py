@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.tools import Tell, tell_nobody
+from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part, rank_metadata
 from lora.tools.factors.lowrank import Product, decompose, squared_norm
 from lora.tools.factors.ranks import RankPolicy, Spectrum, choose, spend
@@ -155,7 +155,10 @@ class Module:
 
 
 def cut_modules(
-    adapter: Adapter, modules: Sequence[Module], policy: RankPolicy | None, tell: Tell = tell_nobody
+    adapter: Adapter,
+    modules: Sequence[Module],
+    policy: RankPolicy | None,
+    on_progress: OnProgress = ignore_progress,
 ) -> tuple[Adapter, list[LayerChange]]:
     """The adapter with these modules, each at the rank that the policy chooses for it, and what that did to
     each of them. A module that nothing is left of is told, and not in it.
@@ -170,14 +173,14 @@ def cut_modules(
     if policy is not None and policy.max_bytes is not None and thin:
         spectra = []
         for done, one in enumerate(thin):
-            tell(done, total, one.part.name)
+            on_progress(done, total, one.part.name)
             spectra.append(_spectrum(one, policy))
         left = policy.max_bytes - _bytes_beside(adapter, modules, policy.max_bytes)
         ranks = iter(spend(spectra, left))
     parts: list[Part] = []
     changes: list[LayerChange] = []
     for done, one in enumerate(modules, total - len(modules)):
-        tell(done, total, one.part.name)
+        on_progress(done, total, one.part.name)
         part: Part | None = one.part if one.part.slots else None
         if one.decompose and policy is not None:
             cut = one.decompose()
@@ -185,7 +188,7 @@ def cut_modules(
             part, change = one.at(cut, rank)
             changes += [change] if change else []
         parts += [part] if part else []
-    tell(total, total, "")
+    on_progress(total, total, "")
     metadata = {**adapter.metadata, **rank_metadata(parts)}
     return replace(adapter, parts=tuple(parts), metadata=metadata), changes
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -104,12 +105,45 @@ def test_deleting_goes_on_after_a_name_that_is_not_there(
 
 
 def test_an_unusable_environment_is_told(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LORA_CASH_DIR", "x")
-    ran = run(capsys, "cache", "list")
-    assert ran.code == 2
-    assert "LORA_CASH_DIR is not a setting" in ran.err
+    for name, text in {
+        "LORA_CACHE_MAX_GB": "much",
+        "LORA_TTL_HOURS": "-1",
+        "LORA_AUTH_HEADERS": '{"host": "canary"}',
+        "HF_ENDPOINT": "ftp://host",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, text)
+            ran = run(capsys, "cache", "list")
+        assert (ran.code, ran.out) == (2, ""), name
+        assert ran.err.startswith("error: TOOL_ERROR: the environment cannot be used: "), name
+        assert "canary" not in ran.err
+
+
+def test_the_folder_may_be_named(
+    capsys: pytest.CaptureFixture[str], volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_CACHE_DIR", str(volume / "another"))
+    assert "mine" not in run(capsys, "cache", "list").out
+    assert "mine" in run(capsys, "cache", "--dir", volume, "list").out
+
+
+def test_what_the_environment_says_reaches_the_server(
+    capsys: pytest.CaptureFixture[str],
+    volume: Path,
+    server: LoopbackServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url = server.serve("/a.safetensors", as_bytes(kohya(1)))
+    line = ("cache", "add", url)
+    headers = {url.rpartition("/")[0]: "X-Token: canary"}
+    monkeypatch.setenv("LORA_AUTH_HEADERS", json.dumps(headers))
+    assert run(capsys, *line).code == 0
+    assert server.headers["/a.safetensors"]["X-Token"] == "canary"
+    monkeypatch.setenv("LORA_ALLOWED_HOSTS", "a.example, b.example")
+    refused = run(capsys, "cache", "add", server.serve("/b.safetensors", as_bytes(kohya(2))))
+    assert (refused.code, "LORA_SOURCE_INVALID" in refused.err) == (2, True)
 
 
 def test_an_operators_file_that_was_replaced_is_not_damaged(

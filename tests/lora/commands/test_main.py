@@ -58,6 +58,18 @@ def test_arguments_that_do_not_do_exit_with_2(
     assert "error:" in ran.err
 
 
+def test_generate_is_listed_and_needs_the_workers_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "worker", None)
+    monkeypatch.delitem(sys.modules, "worker.generate", raising=False)
+    assert "generate" in run(capsys, "--help").out
+    ran = run(capsys, "generate", "--prompt", "a circle", "--out", "nowhere")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("error: TOOL_ERROR: `generate` draws with the worker")
+    assert ran.err.count("\n") == 1
+
+
 class Loud:
     """A command whose library prints, and part of which fails."""
 

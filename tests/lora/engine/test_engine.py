@@ -148,7 +148,7 @@ def test_restored_exactly_when_applying_fails_midway(
     engine: LoraEngine, unet: nn.Module, tmp_path: Path, mode: Mode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = parse(engine, tmp_path, kohya())
-    last, low_rank, calls = file.layers[-1].part, LoRA.low_rank, 0
+    last, low_rank, calls = file.layers[-1].algorithm, LoRA.low_rank, 0
 
     def failing(self: LoRA) -> LowRank | None:
         nonlocal calls

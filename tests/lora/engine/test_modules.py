@@ -113,7 +113,7 @@ def test_a_packed_layer_takes_a_lora_beside_itself(
     assert writable(packed.linear, "weight") is None
     assert takes_low_rank(packed.linear)
     x = randn(5, 12).to(dtype)
-    part = next(layer.part for layer in stack[0].lora.layers if layer.target.path == "linear")
+    part = next(layer.algorithm for layer in stack[0].lora.layers if layer.target.path == "linear")
     change = functional.linear(x.float(), part.delta(torch.zeros(8, 12))) * 0.5
     packed.linear.bias.data = packed.linear.bias.data.to(dtype)
     with torch.no_grad():
@@ -294,7 +294,7 @@ def test_linear_layers_take_every_form_of_input(
         root.linear.bias = None
     stack = [LoraUse(adapter("lora", seed), 0.5) for seed in range(count)]
     delta = sum(
-        0.5 * layer.part.delta(root.linear.weight.detach())
+        0.5 * layer.algorithm.delta(root.linear.weight.detach())
         for use in stack
         for layer in use.lora.layers
         if layer.target.path == "linear"

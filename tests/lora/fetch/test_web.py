@@ -18,15 +18,18 @@ from typing import Any
 
 import pytest
 import requests
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lora.errors import SourceInvalid
+from lora.fetch.body import Body
 from lora.fetch.rules import WebRules, is_public, origin_of
 from lora.fetch.sources import Reference
-from lora.fetch.web import MAX_REDIRECTS, Body, Web
+from lora.fetch.web import MAX_REDIRECTS, UncheckedConnection, Web
 from lora.volume.cache import Limits, VolumeCache
-from schemas import InvalidInput
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, STALL, LoopbackServer, Reply, gzip_of
+from validation import InvalidInput
 from worker.inputs import load_picture
 
 ADAPTER = as_bytes(kohya())
@@ -110,11 +113,11 @@ CLOSED = (
     "127.0.0.1", "127.255.255.254", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1",
     "172.31.255.255", "192.168.1.1", "169.254.169.254", "169.254.170.2", "100.64.0.1",
     "100.100.100.200", "168.63.129.16", "192.0.0.192", "192.0.2.1", "198.18.0.1", "198.51.100.1",
-    "203.0.113.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255",
+    "203.0.113.1", "192.88.99.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255",
     "::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:a9fe:a9fe",
     "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:7f00:1::", "2002:a00:1::",
     "2001:0:4136:e378:8000:63bf:80ff:fffe", "2001:db8::1", "100::1", "fc00::1", "fd00:ec2::254",
-    "fe80::1", "fe80::1%lo", "fec0::1", "ff02::1", "ff0e::1",
+    "3fff::1", "3fff:fff::1", "::ffff:192.88.99.1", "fe80::1", "fe80::1%lo", "fec0::1", "ff02::1", "ff0e::1",
 )  # fmt: skip
 
 
@@ -331,6 +334,39 @@ def test_the_operators_own_server_may_be_within_the_network(server: LoopbackServ
     elsewhere = origin_of(f"127.0.0.1:{server.port}")  # the same, but https
     with pytest.raises(SourceInvalid):
         ask(Web(WebRules(own=frozenset({elsewhere}))), url)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_nothing_is_asked_if_urllib3_makes_its_connections_otherwise(
+    scheme: str, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if another version had renamed the private method that hands over the checked socket."""
+    connects = 0
+
+    def renamed(self: HTTPConnection) -> None:
+        nonlocal connects
+        connects += 1
+        self.sock = socket.create_connection((self.host, self.port))
+
+    monkeypatch.setattr(HTTPConnection, "connect", renamed)
+    monkeypatch.setattr(HTTPSConnection, "connect", renamed)
+    server.serve("/x", b"secret")
+    url = f"{scheme}://127.0.0.1:{server.port}/x"
+    with pytest.raises(UncheckedConnection):
+        ask(LOOPBACK, url)
+    assert (connects, server.hits.total()) == (1, 0)
+    with pytest.raises(SourceInvalid):
+        ask(Web(), url)
+    assert connects == 1  # the check stands before urllib3's own connecting
+
+
+def test_no_web_is_made_if_urllib3_does_not_take_our_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
+    monkeypatch.setattr("lora.fetch.web._pools", lambda rules: pools)
+    with pytest.raises(UncheckedConnection):
+        Web()
 
 
 # --- allowed hosts -------------------------------------------------------------------------------

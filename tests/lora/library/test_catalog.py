@@ -482,9 +482,11 @@ def test_a_trainers_adapter_is_published_with_its_config(
     config = (folder / "adapter_config.json").read_text()
     beside = load(plain, engine.key_map, "x", config=config)
     weight = torch.zeros(64, 64)
-    ours, theirs = (one.layers[0].part.delta(weight) for one in (loaded.file, beside))
+    ours, theirs = (one.layers[0].algorithm.delta(weight) for one in (loaded.file, beside))
     assert torch.equal(ours, theirs)
-    assert torch.allclose(ours, 4.0 * load(plain, engine.key_map, "x").layers[0].part.delta(weight))
+    assert torch.allclose(
+        ours, 4.0 * load(plain, engine.key_map, "x").layers[0].algorithm.delta(weight)
+    )
     assert standing(catalog)[item.file] == "active"
     assert loaded.entry.record.source == "training:run/checkpoint-500"
     assert loaded.file.sha256 == item.state.sha256

@@ -182,3 +182,10 @@ def test_a_lora_for_another_model_is_told(
     assert ran.code == 2
     assert ran.err.startswith("error: LORA_INCOMPATIBLE: ")
     assert ran.json["images"] == []
+
+
+def test_generate_has_help_and_takes_json(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run(capsys, "generate", "--help")
+    assert ran.code == 0
+    assert "draw pictures" in ran.out
+    assert "--json" in ran.out

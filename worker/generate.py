@@ -13,13 +13,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lora.commands.shared import Tell, progress, with_scale, worker_settings, write_file
+from lora.commands.shared import progress, with_scale, write_file
 from lora.errors import LoraNotFound, ToolError
+from settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from settings import Settings
-
-SUMMARY = "draw pictures with LoRAs, as the worker does, into a folder"
+    from lora.tools import OnProgress
 
 FIELDS: Mapping[str, tuple[type, str]] = {
     "negative_prompt": (str, "what not to draw"),
@@ -73,18 +72,18 @@ def run(options: Namespace) -> Mapping[str, Any]:
     if options.out.exists() and not options.out.is_dir():
         raise ToolError(f"{options.out} is no folder")
     settings = replace(
-        worker_settings(),
+        _settings(),
         **({"model": options.model} if options.model else {}),
         max_answer_mb=1e9,  # no platform has to carry the pictures,
         bucket_endpoint_url="",  # and no bucket is to have them
         lora_preload="",
     )
     with (
-        progress() as tell,
-        _gathered(wanted, settings, tell) as (entries, own),
+        progress() as on_progress,
+        _gathered(wanted, settings, on_progress) as (entries, own),
         _folder(options.out),
     ):
-        answer = _draw(own, _input(options, entries), tell)
+        answer = _draw(own, _input(options, entries), on_progress)
     if "error" in answer:
         error = answer["error"]
         for entry, one in zip(entries, wanted, strict=False):
@@ -133,7 +132,15 @@ def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
 # --- the worker -------------------------------------------------------------------------------
 
 
-def _draw(settings: Settings, values: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def _settings() -> Settings:
+    """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
+    try:
+        return Settings.from_env(os.environ)
+    except SettingsError as error:
+        raise ToolError(str(error), "The README lists the environment variables.") from error
+
+
+def _draw(settings: Settings, values: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """The answer of a worker of our own. Raises: ToolError if the model cannot be had."""
     _quiet()
     from handler import Worker
@@ -142,7 +149,9 @@ def _draw(settings: Settings, values: dict[str, Any], tell: Tell) -> dict[str, A
 
     job = {"id": "generate", "input": values}
     parse_job(job)  # before the model is loaded
-    worker = Worker(settings, lambda _, now: tell(int(100 * now["fraction"]), 100, now["text"]))
+    worker = Worker(
+        settings, lambda _, now: on_progress(int(100 * now["fraction"]), 100, now["text"])
+    )
     try:
         worker.setup()
     except WeightsMissing as error:
@@ -162,7 +171,7 @@ def _quiet() -> None:
 
 @contextmanager
 def _gathered(
-    wanted: list[Wanted], settings: Settings, tell: Tell
+    wanted: list[Wanted], settings: Settings, on_progress: OnProgress
 ) -> Iterator[tuple[list[dict[str, Any]], Settings]]:
     """The entries of a job that name the LoRAs, and the settings of a worker that finds them.
 
@@ -177,7 +186,7 @@ def _gathered(
         for index, one in enumerate(wanted):
             place = root / f"{index}"
             place.mkdir()
-            name = _local(one.source, place) or _fetched(one.source, settings, place, tell)
+            name = _local(one.source, place) or _fetched(one.source, settings, place, on_progress)
             entries.append({"path": f"{index}/{name}", "scale": one.scale})
         own = replace(settings, lora_cache_dir=root, lora_config="", lora_default_preset="")
         yield entries, own
@@ -185,7 +194,7 @@ def _gathered(
 
 def _local(source: str, place: Path) -> str | None:
     """Puts the user's file or folder into `place`; its name there, or None if there is none."""
-    from lora.fetch.sources import EXTENSIONS
+    from lora.formats.endings import EXTENSIONS
     from lora.tools.adapters.opening import file_of
 
     path = Path(source).expanduser()
@@ -210,14 +219,16 @@ def _put(path: Path, place: Path) -> str:
     return path.name
 
 
-def _fetched(source: str, settings: Settings, place: Path, tell: Tell) -> str:
+def _fetched(source: str, settings: Settings, place: Path, on_progress: OnProgress) -> str:
     """Puts what a source means into `place`, by way of the user's own cache; its name there."""
-    from lora.fetch.sources import SAFETENSORS, Reference
+    from lora.fetch.sources import Reference
+    from lora.formats.endings import SAFETENSORS
     from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
+    from worker.opening import open_cache
 
-    cache, reference = settings.open_cache(), Reference(source)
+    cache, reference = open_cache(settings), Reference(source)
     entry = cache.get(
-        cache.resolve(reference), lambda done, total: tell(done, total or 0, reference.shown)
+        cache.resolve(reference), lambda done, total: on_progress(done, total or 0, reference.shown)
     )
     if entry.record.config is None:
         return _put(entry.path, place)

@@ -1,0 +1,114 @@
+"""Opens what the settings name: the LoRA cache, where requests may lead, the LoRAs of LORA_CONFIG."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.errors import CodedError
+from lora.fetch.civitai import Civitai
+from lora.fetch.hub import Hub
+from lora.fetch.rules import WebRules, origin_of
+from lora.fetch.sources import CIVITAI, HUB, Reference, parse
+from lora.fetch.web import Web
+from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
+from lora.volume.presets import cached_names, read_config
+from settings import Settings, parse_json, split_list
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The worker's settings, every one of which can be opened. Raises: SettingsError, with every fault."""
+    return Settings.from_env(environ, _faults)
+
+
+def _faults(settings: Settings) -> Iterator[str]:
+    """What `Settings` itself cannot know to be wrong."""
+    if settings.lora_default_preset and settings.lora_config:
+        yield "LORA_DEFAULT_PRESET and LORA_CONFIG: only one of them can be the default"
+    checks: dict[str, Callable[[], object]] = {
+        "HF_ENDPOINT": lambda: origin_of(settings.hf_endpoint or HUB),
+        "CIVITAI_ENDPOINT": lambda: origin_of(settings.civitai_endpoint or CIVITAI),
+        "LORA_CONFIG": lambda: default_loras(settings),
+        "LORA_AUTH_HEADERS": lambda: _auth_headers(settings.lora_auth_headers),
+    }
+    for env, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            yield f"{env}: {error}"
+
+
+def open_cache(settings: Settings) -> VolumeCache:
+    """The LoRA cache on the volume; nothing is asked or written yet."""
+    budget = settings.lora_cache_max_gb
+    limits = Limits(
+        file_bytes=int(settings.lora_max_file_mb * 1e6),
+        total_bytes=int(budget * 1e9) if budget else None,
+        timeout=settings.lora_download_timeout,
+        ttl=settings.lora_ttl_hours * 3600,
+    )
+    web = Web(web_rules(settings))
+    return VolumeCache(
+        settings.lora_cache_dir,
+        limits,
+        web,
+        hub=Hub(settings.hf_token or None, settings.hf_endpoint or HUB),
+        civitai=Civitai(web, settings.civitai_endpoint or CIVITAI),
+        fallback=FALLBACK_ROOT,
+    )
+
+
+def web_rules(settings: Settings) -> WebRules:
+    """Where requests may lead, and the tokens of each origin."""
+    own, tokens = set(), _auth_headers(settings.lora_auth_headers)
+    for stock, endpoint, token in (
+        (HUB, settings.hf_endpoint, settings.hf_token),
+        (CIVITAI, settings.civitai_endpoint, settings.civitai_token),
+    ):
+        origin = origin_of(endpoint or stock)
+        if endpoint:  # the operator's own choice, be it within the own network
+            own.add(origin)
+        if token:
+            tokens[origin] = ("Authorization", f"Bearer {token}")
+    return WebRules(
+        allow_private=settings.lora_allow_private_urls,
+        allowed_hosts=split_list(settings.lora_allowed_hosts),
+        own=frozenset(own),
+        tokens=tokens,
+    )
+
+
+def default_loras(settings: Settings) -> tuple[dict[str, Any], ...]:
+    """The LoRAs of LORA_CONFIG, as entries of a job's `loras`. Raises: ValueError."""
+    if not settings.lora_config:
+        return ()
+    try:
+        entries = cached_names(read_config(Path(settings.lora_config)), settings.lora_cache_dir)
+        for entry in entries:
+            parse(Reference(entry["path"]))
+    except CodedError as error:
+        raise ValueError(f"{error.sentence}. {error.hint}".strip()) from error
+    if not entries:
+        raise ValueError("it names no LoRA")
+    return entries
+
+
+def _auth_headers(text: str) -> dict[str, tuple[str, str]]:
+    """Origin -> (header, value). Raises: ValueError that repeats nothing of the text."""
+    by_host = parse_json(text or "{}")
+    if not isinstance(by_host, dict):
+        raise ValueError("it is no JSON object of host -> header")
+    headers = {}
+    for host, header in by_host.items():
+        name, colon, value = str(header).partition(":")
+        if not isinstance(header, str) or not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name):
+            raise ValueError("a header is not written as 'Name: value'")
+        if not value.strip().isprintable() or not value.strip().isascii():
+            raise ValueError("a header's value holds a character that no header may")
+        try:
+            headers[origin_of(host)] = name, value.strip()
+        except ValueError:
+            raise ValueError("a key is no host name") from None
+    return headers
