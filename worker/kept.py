@@ -48,7 +48,7 @@ class KeptAnswers:
 
 
 def _characters(value: Any) -> int:
-    """About the bytes that a JSON value takes: the length of its texts, and 8 for each number."""
+    """About the bytes that a JSON value takes: the length of its texts."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):

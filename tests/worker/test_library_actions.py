@@ -87,6 +87,36 @@ def test_the_library_is_scanned_listed_activated_and_deleted(
         ask(actions, "library.activate", name="a")
 
 
+def test_both_lists_pass_over_hidden_files_and_links_that_lead_out(
+    actions: Actions, root: Path, tmp_path: Path
+) -> None:
+    write(root / "a.safetensors", kohya())
+    write(root / ".hidden.safetensors", kohya())
+    (root / "out.safetensors").symlink_to(write(tmp_path / "secret.safetensors", kohya()))
+    for action in ("loras.list", "library.list"):
+        assert [one["name"] for one in ask(actions, action)["loras"]] == ["a.safetensors"]
+    with pytest.raises(LoraNotFound):
+        ask(actions, "loras.delete", name=".hidden")
+    assert (root / ".hidden.safetensors").exists()
+
+
+@pytest.mark.parametrize("action", ["loras.delete", "library.delete"])
+def test_a_peft_folder_is_deleted_with_its_config_its_state_and_its_pin(
+    actions: Actions, root: Path, action: str
+) -> None:
+    folder = root / "fox"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors", kohya())
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
+    ask(actions, "library.scan")
+    ask(actions, "loras.pin", name="fox")
+    listed = ask(actions, "loras.list")["loras"]
+    assert [one["name"] for one in listed] == ["fox/adapter_model.safetensors"]
+    name = "fox" if action == "library.delete" else "fox/adapter_model.safetensors"
+    assert ask(actions, action, name=name) == {"deleted": name}
+    assert [path for path in root.iterdir() if path.name != ".incoming"] == []
+
+
 def test_no_path_of_this_machine_is_answered(actions: Actions, root: Path, tmp_path: Path) -> None:
     write(tmp_path / "training" / "last.safetensors", kohya())
     ask(actions, "library.scan")

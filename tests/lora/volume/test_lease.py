@@ -346,3 +346,62 @@ def test_a_lease_that_is_gone_counts_as_removed(path: Path) -> None:
     watch.is_dead()
     path.unlink()
     assert watch.remove()
+
+
+# --- waiting -----------------------------------------------------------------------------------------
+
+
+def nothing() -> None:
+    return None
+
+
+def wait(path: Path, look: Any = nothing, seconds: float = 60.0) -> Any:
+    too_late = TimeoutError("too late")
+    return Lease(path, 10).wait(look, time.monotonic() + seconds, 0.001, too_late)
+
+
+def test_a_free_lease_is_ours_without_a_look(path: Path) -> None:
+    assert wait(path, lambda: pytest.fail("nobody looks")) is None
+    assert path.exists()
+
+
+def test_a_waiter_goes_on_with_what_the_owner_made(path: Path) -> None:
+    write_lease(path, ELSEWHERE)
+    looks = iter([None, None, "the file"])
+    assert wait(path, lambda: next(looks)) == "the file"
+    assert path.read_text().startswith(ELSEWHERE)
+
+
+def test_a_waiter_takes_the_lease_that_its_owner_gives_back(path: Path) -> None:
+    write_lease(path, ELSEWHERE)
+    looks = iter([None, None, path.unlink])
+
+    def look() -> None:
+        if give_back := next(looks, None):
+            give_back()
+
+    assert wait(path, look) is None
+    assert path.read_text().startswith(process_name())
+
+
+def test_a_waiter_takes_over_from_the_dead(path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    write_lease(path, process_name(sleeper.pid))
+    sleeper.kill()
+    assert wait(path) is None
+    assert path.read_text().startswith(process_name())
+
+
+def test_where_a_dead_lease_cannot_be_removed_a_waiter_goes_on_without(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lease(path, ELSEWHERE)
+    monkeypatch.setattr(LeaseWatch, "is_dead", lambda self: True)
+    monkeypatch.setattr(LeaseWatch, "remove", lambda self: False)
+    assert wait(path) is None
+    assert path.read_text().startswith(ELSEWHERE)
+
+
+def test_a_waiter_gives_up_at_its_deadline(path: Path) -> None:
+    write_lease(path, ELSEWHERE)
+    with pytest.raises(TimeoutError, match="too late"):
+        wait(path, seconds=0.0)
