@@ -12,15 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from lora.fetch.sources import Reference
-from lora.library.catalog import Standing
+from lora.errors import CodedError
+from lora.fetch.sources import Reference, parse, redact_url
+from lora.library.catalog import Catalog, Query, Standing
 from lora.volume.loader import Loaded
 from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
 from validation import InvalidInput, faults_of, filled
 from worker.image_job import unused_keys
-from worker.library_actions import LibraryActions
 from worker.parts import Parts
-from worker.selection import PRESET
+from worker.selection import NONE, PRESET, Selection, ready, text_field
+
+MAX_NAME = 100
+"""Characters of a preset's name."""
 
 Answer = dict[str, Any]
 
@@ -54,21 +57,17 @@ _LORA: Fields = {"name": {**_NAME, "description": "A LoRA's name, as library.lis
 _PRESET_NAME: Fields = {"name": {**_NAME, "description": "What a job selects it by"}}
 
 
-def _filter(description: str, **more: Any) -> dict[str, Any]:
-    return {"type": ["string", "null"], "default": None, "description": description, **more}
-
-
 def _number(default: int, maximum: int, description: str) -> dict[str, Any]:
     limits = {"type": "integer", "minimum": 1, "maximum": maximum, "default": default}
     return {**limits, "description": description}
 
 
 _QUERY: Fields = {
-    "state": _filter("discovered, active or failed", enum=[*map(str, Standing), None]),
-    "base": _filter("The family of models, such as SDXL"),
-    "algorithm": _filter("lora, loha, lokr and so on"),
-    "word": _filter("A trigger word"),
-    "text": _filter("Anywhere in the name, the source or the trigger words"),
+    "state": text_field("discovered, active or failed", enum=[*map(str, Standing), None]),
+    "base": text_field("The family of models, such as SDXL"),
+    "algorithm": text_field("lora, loha, lokr and so on"),
+    "word": text_field("A trigger word"),
+    "text": text_field("Anywhere in the name, the source or the trigger words"),
     "page": _number(1, 1_000_000, "Which page"),
     "per_page": _number(100, 1000, "How many on each"),
 }
@@ -112,7 +111,7 @@ class Actions:
     @property
     def table(self) -> dict[str, Action]:
         """Every action by its name."""
-        library = LibraryActions(self.parts.catalog, self.parts.selection)
+        library = _LibraryActions(self.parts.catalog, self.parts.selection)
         preset = {**_PRESET_NAME, **PRESET["properties"]}
         return {
             "health": Action(self._health, {}),
@@ -226,3 +225,74 @@ def _about(loaded: Loaded) -> Answer:
         "algorithm": "+".join(loaded.file.algorithms),
         "rank": loaded.file.rank,
     }
+
+
+@dataclass(frozen=True)
+class _LibraryActions:
+    """Answers the actions of the library and of the presets."""
+
+    catalog: Catalog
+    selection: Selection
+
+    def scan(self, _: Mapping[str, Any]) -> Answer:
+        scanned = self.catalog.scan()
+        return {
+            **{str(standing): scanned.standings.get(standing, 0) for standing in Standing},
+            "looked_at": scanned.looked_at,
+            "warnings": list(scanned.warnings),
+        }
+
+    def page(self, values: Mapping[str, Any]) -> Answer:
+        page = self.catalog.page(Query(**values))
+        return {
+            "loras": [item.as_answer() for item in page.items],
+            "total": page.total,
+            "page": values["page"],
+            "pages": page.pages,
+        }
+
+    def activate(self, values: Mapping[str, Any]) -> Answer:
+        return self.catalog.activate(values["name"]).as_answer()
+
+    def deactivate(self, values: Mapping[str, Any]) -> Answer:
+        return self.catalog.deactivate(values["name"]).as_answer()
+
+    def delete(self, values: Mapping[str, Any]) -> Answer:
+        return {"deleted": self.catalog.delete(values["name"])}
+
+    def presets(self, _: Mapping[str, Any]) -> Answer:
+        sound, faults = {}, {}
+        for name in sorted(self.selection.presets.read()):
+            try:
+                preset = self.selection.presets.find(name)
+                ready(name, preset)
+                sound[name] = _shown(preset)
+            except CodedError as error:
+                faults[name] = error.sentence
+        default = self.selection.default_preset or None
+        return {"presets": sound, "faults": faults, "default": default}
+
+    def set_preset(self, values: Mapping[str, Any]) -> Answer:
+        name = values["name"]
+        preset = {field: value for field, value in values.items() if field != "name" and value}
+        if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+            raise InvalidInput(
+                f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
+            )
+        if name.lower() == NONE:
+            raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
+        for use in ready(name, preset).loras:
+            parse(use.lora)  # a source that means nothing is refused now, not in the first job
+        self.selection.presets.set(name, preset)
+        return {"name": name, **_shown(preset)}
+
+    def delete_preset(self, values: Mapping[str, Any]) -> Answer:
+        self.selection.presets.delete(values["name"])
+        return {"deleted": values["name"]}
+
+
+def _shown(preset: Mapping[str, Any]) -> Answer:
+    """A preset without the query of its URLs, which may hold a token."""
+    entries = [dict(as_entry(given) or {}) for given in preset.get("loras", [])]
+    loras = [{**entry, "path": redact_url(str(entry.get("path")))} for entry in entries]
+    return {**filled(PRESET, preset), "loras": loras}

@@ -17,6 +17,14 @@ from validation import InvalidInput, faults_of, filled
 NONE = "none"
 """A job selects this to have no preset, not even the worker's default."""
 
+STANDS = "unless it stands there already"
+
+
+def text_field(description: str, **more: Any) -> dict[str, Any]:
+    """The schema of a text that may be left out."""
+    return {"type": ["string", "null"], "default": None, "description": description, **more}
+
+
 PRESET: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
@@ -27,27 +35,15 @@ PRESET: dict[str, Any] = {
             "default": [],
             "description": "LoRAs as in a job: sources, or objects with `path`",
         },
-        "prompt_prefix": {
-            "type": ["string", "null"],
-            "default": None,
-            "description": "Stands before the prompt, unless it stands there already",
-        },
-        "prompt_suffix": {
-            "type": ["string", "null"],
-            "default": None,
-            "description": "Stands behind the prompt and a comma, unless it stands there already",
-        },
+        "prompt_prefix": text_field(f"Stands before the prompt, {STANDS}"),
+        "prompt_suffix": text_field(f"Stands behind the prompt and a comma, {STANDS}"),
         "trigger_words": {
             "type": "array",
             "items": {"type": "string"},
             "default": [],
-            "description": "Each is added to the prompt, behind a comma, unless it stands there already",
+            "description": f"Each is added to the prompt, behind a comma, {STANDS}",
         },
-        "description": {
-            "type": ["string", "null"],
-            "default": None,
-            "description": "For people",
-        },
+        "description": text_field("For people"),
     },
 }
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from lora.durable import part_file, replace_durably
-from lora.errors import CacheFull, LoraCorrupt, LoraNotFound
+from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, LoraTooLarge
 from lora.fetch.sources import CachedName, RemoteFile
 from lora.formats.adapter import LoraFile, load
+from lora.formats.alphas import CONFIG_IN_FILE
 from lora.formats.endings import SAFETENSORS
 from lora.formats.families import identify
 from lora.formats.header import read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.peft import read_config
+from lora.formats.pickles import convert, looks_like_pickle
 from lora.library.checks import check_config, refuse_half_a_folder, refuse_unused
-from lora.library.copy import copy_whole
 from lora.library.states import Standing, State, put, unknown
 from lora.library.summary import trigger_words
 from lora.volume.adapters import StoredAdapter, adapter_at
@@ -27,6 +30,12 @@ from lora.volume.records import INCOMING, Record, record_path, write
 from lora.volume.shelf import file_name
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+PIECE = 8 << 20
+"""Bytes that are copied at a time."""
+
+ALIGNED = 8
+"""The header's length is a multiple of this, as the format recommends."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Activation:
         root = shelf.prepare()
         with part_file(root / INCOMING) as part:
             limit = self.cache.limits.file_bytes
-            sha256 = copy_whole(adapter.root / str(adapter.weights), config, part, limit)
+            sha256 = _copy_whole(adapter.root / str(adapter.weights), config, part, limit)
             file = load(part, self.key_map, sha256, mapped=shelf.is_local(part))
             refuse_unused(file)
             state = replace(_active(adapter, part, file), source=name)
@@ -124,3 +133,52 @@ def _active(adapter: StoredAdapter, path: Path, file: LoraFile) -> State:
         words=trigger_words(header),
         layers=file.modules,
     )
+
+
+def _copy_whole(weights: Path, config: str | None, target: Path, limit: int) -> str:
+    """Copies an adapter of at most `limit` bytes to `target`, and returns the copy's sha256.
+
+    The config's text goes into the copy's metadata, where readers find it as they do beside the file: one
+    file is renamed at once; of two, a delete or a crash may leave only one. Pickles become .safetensors.
+    Raises: LoraError if the adapter is not whole; OSError.
+    """
+    if weights.stat().st_size > limit:
+        raise LoraTooLarge(
+            f"it is over the limit of {limit / 1e6:.0f} MB", "The limit is LORA_MAX_FILE_MB."
+        )
+    if weights.suffix == SAFETENSORS or not looks_like_pickle(weights):
+        return _copy(weights, config, target)
+    with part_file(target.parent) as converted:
+        convert(weights, converted, limit)
+        return _copy(converted, config, target)
+
+
+def _copy(source: Path, config: str | None, target: Path) -> str:
+    read_header(source)
+    digest = hashlib.sha256()
+    with source.open("rb") as stream, target.open("wb", buffering=0) as out:
+        head = stream.read(int.from_bytes(stream.read(8), "little"))
+        if config is not None:
+            head = _with_config(head, config)
+        piece = len(head).to_bytes(8, "little") + head
+        while piece:
+            digest.update(piece)
+            view = memoryview(piece)
+            while view:
+                view = view[out.write(view) :]
+            piece = stream.read(PIECE)
+    return digest.hexdigest()
+
+
+def _with_config(head: bytes, config: str) -> bytes:
+    """The header's JSON with the config in it, for every component (the empty name)."""
+    try:
+        fields = json.loads(head)
+        metadata = dict(fields.get("__metadata__", {}))
+        beside = {f".{name}": value for name, value in json.loads(config).items()}
+        inside = json.loads(metadata.get(CONFIG_IN_FILE, "{}"))
+        metadata[CONFIG_IN_FILE] = json.dumps({**inside, **beside})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise LoraCorrupt("adapter_config.json is not what peft writes") from error
+    text = json.dumps({**fields, "__metadata__": metadata}, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % ALIGNED)

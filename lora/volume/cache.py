@@ -28,14 +28,12 @@ from lora.fetch.sources import CachedName, Reference, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import SAFETENSORS
 from lora.volume.adapters import delete
-from lora.volume.fetching import Fetch
+from lora.volume.fetching import Fetch, SharedFetches
 from lora.volume.lease import Lease
 from lora.volume.publishing import Publisher
 from lora.volume.records import pin_path, write_errors_as
-from lora.volume.refusals import Refusals
-from lora.volume.resolver import Resolved, Resolver
+from lora.volume.resolver import Refusals, Resolved, Resolver
 from lora.volume.room import Room
-from lora.volume.sharing import SharedFetches
 from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name
 
 __all__ = ["FALLBACK_ROOT", "CacheEntry", "Limits", "Progress", "Resolved", "VolumeCache"]

@@ -14,13 +14,17 @@ from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import STEMS
 from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden
-from lora.volume.mounts import on_local_disk
 from lora.volume.records import DAMAGED, INCOMING
 
 log = logging.getLogger(__name__)
 
 DAMAGED_DAYS = 1.0
 """How long a damaged file is kept to be looked at."""
+
+LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "overlay"})
+"""File systems whose open files stay readable whatever happens to their names. All others count as remote."""
+
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 class Folders:
@@ -132,6 +136,22 @@ class Folders:
         if is_hidden(name) or name.startswith("/") or ".." in PurePosixPath(name).parts:
             return None
         return next(filter(None, (adapter_at(root, name) for root in self.roots)), None)
+
+
+def on_local_disk(folder: Path, mounts: Path = MOUNTS) -> bool:
+    """Whether the folder, which need not exist yet, is on a local file system; False if unknown."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return False
+    target, best, kind = folder.resolve(), -1, ""
+    for line in lines:
+        # "36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw" (man proc_pid_mountinfo)
+        before, _, after = line.partition(" - ")
+        mount = Path(before.split(" ")[4].replace("\\040", " "))
+        if target.is_relative_to(mount) and len(mount.parts) >= best:
+            best, kind = len(mount.parts), after.split(" ")[0]
+    return kind in LOCAL
 
 
 def _probe(root: Path) -> None:

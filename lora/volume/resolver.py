@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from lora.errors import DownloadFailed
+from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Limits, pause_after
 from lora.fetch.hub import Hub
 from lora.fetch.sources import CachedName, CivitaiFile, HubFile, Reference, RemoteFile, parse
 from lora.volume.records import read_as, write
-from lora.volume.refusals import Refusals
 from lora.volume.shelf import Shelf, digest_of
 
 LOOKUPS = ".lookups"
@@ -35,6 +35,42 @@ class Lookup:
 
     file: dict[str, Any]
     when: float
+
+
+class Refusals:
+    """Remembers for some seconds which source answered 404 (nothing is there) or 403 (not for us)."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._guard = threading.Lock()
+        self._until: dict[str, tuple[float, LoraError]] = {}
+
+    @contextmanager
+    def remembered(
+        self,
+        key: str,
+        *,
+        ask_anyway: bool = False,
+        kinds: tuple[type[LoraError], ...] = (LoraNotFound, AccessDenied),
+    ) -> Iterator[None]:
+        """Wraps the asking of a source: raises its refusal of a moment ago, and remembers one of now.
+
+        `kinds`: the errors that are remembered.
+        """
+        with self._guard:
+            until, refusal = self._until.get(key, (0.0, None))
+        if isinstance(refusal, kinds) and not ask_anyway and time.monotonic() < until:
+            raise type(refusal)(refusal.sentence, refusal.hint)
+        try:
+            yield
+        except kinds as error:
+            now = time.monotonic()
+            with self._guard:
+                self._until = {k: v for k, v in self._until.items() if v[0] > now}
+                self._until[key] = now + self._seconds, error
+            raise
+        with self._guard:
+            self._until.pop(key, None)
 
 
 class Resolver:
