@@ -110,9 +110,9 @@ def _publish(part: Path, path: Path, mtime_ns: int, state: State) -> None:
     """Raises: OSError."""
     os.utime(part, ns=(mtime_ns, mtime_ns))
     status = part.stat()
-    digest = state.sha256 or ""
     # Without a time of download, so that it is never evicted: nobody could fetch it again.
-    record = Record(state.source or "", digest, status.st_size, status.st_mtime_ns, fetched=None)
+    source, sha256 = str(state.source), str(state.sha256)
+    record = Record(source, sha256, status.st_size, status.st_mtime_ns, fetched=None)
     write(path.parent, record_path(path), record)
     replace_durably(part, path)
     copy = adapter_at(path.parent, path.name)

@@ -52,14 +52,6 @@ class Catalog:
         """The adapters that fit the query, as they lie on the disk now. Changes nothing."""
         return query.page_of(self._items())
 
-    def find(self, name: str) -> Item:
-        """One adapter, by its name in lists or in jobs.
-
-        Raises: LoraNotFound, with the nearest names; SourceInvalid if the name leads out of the folders.
-        """
-        adapter = self._find(name)
-        return Item(self._name(adapter), adapter, state_of(adapter))
-
     def scan(self) -> Scanned:
         """Reads the header of each adapter that is new or changed, and writes down its state.
 
@@ -124,6 +116,7 @@ class Catalog:
         return self._training is not None and adapter.root == self._training.root
 
     def _find(self, name: str) -> StoredAdapter:
+        """The adapter of this name in lists or jobs. Raises: LoraNotFound, SourceInvalid."""
         path = name.removeprefix(TRAINING)
         shelf = self._shelf if path == name else self._training
         sound = path.isprintable() and ".." not in PurePosixPath(path).parts

@@ -58,6 +58,9 @@ def summarise(header: Header) -> Summary:
     )
 
 
+_slot_of = lru_cache(maxsize=1024)(slot_of)  # a file has thousands of keys, and few suffixes
+
+
 def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
     """Module's name in the file -> slot -> shape."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -71,11 +74,6 @@ def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
                 modules.setdefault(".".join(parts[:count]), {})[slot] = info.shape
                 break
     return modules
-
-
-@lru_cache(maxsize=1024)  # a file has thousands of keys, and a handful of suffixes
-def _slot_of(suffix: str) -> str:
-    return slot_of(suffix)
 
 
 def trigger_words(header: Header) -> tuple[str, ...]:

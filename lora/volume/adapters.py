@@ -182,13 +182,15 @@ def _entries(root: Path, folder: str) -> dict[str, os.DirEntry[str]]:
         return {
             entry.name: entry
             for entry in entries
-            if not entry.name.startswith(".") and not _leads_out(entry, root)
+            if not entry.name.startswith(".")
+            and not (entry.is_symlink() and leads_out(Path(entry.path), root))
         }
     return {}  # removed just now, or not ours to read
 
 
-def _leads_out(entry: os.DirEntry[str], root: Path) -> bool:
-    return entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root.resolve())
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a link in the path leads out of the root. (`Path.resolve` fails for links in a circle.)"""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _version_of(entry: os.DirEntry[str] | None) -> tuple[int, int, int] | None:

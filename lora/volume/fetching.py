@@ -39,11 +39,8 @@ class Fetch:
     lease: Callable[[Path, float], Lease]
     on_bytes: Progress
     begun: float = field(default_factory=time.time)
-    deadline: float = field(init=False)
-    """When it must be done, by time.monotonic()."""
-
-    def __post_init__(self) -> None:
-        self.deadline = time.monotonic() + self.limits.timeout
+    deadline: float = 0.0
+    """When `run` must be done, by time.monotonic()."""
 
     def is_current(self, entry: CacheEntry) -> bool:
         """Whether the file need not be asked for: its content cannot change, or it was asked for lately."""
@@ -53,7 +50,7 @@ class Fetch:
 
     def run(self, old: CacheEntry | None) -> CacheEntry:
         """The file as its source has it now. `old`: what lies in the cache of it. Raises: LoraError."""
-        shelf = self.publisher.shelf
+        shelf, self.deadline = self.publisher.shelf, time.monotonic() + self.limits.timeout
         for root in shelf.writable():
             try:
                 return self._into(root, old)
@@ -158,10 +155,7 @@ class SharedFetches:
         fetch: Callable[[Progress], CacheEntry],
         on_bytes: Progress | None,
     ) -> CacheEntry:
-        """The result of `fetch`, or of another thread's that began with the same key and still runs.
-
-        Raises what that fetch raises.
-        """
+        """The outcome of `fetch`, or of another thread's that began with the same key and still runs."""
         with self._guard:
             ours = key not in self._running
             running = self._running.setdefault(key, _Running())

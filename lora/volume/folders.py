@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import STEMS
-from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden
+from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden, leads_out
 from lora.volume.records import DAMAGED, INCOMING
 
 log = logging.getLogger(__name__)
@@ -35,17 +35,13 @@ class Folders:
         self.root, self.fallback = root, fallback
         self._stale_after = stale_after
         self._local = {folder: on_local_disk(folder) for folder in self.roots}
-        self._trouble: str | None = None
+        self.trouble: str | None = None
+        """Why files go to the fallback, as long as they do."""
 
     @property
     def roots(self) -> tuple[Path, ...]:
         """The folders that files are looked for in, in this order."""
         return (self.root, self.fallback) if self.fallback else (self.root,)
-
-    @property
-    def trouble(self) -> str | None:
-        """Why files go to the fallback, as long as they do."""
-        return self._trouble
 
     # --- writing ---------------------------------------------------------------------------------
 
@@ -67,7 +63,7 @@ class Folders:
                 self.lost(root, error)
                 continue
             if root == self.root:
-                self._trouble = None
+                self.trouble = None
             _sweep(root, self._stale_after)
             yield root
 
@@ -76,9 +72,9 @@ class Folders:
         trouble = f"the LoRA cache on the volume cannot be written ({error.strerror})"
         if root == self.root and self.fallback:
             trouble += "; LoRAs are kept on this container's disk"
-            if self._trouble != trouble:
+            if self.trouble != trouble:
                 log.warning("%s: %s", root, trouble)
-            self._trouble = trouble
+            self.trouble = trouble
 
     # --- looking ---------------------------------------------------------------------------------
 
@@ -121,7 +117,7 @@ class Folders:
                 path = root / candidate
                 with suppress(OSError):
                     if candidate.endswith(EXTENSIONS) and path.is_file():
-                        if not path.resolve().is_relative_to(root.resolve()):
+                        if leads_out(path, root):
                             raise SourceInvalid(f"{name!r} leads out of the LoRA cache")
                         return path
         return None

@@ -55,11 +55,7 @@ class Lease:
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
 
     def wait(
-        self,
-        look: Callable[[], Found | None],
-        deadline: float,
-        poll: float,
-        too_late: Exception,
+        self, look: Callable[[], Found | None], deadline: float, poll: float, too_late: Exception
     ) -> Found | None:
         """Waits until the lease is ours (None), or until `look` finds what its owner was to make.
 

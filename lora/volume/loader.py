@@ -148,7 +148,9 @@ class LoraLibrary:
 
         Raises: LoraError; FileNotFoundError if the file is not the one of its record any more.
         """
-        record, config = entry.record, _config(entry)
+        record, config = entry.record, entry.record.config
+        if config is None:
+            config = config_beside(entry.path)
         key = record.sha256, hashlib.sha256((config or "").encode()).hexdigest()
         with self._guard:
             warm = self._warm.get(key)
@@ -160,10 +162,9 @@ class LoraLibrary:
                     entry.path, self._key_map, record.sha256, config=config, mapped=entry.mappable
                 )
                 stat = entry.path.stat()
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            if error.errno == errno.ESTALE:  # a network file system's word for a file that is gone
+            # ESTALE: a network file system says that the file is gone.
+            if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:
                 raise FileNotFoundError(entry.path) from error
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
         if not record.fits(stat):
@@ -194,8 +195,3 @@ def _results(futures: Sequence[Future[Result]]) -> list[Result]:
         return [future.result() for future in futures]
     first = coded[0]
     raise type(first)("; ".join(error.sentence for error in coded), first.hint) from first
-
-
-def _config(entry: CacheEntry) -> str | None:
-    """The text of the PEFT config that goes with an adapter. Raises: LoraCorrupt if it cannot be read."""
-    return config_beside(entry.path) if entry.record.config is None else entry.record.config

@@ -65,10 +65,7 @@ class Publisher:
         return CacheEntry(path, path.name, record, True, self.shelf.is_local(path))
 
     def converted(self, path: Path) -> CacheEntry:
-        """An operator's pickle as .safetensors, written once per version of the file.
-
-        Raises: LoraError, OSError.
-        """
+        """An operator's pickle as .safetensors, written once per version. Raises: LoraError, OSError."""
         status, name = path.stat(), self.shelf.name_of(path)
         identity = f"file:{name}:{status.st_size}:{status.st_mtime_ns}"
         remote = RemoteFile("", identity, name, path.name, fixed=True)

@@ -83,10 +83,7 @@ class Resolver:
         self._refusals, self._limits = refusals, limits
 
     def resolve(self, reference: Reference) -> Resolved:
-        """Where the reference's file is: in the cache by name, or at a URL.
-
-        Asks the hub or Civitai if it must, downloads nothing. Raises: LoraError.
-        """
+        """As `VolumeCache.resolve` says. Raises: LoraError."""
         location = parse(reference, self._hub.endpoint, self._civitai.endpoint)
         if isinstance(location, HubFile):
             plain = not (reference.weight_name or reference.revision or "@" in reference.path)

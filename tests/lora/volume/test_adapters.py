@@ -69,6 +69,7 @@ def test_hidden_names_and_links_that_lead_out_are_passed_over(tmp_path: Path) ->
     (root / "folder").symlink_to(peft(tmp_path / "elsewhere", "adapter_model.safetensors"))
     (root / "alias.safetensors").symlink_to("a.safetensors")
     (root / "dangling.safetensors").symlink_to("nothing")
+    (root / "circle.safetensors").symlink_to("circle.safetensors")
     assert found(root).keys() == {"a.safetensors", "alias.safetensors"}
 
 
