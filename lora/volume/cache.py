@@ -114,9 +114,8 @@ class VolumeCache:
         return entry
 
     def _not_found(self, name: str) -> LoraNotFound:
-        stems = [
-            str(PurePosixPath(str(one.weights)).with_suffix("")) for one in self.shelf.adapters()
-        ]
+        files = [PurePosixPath(str(adapter.weights)) for adapter in self.shelf.adapters()]
+        stems = [str(file.with_suffix("")) for file in files]
         hint = nearest(name.removesuffix(SAFETENSORS), stems)
         return LoraNotFound(
             f"the cache has no file {name!r}", hint or f"The cache holds {len(stems)} files."

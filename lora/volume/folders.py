@@ -92,14 +92,12 @@ class Folders:
 
     def adapters(self) -> list[StoredAdapter]:
         """Every adapter that has its weights, in the order of their files' names, the volume's first."""
-        return [
-            adapter
-            for root in self.roots
-            for adapter in sorted(
-                (one for one in adapters_in(root) if one.weights),
-                key=lambda one: str(one.weights).split("/"),
-            )
-        ]
+
+        def steps(adapter: StoredAdapter) -> list[str]:
+            return str(adapter.weights).split("/")
+
+        walks = [sorted(adapters_in(root), key=steps) for root in self.roots]
+        return [adapter for walk in walks for adapter in walk if adapter.weights]
 
     def files(self) -> list[Path]:
         """The files of `adapters`."""

@@ -68,7 +68,7 @@ def make_room(
     lacking = to_write + RESERVE - shutil.disk_usage(root).free
     if lacking <= 0 and budget is None:
         return  # the usual case, without a look at thousands of records
-    adapters = {path: one for path, one in _by_last_use(root) if path != instead_of}
+    adapters = {path: item for path, item in _by_last_use(root) if path != instead_of}
     files = [(path, adapter.version.size) for path, adapter in adapters.items()]
     kept = {*keep, *(path for path, adapter in adapters.items() if adapter.pinned)}
     chosen: list[Path] = []
