@@ -110,11 +110,7 @@ def _headers(text: str) -> dict[str, tuple[str, str]]:
 
 
 def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:
-    from lora.volume.records import told_of
-
-    shelf = cache.shelf
-    found = [told_of(shelf.root_of(path), path) for path in shelf.files()]
-    return {"root": str(shelf.root), "loras": [one for one in found if one]}
+    return {"root": str(cache.shelf.root), "loras": cache.shelf.describe()}
 
 
 def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ Server = tuple[str, str]
 
 def open_cache(
     root: Path,
-    limits: Limits,
+    limits: Limits = Limits(),
     *,
     hub: Server = ("", ""),
     civitai: Server = ("", ""),

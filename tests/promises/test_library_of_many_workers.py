@@ -155,12 +155,12 @@ def check(root: Path) -> None:
     items = catalog(root).page(Query()).items
     assert items == catalog(root).page(Query()).items, SEED
     for item in items:
-        state, stamp = item.state, item.adapter.stamp
+        state, version = item.state, item.adapter.version
         if not state.at or not item.adapter.weights:
             continue
         path = item.adapter.root / item.adapter.weights
         rank = (
-            next(rank for rank in (1, 2, 4, 8, BAD) if len(adapter(rank)) == stamp.size)
+            next(rank for rank in (1, 2, 4, 8, BAD) if len(adapter(rank)) == version.size)
             if (not item.name.startswith("run_") and "run-" not in item.name)
             else 4
         )

@@ -18,8 +18,7 @@ import pytest
 
 from lora.fetch.sources import Reference
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
-from lora.volume.records import INCOMING
-from lora.volume.room import DAMAGED
+from lora.volume.records import DAMAGED, INCOMING
 from tests.lora.workers import Job, SlowServer, Workers, adapter, sha256
 from tests.server import LOOPBACK, LoopbackServer
 

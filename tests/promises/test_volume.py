@@ -26,10 +26,9 @@ from lora.errors import CacheFull, LoraCorrupt, LoraError
 from lora.fetch.sources import CachedName, Reference
 from lora.formats.adapter import LoraFile
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
-from lora.volume.lease import Watch
+from lora.volume.lease import LeaseWatch
 from lora.volume.loader import LoraLibrary
-from lora.volume.records import INCOMING, Record, read_as, record_path, write
-from lora.volume.room import DAMAGED
+from lora.volume.records import DAMAGED, INCOMING, Record, read_as, record_path, write
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, LoopbackServer
 from tests.waiting import until
@@ -486,9 +485,9 @@ def test_a_read_only_volume_without_another_folder_gives_a_clear_answer(
 def test_a_dead_workers_lease_that_cannot_be_removed_holds_nobody_up(
     cache: VolumeCache, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries: list[Watch] = []
+    tries: list[LeaseWatch] = []
 
-    def stays(self: Watch) -> bool:
+    def stays(self: LeaseWatch) -> bool:
         tries.append(self)
         assert len(tries) < 100
         return False
@@ -498,8 +497,8 @@ def test_a_dead_workers_lease_that_cannot_be_removed_holds_nobody_up(
     lease = cache.shelf.root / INCOMING / f"{path.name}.lease"
     lease.touch()
     server.serve("/lora.safetensors", NEW)
-    monkeypatch.setattr(Watch, "is_dead", lambda self: True)
-    monkeypatch.setattr(Watch, "remove", stays)
+    monkeypatch.setattr(LeaseWatch, "is_dead", lambda self: True)
+    monkeypatch.setattr(LeaseWatch, "remove", stays)
     assert get(cache, url, refresh=True).path.read_bytes() == NEW
     assert lease.exists()
 

@@ -17,7 +17,7 @@ from lora.engine.engine import LoraEngine
 from lora.errors import LoraCorrupt, LoraNotFound, SourceInvalid
 from lora.fetch.sources import Reference
 from lora.formats.adapter import load
-from lora.library.catalog import TRAINING, Catalog, Item, Query
+from lora.library.catalog import TRAINING, Catalog, Query
 from lora.library.states import read_state
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.loader import LoraLibrary
@@ -299,7 +299,7 @@ def test_links_that_lead_out_of_the_folder_are_passed_over(
 )
 def test_names_that_are_none_are_refused(catalog: Catalog, root: Path, name: str) -> None:
     write(root / "a.safetensors", kohya())
-    for action in (catalog.find, catalog.activate, catalog.deactivate, catalog.delete):
+    for action in (catalog.activate, catalog.deactivate, catalog.delete):
         with pytest.raises(LoraNotFound):
             action(name)
     assert (root / "a.safetensors").exists()
@@ -354,7 +354,7 @@ def test_activation_checks_what_a_load_needs(catalog: Catalog, root: Path) -> No
     assert (state.state, state.reason, item.file) == ("active", None, "a.safetensors")
     assert (state.algorithm, state.rank, state.layers) == ("lora", 4, 3)
     assert state.sha256
-    assert catalog.find("a") == Item(item.name, catalog.find("a").adapter, state)
+    assert [(one.name, one.state) for one in catalog.page(Query()).items] == [(item.name, state)]
     assert json.loads(json.dumps(item.as_answer()))["state"] == "active"
 
 
@@ -389,7 +389,7 @@ def test_what_does_not_load_is_failed_with_the_reason(
     item = catalog.activate("a")
     assert item.state.state == "failed"
     assert reason in (item.state.reason or "")
-    assert catalog.find("a").state == item.state
+    assert catalog.page(Query()).items[0].state == item.state
 
 
 def break_config(folder: Path, text: str) -> None:
