@@ -28,7 +28,7 @@ BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
 @pytest.fixture
 def cache(tmp_path: Path) -> VolumeCache:
-    found = VolumeCache(tmp_path / "loras", Limits(timeout=10))
+    found = VolumeCache(tmp_path / "loras", Limits())
     found.shelf.prepare()
     return found
 
