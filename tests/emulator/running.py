@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,21 +24,13 @@ import uvicorn
 
 from emulator.app import new_app
 from emulator.jobs import JobQueue
-from emulator.workers import Scale, Worker, WorkerPool
+from emulator.workers import LAST_GRACE, Scale, Worker, WorkerPool
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE, until
 
 ECHO = [sys.executable, "tests/emulator/echo.py"]
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 KEY = "the-workers-key"
-
-
-def until(true: Callable[[], Any], seconds: float = 40, what: Callable[[], object] = str) -> Any:
-    """Waits for something to be true; `what` says how it stands if it does not become so."""
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.05)
-    return found
 
 
 @dataclass
@@ -55,7 +46,7 @@ class Api:
 
     def ask(self, method: str, path: str, **options: Any) -> requests.Response:
         """Of the endpoint; of the server, if the path begins with a slash."""
-        options = {"headers": self.headers, "timeout": 60, **options}
+        options = {"headers": self.headers, "timeout": PATIENCE, **options}
         url = self.address + path if path.startswith("/") else f"{self.base}/local/{path}"
         return requests.request(method, url, **options)
 
@@ -72,9 +63,13 @@ class Api:
     def status(self, job_id: str) -> dict[str, Any]:
         return cast(dict[str, Any], self.get(f"status/{job_id}"))
 
-    def end(self, job_id: str, seconds: float = 40) -> dict[str, Any]:
+    def story(self, job_id: str) -> dict[str, Any]:
+        """What came for a job from its worker."""
+        return cast(dict[str, Any], self.get(f"/state/{job_id}"))
+
+    def end(self, job_id: str) -> dict[str, Any]:
         """A job's final state."""
-        until(lambda: self.status(job_id)["status"] in FINAL, seconds, lambda: self.status(job_id))
+        until(lambda: self.status(job_id)["status"] in FINAL, lambda: self.status(job_id))
         return self.status(job_id)
 
     def under_way(self, job_id: str) -> dict[str, Any]:
@@ -91,9 +86,8 @@ class Emulator(Api):
 
     def __init__(self, process: subprocess.Popen[bytes], log: Path, mark: str, key: str) -> None:
         self.process, self._log, self._mark = process, log, mark
-        found = until(
-            lambda: re.search(r"(http://\S+)/v2/local is open", self.log()), what=self.log
-        )
+        found = until(lambda: re.search(r"(http://\S+)/v2/local is open", self.log()), self.log)
+        assert found
         super().__init__(found[1], {"Authorization": f"Bearer {key}"})
 
     def log(self) -> str:
@@ -101,12 +95,12 @@ class Emulator(Api):
 
     def said(self, text: str, times: int = 1) -> bool:
         """Waits until a text stands in the log, so many times."""
-        return bool(until(lambda: self.log().count(text) >= times, what=self.log))
+        return bool(until(lambda: self.log().count(text) >= times, self.log))
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Its exit code. Everything that it started must be gone then."""
         self.process.send_signal(number)
-        code = self.process.wait(40)
+        code = self.process.wait(PATIENCE)
         assert marked(self._mark) == [], self.log()
         return code
 
@@ -123,13 +117,26 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+WITH_GRACE = """
+from emulator import workers
+from emulator.__main__ import main
+workers.LAST_GRACE = {}
+raise SystemExit(main())
+"""
+
+
 @contextmanager
-def emulator(folder: Path, *options: str, key: str = "k", **environment: str) -> Iterator[Emulator]:
-    """A platform with echoing workers. However the test ends, nothing of it is left."""
+def emulator(
+    folder: Path, *options: str, key: str = "k", grace: float = LAST_GRACE, **environment: str
+) -> Iterator[Emulator]:
+    """A platform with echoing workers. However the test ends, nothing of it is left.
+
+    `grace`: how many seconds the workers have for their jobs when it is to end.
+    """
     assert Path("/proc").is_dir(), "these tests look for left processes in /proc"
     mark, log = f"EMULATOR_TEST={uuid.uuid4()}", folder / "emulator.log"
     name, value = mark.split("=")
-    command = [sys.executable, "-m", "emulator", "--port", "0", *options, "--", *ECHO]
+    command = [sys.executable, "-c", WITH_GRACE.format(grace), "--port", "0", *options, "--", *ECHO]
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
@@ -195,7 +202,7 @@ def web(folder: Path, *, api_key: str | None = None, pause: float = 0.1) -> Iter
         yield Web(f"http://127.0.0.1:{port}", headers, queue, pool)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 @contextmanager
