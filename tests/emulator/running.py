@@ -1,4 +1,4 @@
-"""What the emulator's tests share: one in a process of its own, its web side in a thread, a webhook."""
+"""For tests with an emulator: one in a process of its own, its web side in a thread, and a webhook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -28,7 +28,7 @@ from emulator.workers import LAST_GRACE, Scale, Worker, WorkerPool
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE, until
 
-ECHO = [sys.executable, "tests/emulator/echo.py"]
+LOG = "emulator.log"
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 KEY = "the-workers-key"
 
@@ -67,6 +67,9 @@ class Api:
         """What came for a job from its worker."""
         return cast(dict[str, Any], self.get(f"/state/{job_id}"))
 
+    def cancel(self, job_id: str) -> None:
+        self.ask("POST", f"cancel/{job_id}").raise_for_status()
+
     def end(self, job_id: str) -> dict[str, Any]:
         """A job's final state."""
         until(lambda: self.status(job_id)["status"] in FINAL, lambda: self.status(job_id))
@@ -80,18 +83,26 @@ class Api:
     def workers(self) -> dict[str, int]:
         return cast(dict[str, int], self.get("health")["workers"])
 
+    def wait_for_workers(self, count: int) -> None:
+        until(lambda: self.workers()["ready"] >= count)
+
 
 class Emulator(Api):
     """A running `python -m emulator`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, mark: str, key: str) -> None:
-        self.process, self._log, self._mark = process, log, mark
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, mark: str, key: str) -> None:
+        self.process, self.folder, self._mark = process, folder, mark
         found = until(lambda: re.search(r"(http://\S+)/v2/local is open", self.log()), self.log)
         assert found
         super().__init__(found[1], {"Authorization": f"Bearer {key}"})
 
     def log(self) -> str:
-        return self._log.read_text(errors="replace")
+        return (self.folder / LOG).read_text(errors="replace")
+
+    def pids(self) -> dict[str, int]:
+        """The workers that were started, by name."""
+        started = re.findall(r" (w\d+) started \(pid (\d+)\)", self.log())
+        return {name: int(pid) for name, pid in started}
 
     def said(self, text: str, times: int = 1) -> bool:
         """Waits until a text stands in the log, so many times."""
@@ -127,17 +138,23 @@ raise SystemExit(main())
 
 @contextmanager
 def emulator(
-    folder: Path, *options: str, key: str = "k", grace: float = LAST_GRACE, **environment: str
+    folder: Path,
+    *options: str,
+    program: Sequence[str] = ("tests/emulator/echo.py",),
+    key: str = "k",
+    grace: float = LAST_GRACE,
+    **environment: str,
 ) -> Iterator[Emulator]:
-    """A platform with echoing workers. However the test ends, nothing of it is left.
+    """A platform whose workers run `program`. However the test ends, nothing of it is left.
 
     `grace`: how many seconds the workers have for their jobs when it is to end.
     """
     assert Path("/proc").is_dir(), "these tests look for left processes in /proc"
-    mark, log = f"EMULATOR_TEST={uuid.uuid4()}", folder / "emulator.log"
+    mark = f"EMULATOR_TEST={uuid.uuid4()}"
     name, value = mark.split("=")
-    command = [sys.executable, "-c", WITH_GRACE.format(grace), "--port", "0", *options, "--", *ECHO]
-    with log.open("wb") as file:
+    command = [sys.executable, "-c", WITH_GRACE.format(grace), "--port", "0", *options]
+    command += ["--", sys.executable, *program]
+    with (folder / LOG).open("wb") as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -146,7 +163,7 @@ def emulator(
             stderr=subprocess.STDOUT,
         )
     try:
-        yield (running := Emulator(process, log, mark, key))
+        yield (running := Emulator(process, folder, mark, key))
         if process.poll() is None:
             assert running.stop() == 0, running.log()
     finally:

@@ -148,10 +148,6 @@ def mortal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
         yield running
 
 
-def started(running: Emulator) -> list[str]:
-    return re.findall(r" (w\d+) started", running.log())
-
-
 def test_a_worker_that_asks_for_it_is_replaced_after_its_answers(
     mortal: Emulator, tmp_path: Path
 ) -> None:
@@ -170,7 +166,7 @@ def test_a_worker_that_asks_for_it_is_replaced_after_its_answers(
     go_on.touch()
     assert mortal.end(other)["output"] == {"answer": 1, "worker": first}
     following = mortal.end(mortal.run({"answer": 3}))
-    assert following["workerId"] == started(mortal)[-1] != first
+    assert following["workerId"] == [*mortal.pids()][-1] != first
     mortal.said(f"{first} ended")
     assert "died" not in mortal.log().replace("died 0", "")
     assert mortal.status(hanging)["workerId"] == following["workerId"]  # given to the next one
@@ -185,7 +181,7 @@ def test_a_worker_that_dies_is_replaced_and_its_job_done_once_more(
     state = mortal.end(job_id)
     assert state["status"] == "COMPLETED"
     assert state["output"]["answer"] == 3
-    dead, new = started(mortal)[-2:]
+    dead, new = [*mortal.pids()][-2:]
     assert state["workerId"] == new
     mortal.said(f"{dead} died (exit 3)")
     assert mortal.story(job_id)["answers"] == 1
@@ -217,7 +213,7 @@ def test_workers_follow_the_queue_between_their_least_and_most_number(tmp_path: 
     )
     with emulator(tmp_path, *options) as running:
         until(lambda: running.workers()["ready"] == 1)
-        assert started(running) == ["w0"]
+        assert [*running.pids()] == ["w0"]
         ids = [running.run({"seconds": 600}) for _ in range(3)]
         until(lambda: running.workers()["running"] == 2)
         assert [running.status(job_id).get("workerId") for job_id in ids] == ["w0", "w1", None]
@@ -226,7 +222,7 @@ def test_workers_follow_the_queue_between_their_least_and_most_number(tmp_path: 
         until(lambda: running.get("/state")["counts"]["workers"] == 1)
         time.sleep(0.7)  # the last one is idle, and kept
         assert running.workers()["ready"] == 1
-        assert started(running) == ["w0", "w1"]
+        assert [*running.pids()] == ["w0", "w1"]
         assert "died" not in running.log().replace("died 0", "")
         assert running.end(running.run({"answer": 1}))["output"]["answer"] == 1
 
