@@ -12,7 +12,7 @@ from typing import Any
 from tests.conftest import ROOT
 from tests.emulator.running import Emulator, emulator
 
-ENVIRONMENT = {
+ENVIRONMENT: dict[str, Any] = {
     "WORKER_MODEL": "demo",
     "WORKER_DEVICE": "cpu",
     "LORA_ALLOW_PRIVATE_URLS": "1",

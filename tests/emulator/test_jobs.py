@@ -9,18 +9,8 @@ from typing import Any
 import pytest
 
 from emulator import jobs
-from emulator.jobs import (
-    KEEP,
-    KEEP_SYNC,
-    MB,
-    RUN_LIMIT,
-    RUNSYNC_LIMIT,
-    STREAM_LIMIT,
-    Job,
-    JobQueue,
-    Status,
-    TooLarge,
-)
+from emulator.job import MB, RUN_LIMIT, RUNSYNC_LIMIT, Job, Status, TooLarge
+from emulator.jobs import KEEP, KEEP_SYNC, STREAM_LIMIT, JobQueue
 from tests.waiting import PATIENCE, Clock
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from emulator import client_api, worker_api
-from emulator.jobs import MB, Status
+from emulator.job import MB, Status
 from emulator.worker_api import wire_environment
 from tests.emulator.running import KEY, Web, hook, web
 from tests.waiting import PATIENCE, until

@@ -20,7 +20,8 @@ import pytest
 
 from emulator import workers
 from emulator.__main__ import main as emulator_main
-from emulator.jobs import JobQueue, Status
+from emulator.job import Status
+from emulator.jobs import JobQueue
 from emulator.workers import Scale, WorkerPool
 from tests.conftest import ROOT
 from tests.emulator.running import Emulator, emulator, marked
