@@ -16,7 +16,7 @@ INTERVAL = 0.5
 
 
 class Progress:
-    """Sends one job's progress: each new phase at once, and within a phase one update per `INTERVAL` at most."""
+    """Sends one job's progress: each new phase at once, within a phase one update per `INTERVAL` at most."""
 
     def __init__(self, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
         self._send = send

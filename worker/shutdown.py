@@ -49,7 +49,7 @@ class Shutdown:
         return asked
 
     def _listen(self) -> asyncio.Event:
-        """Sets signal handlers at the first question. They first call the SDK's own, which are set by then."""
+        """Sets signal handlers at the first question. They call the SDK's own, set by then, first."""
         if self._over is None:
             over, loop = asyncio.Event(), asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
