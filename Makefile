@@ -12,10 +12,8 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 demo: $(VENV)/ready
 	$(RUN) -m demo
 
-# The tests of production have the machine to themselves: they measure times.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/promises/test_production.py
-	$(RUN) -m pytest tests/promises/test_production.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # What matters while editing, in under three minutes on two cores: no emulator, no commands, no killed processes.
 test-quick: $(VENV)/ready-dev

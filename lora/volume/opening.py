@@ -18,7 +18,7 @@ Server = tuple[str, str]
 
 def open_cache(
     root: Path,
-    limits: Limits = Limits(),
+    limits: Limits | None = None,
     *,
     hub: Server = ("", ""),
     civitai: Server = ("", ""),

@@ -18,8 +18,10 @@ from typing import Any
 import pytest
 
 from emulator.worker_api import wire_environment
+from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
 from tests.production import ENVIRONMENT
+from tests.server import LoopbackServer
 from tests.waiting import PATIENCE, until
 from worker.shutdown import Shutdown
 
@@ -30,8 +32,8 @@ HELD = 3 * PATIENCE
 class Platform:
     """Hands out one job, then nothing for a long time. Notes what is posted to it."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.jobs, self.posts = [job], list[dict[str, Any]]()
+    def __init__(self) -> None:
+        self.jobs, self.posts = list[dict[str, Any]](), list[dict[str, Any]]()
         self.closed = threading.Event()
         platform = self
 
@@ -73,14 +75,13 @@ class Platform:
         self._server.shutdown()
         self._server.server_close()
 
-    def posted(self, *, progress: bool) -> list[dict[str, Any]]:
-        return [post for post in self.posts if (post.get("status") == "IN_PROGRESS") == progress]
+    def answers(self) -> list[dict[str, Any]]:
+        return [post for post in self.posts if post.get("status") != "IN_PROGRESS"]
 
 
 @pytest.fixture
 def platform() -> Iterator[Platform]:
-    steps = {"prompt": "a big red circle", "num_inference_steps": 250, "seed": 1}
-    running = Platform({"id": "the-job", "input": steps})
+    running = Platform()
     try:
         yield running
     finally:
@@ -88,8 +89,12 @@ def platform() -> Iterator[Platform]:
 
 
 def test_at_sigterm_the_running_job_is_posted_and_no_question_keeps_the_worker(
-    platform: Platform, tmp_path: Path
+    platform: Platform, server: LoopbackServer, tmp_path: Path
 ) -> None:
+    gate = threading.Event()
+    url = server.serve("/slow.safetensors", as_bytes(kohya()), gate=gate)
+    values = {"prompt": "a big red circle", "num_inference_steps": 1, "loras": [url]}
+    platform.jobs.append({"id": "the-job", "input": values})
     environment = {**os.environ, **ENVIRONMENT, "LORA_CACHE_DIR": str(tmp_path)}
     environment |= wire_environment(platform.address, "local", "key")
     environment |= {"RUNPOD_POD_ID": "w0", "HOME": str(tmp_path)}
@@ -101,10 +106,11 @@ def test_at_sigterm_the_running_job_is_posted_and_no_question_keeps_the_worker(
         stderr=subprocess.DEVNULL,
     )
     try:
-        until(lambda: platform.posted(progress=True))
+        until(lambda: server.hits["/slow.safetensors"])
         worker.send_signal(signal.SIGTERM)
-        assert platform.posted(progress=False) == []
-        (answer,) = until(lambda: platform.posted(progress=False))
+        assert platform.answers() == []
+        gate.set()
+        (answer,) = until(platform.answers)
         assert answer["output"]["images"]
         assert worker.wait(PATIENCE) == 0  # the questions are held for longer
     finally:

@@ -47,7 +47,7 @@ def cache(tmp_path: Path, server: LoopbackServer) -> VolumeCache:
     web = Web(WebRules(own=frozenset({origin}), tokens={origin: token}))
     return VolumeCache(
         tmp_path,
-        Limits(timeout=5, tries=1),
+        Limits(tries=1),
         web,
         civitai=Civitai(web, server.address),
     )

@@ -16,19 +16,10 @@ import pytest
 
 from lora.volume import lease as lease_module
 from lora.volume.lease import Lease, LeaseWatch, process_name
+from tests.waiting import Clock, until
 
 ELSEWHERE = "another-boot/pid:[1]/7/99"
 """A process of another machine: nobody here can tell whether it lives."""
-
-
-class Clock:
-    """Stands in for the module `time`."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -120,14 +111,16 @@ def test_a_full_volume_gives_it_to_everybody_and_keeps_nothing_of_it(
 # --- signs of life -----------------------------------------------------------------------------------
 
 
-def test_signs_of_life_keep_a_lease(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    silence = 0.6
-    lease, watch = taken_elsewhere(path, silence, monkeypatch), LeaseWatch(path, silence)
-    end = time.monotonic() + 2.5 * silence
+def test_signs_of_life_keep_a_lease(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease, watch = taken_elsewhere(path, 0.1, monkeypatch), LeaseWatch(path, 10)
     with lease:
-        while time.monotonic() < end:
+        for _ in range(5):
+            text = path.read_text()
+            until(lambda: path.read_text() not in ("", text))  # noqa: B023 - called at once
             assert not watch.is_dead()
-            time.sleep(0.02)
+            clock.now += 9.9
 
 
 def test_a_silent_owner_is_dead_after_that_time_by_the_watchers_clock(
@@ -196,11 +189,7 @@ def test_a_killed_process_counts_as_dead_before_its_parent_takes_note(
 ) -> None:
     write_lease(path, process_name(sleeper.pid))
     sleeper.kill()
-    end = time.monotonic() + 5
-    watch = LeaseWatch(path, 10)
-    while not watch.is_dead():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(LeaseWatch(path, 10).is_dead)
     with pytest.raises(ProcessLookupError):
         process_name(sleeper.pid)
 

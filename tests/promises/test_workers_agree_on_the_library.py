@@ -115,7 +115,7 @@ Start = Callable[..., ForkServerProcess]
 @pytest.fixture(scope="module")
 def fork() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.promises.test_library_of_many_workers"])
+    context.set_forkserver_preload(["tests.promises.test_workers_agree_on_the_library"])
     return context
 
 
