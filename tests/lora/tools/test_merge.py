@@ -449,6 +449,7 @@ def test_disk_without_room_is_refused_before_anything_is_written(
 LIMITED = """
 import resource, sys
 from pathlib import Path
+from lora.engine.stack import LoraUse
 from lora.errors import ToolError
 from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.merge import merge
@@ -481,6 +482,7 @@ def test_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path, lora: Pa
 SLOW = """
 import sys, time
 from pathlib import Path
+from lora.engine.stack import LoraUse
 from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.merge import merge
 print("ready", flush=True)
