@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo same test check docs format evaluate bench-lora bench-cache bench-jobs bench-tools clean
+.PHONY: demo same test test-quick check docs format evaluate bench-lora bench-cache bench-jobs bench-tools clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -16,6 +16,11 @@ demo: $(VENV)/ready
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/promises/test_production.py
 	$(RUN) -m pytest tests/promises/test_production.py
+
+# What matters while editing, in under three minutes on two cores: no emulator, no commands, no killed processes.
+test-quick: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" -k "not kill and not sigterm" \
+	    tests/lora tests/worker tests/test_schemas.py tests/test_settings.py tests/test_architecture.py --ignore tests/lora/commands
 
 check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format --check .

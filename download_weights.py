@@ -26,7 +26,7 @@ from pipelines.weights import (
 from settings import Settings, SettingsError
 
 if TYPE_CHECKING:
-    from lora.volume.cache import VolumeCache
+    from lora.volume.cache import Resolved, VolumeCache
 
 log = logging.getLogger("download_weights")
 
@@ -36,41 +36,29 @@ def get_lora_cache_path(source: str) -> Path:
 
     A hub repo is asked for its commit, which is part of the name. Raises: LoraError.
     """
-    from lora.fetch.sources import CachedName, Reference
+    from lora.fetch.sources import CachedName
 
-    lora_cache = _lora_cache()
-    place = lora_cache.resolve(Reference(source)).place
-    if isinstance(place, CachedName):
-        return lora_cache.find(place).path
-    return lora_cache.path_for(place)
+    lora_cache, resolved = _resolve(source)
+    if isinstance(resolved.location, CachedName):
+        return lora_cache.find(resolved.location).path
+    return lora_cache.path_for(resolved.location)
 
 
 def download_lora(source: str) -> Path:
     """Fetches a LoRA into the cache unless it is there; returns its file. Raises: LoraError."""
-    from lora.fetch.sources import Reference
-
-    lora_cache = _lora_cache()
-    return lora_cache.get(lora_cache.resolve(Reference(source))).path
+    lora_cache, resolved = _resolve(source)
+    return lora_cache.get(resolved).path
 
 
-def _lora_cache() -> VolumeCache:
+def _resolve(source: str) -> tuple[VolumeCache, Resolved]:
     # Not at the top: the image's layer of base weights has only what is imported there.
+    from lora.fetch.sources import Reference
     from lora.fetch.web import quiet_libraries
     from worker.opening import open_cache, read_settings
 
     quiet_libraries()
-    return open_cache(read_settings(os.environ))
-
-
-def prepare_weights(*, only_check: bool) -> None:
-    """Downloads the base weights of the settings, unless they are only to be checked, and checks them.
-
-    Raises: SettingsError, WeightsMissing, WeightsIncomplete.
-    """
-    settings = Settings.from_env(os.environ)
-    for repo in repos_to_bake(settings):
-        check(find_weights(repo) if only_check else bake(repo, settings.hf_token or None))
-        log.info("%s is whole", repo)
+    lora_cache = open_cache(read_settings(os.environ))
+    return lora_cache, lora_cache.resolve(Reference(source))
 
 
 def main() -> int:
@@ -87,8 +75,10 @@ def main() -> int:
     try:
         for source in options.lora or []:
             log.info("%s", download_lora(source))
-        if not options.lora:
-            prepare_weights(only_check=options.check)
+        settings = Settings.from_env(os.environ)
+        for repo in [] if options.lora else repos_to_bake(settings):
+            check(find_weights(repo) if options.check else bake(repo, settings.hf_token or None))
+            log.info("%s is whole", repo)
     except (CodedError, WeightsIncomplete, WeightsMissing, SettingsError) as error:
         log.error("%s", error)
         return 2

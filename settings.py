@@ -141,17 +141,17 @@ class Settings:
     ) -> Settings:
         """Reads and checks the environment; an empty variable counts as not set.
 
-        `more_faults` checks what these settings mean; it sees the default of a variable that is wrong.
+        `more_faults` checks what the values mean; for a variable that is wrong, it sees the default.
         Raises: SettingsError with every fault at once, unknown LORA_* and WORKER_* names included.
         """
-        known = {setting.metadata["env"]: setting for setting in fields(cls)}
+        by_env = {setting.metadata["env"]: setting for setting in fields(cls)}
         faults = [
-            f"{name} is not a setting{_did_you_mean(name, known)}"
+            f"{name} is not a setting{_did_you_mean(name, by_env)}"
             for name in environ
-            if name.startswith(OWN_PREFIXES) and name not in known
+            if name.startswith(OWN_PREFIXES) and name not in by_env
         ]
         values: dict[str, Any] = {}
-        for env, setting in known.items():
+        for env, setting in by_env.items():
             if text := environ.get(env, "").strip():
                 try:
                     value = _parsed(text, type(setting.default))
@@ -218,8 +218,8 @@ def _fault_of(about: Mapping[str, Any], value: Any) -> str:
     return ""
 
 
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    close = get_close_matches(name, list(known), n=1)
+def _did_you_mean(name: str, by_env: Mapping[str, Any]) -> str:
+    close = get_close_matches(name, list(by_env), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 

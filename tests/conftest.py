@@ -42,7 +42,7 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_fallback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where LoRAs go if a cache folder cannot be written: not where other programs' are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("worker.opening.FALLBACK_ROOT", tmp_path_factory.mktemp("fallback"))
+        patch.setattr("lora.volume.opening.FALLBACK_ROOT", tmp_path_factory.mktemp("fallback"))
         yield
 
 

@@ -142,7 +142,6 @@ def test_the_installed_command_inspects_a_file(installed: Path) -> None:
     assert "demo-night" in done.stdout
 
 
-@pytest.mark.xfail(reason="until `lora generate` finds the worker's code by its name", strict=False)
 def test_the_installed_command_cannot_draw_and_says_so_in_one_sentence(installed: Path) -> None:
     done = lora(installed, "generate", "--prompt", "a fox", "--out", str(installed / "out"))
     assert (done.returncode, done.stdout) == (2, "")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora.commands.shared import progress, with_scale, write_file
 from lora.errors import LoraNotFound, ToolError
 from settings import Settings, SettingsError
+from worker.opening import read_settings
 
 if TYPE_CHECKING:
     from lora.tools import OnProgress
@@ -135,7 +136,7 @@ def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
 def _settings() -> Settings:
     """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
     try:
-        return Settings.from_env(os.environ)
+        return read_settings(os.environ)
     except SettingsError as error:
         raise ToolError(str(error), "The README lists the environment variables.") from error
 

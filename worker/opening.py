@@ -1,4 +1,4 @@
-"""Opens what the settings name: the LoRA cache, where requests may lead, the LoRAs of LORA_CONFIG."""
+"""Opens what the settings name: the LoRA cache and the LoRAs of LORA_CONFIG."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CodedError
-from lora.fetch.civitai import Civitai
-from lora.fetch.hub import Hub
-from lora.fetch.rules import WebRules, origin_of
+from lora.fetch.rules import origin_of
 from lora.fetch.sources import CIVITAI, HUB, Reference, parse
-from lora.fetch.web import Web
-from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
+from lora.volume import opening
+from lora.volume.cache import Limits, VolumeCache
 from lora.volume.presets import cached_names, read_config
 from settings import Settings, parse_json, split_list
 
@@ -41,7 +39,7 @@ def _faults(settings: Settings) -> Iterator[str]:
 
 
 def open_cache(settings: Settings) -> VolumeCache:
-    """The LoRA cache on the volume; nothing is asked or written yet."""
+    """The LoRA cache on the volume. Nothing is requested or written yet."""
     budget = settings.lora_cache_max_gb
     limits = Limits(
         file_bytes=int(settings.lora_max_file_mb * 1e6),
@@ -49,34 +47,14 @@ def open_cache(settings: Settings) -> VolumeCache:
         timeout=settings.lora_download_timeout,
         ttl=settings.lora_ttl_hours * 3600,
     )
-    web = Web(web_rules(settings))
-    return VolumeCache(
+    return opening.open_cache(
         settings.lora_cache_dir,
         limits,
-        web,
-        hub=Hub(settings.hf_token or None, settings.hf_endpoint or HUB),
-        civitai=Civitai(web, settings.civitai_endpoint or CIVITAI),
-        fallback=FALLBACK_ROOT,
-    )
-
-
-def web_rules(settings: Settings) -> WebRules:
-    """Where requests may lead, and the tokens of each origin."""
-    own, tokens = set(), _auth_headers(settings.lora_auth_headers)
-    for stock, endpoint, token in (
-        (HUB, settings.hf_endpoint, settings.hf_token),
-        (CIVITAI, settings.civitai_endpoint, settings.civitai_token),
-    ):
-        origin = origin_of(endpoint or stock)
-        if endpoint:  # the operator's own choice, be it within the own network
-            own.add(origin)
-        if token:
-            tokens[origin] = ("Authorization", f"Bearer {token}")
-    return WebRules(
-        allow_private=settings.lora_allow_private_urls,
+        hub=(settings.hf_endpoint, settings.hf_token),
+        civitai=(settings.civitai_endpoint, settings.civitai_token),
+        headers=_auth_headers(settings.lora_auth_headers),
         allowed_hosts=split_list(settings.lora_allowed_hosts),
-        own=frozenset(own),
-        tokens=tokens,
+        allow_private=settings.lora_allow_private_urls,
     )
 
 

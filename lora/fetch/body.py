@@ -54,14 +54,11 @@ class Body:
         Raises: requests.RequestException if the connection breaks or is silent for too long, if the body is
         shorter than announced, or if the deadline passes while bytes still trickle in.
         """
-        unpack = _unpacker(self.encoding)
+        unpack = _Unpacker(self.encoding) if self.encoding else None
         done = 0
         for piece in self._sent():
             done += len(piece)
-            if unpack is None:
-                yield piece
-                continue
-            yield from unpack.pieces(piece)
+            yield from unpack.pieces(piece) if unpack else (piece,)
         if self._sent_length not in (None, done):
             raise requests.ConnectionError("the body ended early")
         if not done and self._sent_length is None and not self._response.raw.chunked:
@@ -95,7 +92,9 @@ class Body:
 class _Unpacker:
     """Unpacks gzip or zlib, in pieces that stay small however much is packed into them."""
 
-    def __init__(self) -> None:
+    def __init__(self, encoding: str) -> None:
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise requests.exceptions.ContentDecodingError("the body is packed in an unknown way")
         self._zlib = _new_zlib()
 
     @property
@@ -117,11 +116,3 @@ class _Unpacker:
 
 def _new_zlib() -> zlib._Decompress:
     return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: either header
-
-
-def _unpacker(encoding: str) -> _Unpacker | None:
-    if encoding in ("gzip", "x-gzip", "deflate"):
-        return _Unpacker()
-    if encoding:
-        raise requests.exceptions.ContentDecodingError("the body is packed in an unknown way")
-    return None

@@ -94,11 +94,9 @@ class Web:
         parts = urlsplit(prepared)
         host = parts.hostname or ""
         try:
-            answers = socket.getaddrinfo(host, parts.port or PORTS[parts.scheme])
+            _look_up(self.rules, parts.scheme, host, parts.port or PORTS[parts.scheme])
         except (OSError, UnicodeError):
             raise SourceInvalid(f"there is no host {host}") from None
-        if origin_of(prepared) not in self.rules.own:
-            self.rules.check(host, [str(address[0]) for *_, address in answers])
 
     def _prepared(self, base: str, url: str) -> tuple[str, dict[str, str]]:
         """The URL, relative to `base`, as requests will send it, and the header with its origin's token.
@@ -157,27 +155,24 @@ class _Connection(HTTPConnection):
         self._checked = _connect(self, self.rules)
         try:
             super().connect()
-            if self._checked is not None:
+        finally:
+            if unused := self._take():
+                unused.close()
                 self.close()
                 raise UncheckedConnection("urllib3 opened a connection of its own")
-        finally:
-            if self._checked is not None:
-                self._checked.close()
-                self._checked = None
 
     def _new_conn(self) -> socket.socket:
-        made, self._checked = self._checked, None
-        if made is None:
-            raise UncheckedConnection("urllib3 asks for more than one connection")
-        return made
+        if checked := self._take():
+            return checked
+        raise UncheckedConnection("urllib3 asks for more than one connection")
+
+    def _take(self) -> socket.socket | None:
+        checked, self._checked = self._checked, None
+        return checked
 
     def getresponse(self) -> Any:  # urllib3's answer, not http.client's
         with _head_timeout(self):
             return super().getresponse()
-
-
-class _SecureConnection(_Connection, HTTPSConnection):
-    """The same, with TLS: the certificate is checked against the host's name, as ever."""
 
 
 def _pools(own_rules: WebRules) -> dict[str, type[HTTPConnectionPool]]:
@@ -186,8 +181,8 @@ def _pools(own_rules: WebRules) -> dict[str, type[HTTPConnectionPool]]:
     class Plain(_Connection):
         rules = own_rules
 
-    class Secure(_SecureConnection):
-        rules = own_rules
+    class Secure(Plain, HTTPSConnection):
+        """TLS still checks the certificate against the host's name."""
 
     class PlainPool(HTTPConnectionPool):
         ConnectionCls = Plain
@@ -198,19 +193,25 @@ def _pools(own_rules: WebRules) -> dict[str, type[HTTPConnectionPool]]:
     return {"http": PlainPool, "https": SecurePool}
 
 
+def _look_up(rules: WebRules, scheme: str, host: str, port: int) -> list[Any]:
+    """All addresses of a host, as getaddrinfo has them. Raises: OSError; SourceInvalid by the rules."""
+    answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    if f"{scheme}://{host}:{port}" not in rules.own:
+        rules.check(host, [str(address[0]) for *_, address in answers])
+    return answers
+
+
 def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
     """A socket that is connected to one of the host's addresses, after the rules allowed all of them.
 
     The host is looked up once. Raises: SourceInvalid; urllib3's errors of connecting.
     """
-    host, port = connection._dns_host, connection.port or connection.default_port
+    scheme = "https" if isinstance(connection, HTTPSConnection) else "http"
+    port = connection.port or connection.default_port
     try:
-        answers = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        answers = _look_up(rules, scheme, connection._dns_host, port)
     except (OSError, UnicodeError) as error:
         raise urllib3.exceptions.NewConnectionError(connection, "no such host") from error
-    scheme = "https" if isinstance(connection, HTTPSConnection) else "http"
-    if f"{scheme}://{host}:{port}" not in rules.own:
-        rules.check(host, [str(address[0]) for *_, address in answers])
     timeout = connection.timeout if isinstance(connection.timeout, int | float) else CONNECT_TIMEOUT
     ends = time.monotonic() + timeout
     last_error: OSError | None = None

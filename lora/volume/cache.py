@@ -39,7 +39,7 @@ from lora.errors import (
     nearest,
 )
 from lora.fetch.civitai import Civitai
-from lora.fetch.download import Download, Fetched, Limits, NotModified, Progress
+from lora.fetch.download import Download, Fetched, Limits, NotModified, OnBytes
 from lora.fetch.hub import Hub
 from lora.fetch.sources import CachedName, Reference, RemoteFile
 from lora.fetch.web import Web
@@ -54,7 +54,7 @@ from lora.volume.resolver import Resolved, Resolver
 from lora.volume.room import make_room
 from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name, sha256_of
 
-__all__ = ["FALLBACK_ROOT", "CacheEntry", "Limits", "Progress", "Resolved", "VolumeCache"]
+__all__ = ["FALLBACK_ROOT", "CacheEntry", "Limits", "OnBytes", "Resolved", "VolumeCache"]
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class _Shared:
     """A download that several threads wait for."""
 
     future: Future[CacheEntry] = field(default_factory=Future)
-    listeners: list[Progress] = field(default_factory=list)
+    listeners: list[OnBytes] = field(default_factory=list)
 
     def tell(self, done: int, total: int | None) -> None:
         for listener in self.listeners:
@@ -119,9 +119,9 @@ class VolumeCache:
         """
         return self._resolver.resolve(reference)
 
-    def get(self, resolved: Resolved, progress: Progress | None = None) -> CacheEntry:
+    def get(self, resolved: Resolved, progress: OnBytes | None = None) -> CacheEntry:
         """The whole and checked file of a place that `resolve` found. Raises: LoraError."""
-        place = resolved.place
+        place = resolved.location
         if isinstance(place, CachedName):
             return self.find(place)
         entry = self.fetch(place, progress, refresh=resolved.refresh)
@@ -183,7 +183,7 @@ class VolumeCache:
     # --- fetching --------------------------------------------------------------------------------
 
     def fetch(
-        self, remote: RemoteFile, progress: Progress | None = None, *, refresh: bool = False
+        self, remote: RemoteFile, progress: OnBytes | None = None, *, refresh: bool = False
     ) -> CacheEntry:
         """The source's file, downloaded unless it is there already.
 
@@ -217,7 +217,7 @@ class VolumeCache:
             with self._guard:
                 del self._running[key]
 
-    def _fetch(self, remote: RemoteFile, progress: Progress, refresh: bool) -> CacheEntry:
+    def _fetch(self, remote: RemoteFile, progress: OnBytes, refresh: bool) -> CacheEntry:
         begun = time.time()
         try:
             kept = self.shelf.kept(remote)
@@ -247,7 +247,7 @@ class VolumeCache:
         return asked is not None and time.time() - asked < self.limits.ttl
 
     def _fetch_anew(
-        self, remote: RemoteFile, kept: CacheEntry | None, progress: Progress, begun: float
+        self, remote: RemoteFile, kept: CacheEntry | None, progress: OnBytes, begun: float
     ) -> CacheEntry:
         deadline = time.monotonic() + self.limits.timeout
         for root in self.shelf.writable():
@@ -266,7 +266,7 @@ class VolumeCache:
         root: Path,
         remote: RemoteFile,
         kept: CacheEntry | None,
-        progress: Progress,
+        progress: OnBytes,
         begun: float,
         deadline: float,
     ) -> CacheEntry:
@@ -307,7 +307,7 @@ class VolumeCache:
         root: Path,
         remote: RemoteFile,
         kept: CacheEntry | None,
-        progress: Progress,
+        progress: OnBytes,
         deadline: float,
     ) -> CacheEntry:
         part = root / INCOMING / f"{Path(file_name(remote)).stem[:60]}-{uuid.uuid4().hex}.part"

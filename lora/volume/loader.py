@@ -20,7 +20,7 @@ from lora.formats.endings import SAFETENSORS
 from lora.formats.names.keys import KeyMap
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, config_beside
 from lora.lru import ByteLru
-from lora.volume.cache import CacheEntry, Progress, Resolved, VolumeCache
+from lora.volume.cache import CacheEntry, OnBytes, Resolved, VolumeCache
 
 WARM_BYTES = 2_000_000_000
 """How many bytes of parsed files are kept."""
@@ -64,7 +64,7 @@ class LoraLibrary:
         self._warm: ByteLru[LoraFile] = ByteLru(warm_bytes)
         self._guard = threading.Lock()
 
-    def load(self, reference: Reference, progress: Progress | None = None) -> Loaded:
+    def load(self, reference: Reference, progress: OnBytes | None = None) -> Loaded:
         """The adapter that a reference means, from the cache or from where it comes.
 
         Raises: LoraError, whose sentence names the reference.
@@ -97,7 +97,7 @@ class LoraLibrary:
         return self.cache.resolve(reference), time.perf_counter() - begun
 
     def _load(
-        self, reference: Reference, found: tuple[Resolved, float], progress: Progress | None
+        self, reference: Reference, found: tuple[Resolved, float], progress: OnBytes | None
     ) -> Loaded:
         place, seconds = found
         begun = time.perf_counter()
@@ -119,7 +119,7 @@ class LoraLibrary:
         )
 
     def _get_again(
-        self, place: Resolved, entry: CacheEntry, error: Exception, progress: Progress | None
+        self, place: Resolved, entry: CacheEntry, error: Exception, progress: OnBytes | None
     ) -> CacheEntry:
         """The file once more, if what could not be read is gone, or not what was downloaded.
 
@@ -127,7 +127,7 @@ class LoraLibrary:
         """
         place, warnings = place._replace(refresh=False), tuple[str, ...]()
         if isinstance(error, LoraCorrupt):
-            shelf, remote = self.cache.shelf, isinstance(place.place, RemoteFile)
+            shelf, remote = self.cache.shelf, isinstance(place.location, RemoteFile)
             if not remote or entry.downloaded or not shelf.is_damaged(entry):
                 raise error
             shelf.set_aside(entry.path)

@@ -24,7 +24,7 @@ LOOKUPS = ".lookups"
 class Resolved(NamedTuple):
     """Where a reference's file is, and how it is to be had."""
 
-    place: RemoteFile | CachedName
+    location: RemoteFile | CachedName
     refresh: bool = False
     warning: str | None = None
 
@@ -64,9 +64,9 @@ class Resolver:
         else:
             return Resolved(place, reference.refresh)
         found = self._look_up(f"{server} {place}", ask, fixed, refresh=reference.refresh)
-        remote = found.place
+        remote = found.location
         if reference.sha256 and isinstance(remote, RemoteFile):
-            found = found._replace(place=replace(remote, sha256=reference.sha256))
+            found = found._replace(location=replace(remote, sha256=reference.sha256))
         return found
 
     def _look_up(

@@ -3,7 +3,7 @@
 import pytest
 
 from settings import Settings, SettingsError
-from worker.opening import open_cache, read_settings, web_rules
+from worker.opening import open_cache, read_settings
 
 
 def test_secrets_do_not_show_in_what_is_opened() -> None:
@@ -29,7 +29,7 @@ def test_tokens_belong_to_origins() -> None:
         "LORA_AUTH_HEADERS": '{"Models.example.com": "X-Key: a:b", "http://10.0.0.8": "Cookie: c"}',
         "LORA_ALLOWED_HOSTS": "*.example.com, huggingface.co",
     }
-    rules = web_rules(read_settings(environ))
+    rules = open_cache(read_settings(environ)).web.rules
     assert rules.tokens == {
         "http://10.0.0.7:8080": ("Authorization", "Bearer hf"),
         "https://civitai.com:443": ("Authorization", "Bearer civ"),
@@ -43,7 +43,7 @@ def test_tokens_belong_to_origins() -> None:
 
 def test_private_urls_are_allowed_by_a_boolean() -> None:
     for text, allowed in {"1": True, "true": True, "0": False, "False": False}.items():
-        rules = web_rules(read_settings({"LORA_ALLOW_PRIVATE_URLS": text}))
+        rules = open_cache(read_settings({"LORA_ALLOW_PRIVATE_URLS": text})).web.rules
         assert rules.allow_private is allowed
 
 

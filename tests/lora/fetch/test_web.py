@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
 import socket
 import ssl
 import threading
 import time
 import tracemalloc
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,7 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lora.errors import SourceInvalid
 from lora.fetch.body import Body
-from lora.fetch.rules import WebRules, is_public, origin_of
+from lora.fetch.rules import WebRules, origin_of
 from lora.fetch.sources import Reference
 from lora.fetch.web import MAX_REDIRECTS, UncheckedConnection, Web
 from lora.volume.cache import Limits, VolumeCache
@@ -100,35 +98,6 @@ def ask(web: Web, url: str, **times: float) -> bytes:
 def fetch(web: Web, url: str, folder: Path) -> bytes:
     cache = VolumeCache(folder, QUICK, web)
     return cache.get(cache.resolve(Reference(url))).path.read_bytes()
-
-
-# --- addresses -----------------------------------------------------------------------------------
-
-OPEN = (
-    PUBLIC, "1.1.1.1", "172.32.0.1", "100.128.0.1", "169.253.1.1",
-    PUBLIC6, "::ffff:93.184.216.34", "64:ff9b::5db8:d822", "2002:5db8:d822::1",
-)  # fmt: skip
-
-CLOSED = (
-    "127.0.0.1", "127.255.255.254", "0.0.0.0", "0.1.2.3", "10.0.0.1", "172.16.0.1",
-    "172.31.255.255", "192.168.1.1", "169.254.169.254", "169.254.170.2", "100.64.0.1",
-    "100.100.100.200", "168.63.129.16", "192.0.0.192", "192.0.2.1", "198.18.0.1", "198.51.100.1",
-    "203.0.113.1", "192.88.99.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255",
-    "::", "::1", "::127.0.0.1", "::ffff:127.0.0.1", "::ffff:a9fe:a9fe",
-    "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::1", "2002:7f00:1::", "2002:a00:1::",
-    "2001:0:4136:e378:8000:63bf:80ff:fffe", "2001:db8::1", "100::1", "fc00::1", "fd00:ec2::254",
-    "3fff::1", "3fff:fff::1", "::ffff:192.88.99.1", "fe80::1", "fe80::1%lo", "fec0::1", "ff02::1", "ff0e::1",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("address", OPEN)
-def test_an_address_of_the_open_internet_is_public(address: str) -> None:
-    assert is_public(address)
-
-
-@pytest.mark.parametrize("address", CLOSED)
-def test_any_other_address_is_not_public(address: str) -> None:
-    assert not is_public(address)
 
 
 # --- hostile URLs --------------------------------------------------------------------------------
@@ -421,26 +390,6 @@ def test_an_allowed_host_must_still_be_public(names: Names, connects: list[Any])
 # --- what requests carry -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("url", "origin"),
-    [
-        ("models.example.com", "https://models.example.com:443"),
-        ("Models.Example.com:8443", "https://models.example.com:8443"),
-        ("http://h.example", "http://h.example:80"),
-        ("https://user:pw@h.example/a?b#c", "https://h.example:443"),
-        ("http://[::1]:8080/x", "http://::1:8080"),
-    ],
-)
-def test_an_origin_is_scheme_host_and_port(url: str, origin: str) -> None:
-    assert origin_of(url) == origin
-
-
-@pytest.mark.parametrize("url", ["ftp://h.example", "https://", "file:///x", "http://h:99999"])
-def test_what_has_no_origin_is_refused(url: str) -> None:
-    with pytest.raises(ValueError, match=r"no http|[Pp]ort"):
-        origin_of(url)
-
-
 def test_a_token_goes_to_its_own_origin_alone(names: Names, server: LoopbackServer) -> None:
     server.serve("/x", b"here")
     for name in ("a.example", "sub.a.example", "b.example"):
@@ -684,83 +633,7 @@ def test_a_host_of_many_dead_addresses_takes_no_longer(
     assert sum(waits) < 1.0
 
 
-# --- bodies --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP", "deflate", "identity", ""])
-def test_a_body_is_unpacked(server: LoopbackServer, encoding: str) -> None:
-    bodies = {"gzip": gzip.compress(ADAPTER), "deflate": zlib.compress(ADAPTER)}
-    body = bodies.get(encoding.lower().removeprefix("x-"), ADAPTER)
-    url = server.serve("/x", body, headers={"Content-Encoding": encoding})
-    assert ask(LOOPBACK, url) == ADAPTER
-    assert server.headers["/x"]["Accept-Encoding"] == "identity"
-
-
-def test_a_body_of_several_gzip_members_is_unpacked(server: LoopbackServer) -> None:
-    packed = b"".join(gzip.compress(ADAPTER[i : i + 1000]) for i in range(0, len(ADAPTER), 1000))
-    assert ask(LOOPBACK, server.serve("/x", packed, headers=GZIP)) == ADAPTER
-
-
-def test_a_chunked_body_is_joined_and_its_end_is_needed(server: LoopbackServer) -> None:
-    chunks = b"".join(b"%x\r\n%s\r\n" % (len(c), c) for c in (b"he", b"re"))
-    chunked = {"headers": {"Transfer-Encoding": "chunked"}, "length": -1}
-    assert ask(LOOPBACK, server.serve("/x", chunks + b"0\r\n\r\n", **chunked)) == b"here"
-    with pytest.raises(requests.ConnectionError):
-        ask(LOOPBACK, server.serve("/x", chunks, **chunked))
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        Reply(b"here", length=5),
-        Reply(gzip.compress(ADAPTER)[:-9], headers=GZIP),
-        Reply(gzip.compress(ADAPTER) + b"more", headers=GZIP),
-        Reply(ADAPTER, headers=GZIP),
-        Reply(ADAPTER, headers={"Content-Encoding": "br"}),
-        Reply(ADAPTER, headers={"Content-Encoding": "gzip, gzip"}),
-        Reply(raw=b""),
-        Reply(raw=b"no HTTP at all\r\n\r\n"),
-        Reply(raw=b"HTTP/1.1 200 OK\r\nETag: "),
-        Reply(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 1"),
-        Reply(raw=b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 1000 + b"\r\nhere"),
-        Reply(raw=b"HTTP/1.1 200 OK\r\nX-A: " + b"a" * 100_000 + b"\r\n\r\nhere"),
-        Reply(raw=b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n"),
-    ],
-)
-def test_a_broken_answer_is_an_error_of_the_connection(
-    server: LoopbackServer, reply: Reply
-) -> None:
-    server.replies["/x"] = reply
-    with pytest.raises(requests.RequestException):
-        ask(LOOPBACK, server.url("/x"))
-
-
-def test_a_length_of_thousands_of_digits_is_no_length(server: LoopbackServer) -> None:
-    head = b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000
-    server.replies["/x"] = Reply(raw=head + b"\r\n\r\nhere")
-    assert ask(LOOPBACK, server.url("/x")) == b"here"
-
-
-def test_a_body_over_the_limit_is_cut_there(server: LoopbackServer) -> None:
-    url = server.serve("/x", gzip_of(bytes(1 << 20), 64), headers=GZIP)
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError, match="is over"), opened(LOOPBACK, url) as body:
-            body.read(4 << 20)
-        assert tracemalloc.get_traced_memory()[1] < 16 << 20
-    finally:
-        tracemalloc.stop()
-
-
-def test_what_follows_a_packed_body_is_not_hoarded(server: LoopbackServer) -> None:
-    url = server.serve("/x", gzip.compress(b"here") + bytes(64 << 20), headers=GZIP)
-    tracemalloc.start()
-    try:
-        with pytest.raises(requests.RequestException):
-            ask(LOOPBACK, url)
-        assert tracemalloc.get_traced_memory()[1] < 16 << 20
-    finally:
-        tracemalloc.stop()
+# --- threads ------------------------------------------------------------------------------------
 
 
 def test_threads_share_one_web(either: LoopbackServer) -> None:
