@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lora.errors import CodedError
-from lora.fetch.rules import origin_of
+from lora.fetch.rules import auth_headers, origin_of
 from lora.fetch.sources import CIVITAI, HUB, Reference, parse
-from lora.volume import opening
 from lora.volume.cache import Limits, VolumeCache
+from lora.volume.opening import make_cache
 from lora.volume.presets import cached_names, read_config
-from settings import Settings, parse_json, split_list
+from settings import Settings, split_list
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -29,7 +28,7 @@ def _faults(settings: Settings) -> Iterator[str]:
         "HF_ENDPOINT": lambda: origin_of(settings.hf_endpoint or HUB),
         "CIVITAI_ENDPOINT": lambda: origin_of(settings.civitai_endpoint or CIVITAI),
         "LORA_CONFIG": lambda: default_loras(settings),
-        "LORA_AUTH_HEADERS": lambda: _auth_headers(settings.lora_auth_headers),
+        "LORA_AUTH_HEADERS": lambda: auth_headers(settings.lora_auth_headers),
     }
     for env, check in checks.items():
         try:
@@ -47,12 +46,12 @@ def open_cache(settings: Settings) -> VolumeCache:
         timeout=settings.lora_download_timeout,
         ttl=settings.lora_ttl_hours * 3600,
     )
-    return opening.open_cache(
+    return make_cache(
         settings.lora_cache_dir,
         limits,
         hub=(settings.hf_endpoint, settings.hf_token),
         civitai=(settings.civitai_endpoint, settings.civitai_token),
-        headers=_auth_headers(settings.lora_auth_headers),
+        headers=auth_headers(settings.lora_auth_headers),
         allowed_hosts=split_list(settings.lora_allowed_hosts),
         allow_private=settings.lora_allow_private_urls,
     )
@@ -71,22 +70,3 @@ def default_loras(settings: Settings) -> tuple[dict[str, Any], ...]:
     if not entries:
         raise ValueError("it names no LoRA")
     return entries
-
-
-def _auth_headers(text: str) -> dict[str, tuple[str, str]]:
-    """Origin -> (header, value). Raises: ValueError that repeats nothing of the text."""
-    by_host = parse_json(text or "{}")
-    if not isinstance(by_host, dict):
-        raise ValueError("it is no JSON object of host -> header")
-    headers = {}
-    for host, header in by_host.items():
-        name, colon, value = str(header).partition(":")
-        if not isinstance(header, str) or not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name):
-            raise ValueError("a header is not written as 'Name: value'")
-        if not value.strip().isprintable() or not value.strip().isascii():
-            raise ValueError("a header's value holds a character that no header may")
-        try:
-            headers[origin_of(host)] = name, value.strip()
-        except ValueError:
-            raise ValueError("a key is no host name") from None
-    return headers

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
@@ -18,9 +15,6 @@ from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
 if TYPE_CHECKING:
     from lora.tools import OnProgress
     from lora.volume.cache import VolumeCache
-
-FOLDER = "/models/loras"
-"""Where the cache lies if nothing else is said."""
 
 SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
 
@@ -49,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Does the action. Raises: CodedError."""
-    cache = _opened(options.dir, {name: text.strip() for name, text in os.environ.items()})
+    cache = _opened(options.dir)
     actions: dict[str, Callable[[VolumeCache, Namespace], Mapping[str, Any]]] = {
         "list": _list,
         "add": _add,
@@ -61,52 +55,14 @@ def run(options: Namespace) -> Mapping[str, Any]:
     return {"action": options.action, **actions[options.action](cache, options)}
 
 
-def _opened(folder: Path | None, environ: Mapping[str, str]) -> VolumeCache:
-    """The cache, by the environment variables of the worker that concern it. Raises: ToolError."""
-    from lora.volume.cache import Limits
+def _opened(folder: Path | None) -> VolumeCache:
     from lora.volume.opening import open_cache
 
-    text = environ.get
     try:
-        budget = _number(environ, "LORA_CACHE_MAX_GB", 0)
-        return open_cache(
-            folder or Path(text("LORA_CACHE_DIR") or FOLDER),
-            Limits(
-                file_bytes=int(_number(environ, "LORA_MAX_FILE_MB", 2048) * 1e6),
-                total_bytes=int(budget * 1e9) if budget else None,
-                timeout=_number(environ, "LORA_DOWNLOAD_TIMEOUT", 300),
-                ttl=_number(environ, "LORA_TTL_HOURS", 24) * 3600,
-            ),
-            hub=(text("HF_ENDPOINT", ""), text("HF_TOKEN", "")),
-            civitai=(text("CIVITAI_ENDPOINT", ""), text("CIVITAI_TOKEN", "")),
-            headers=_headers(text("LORA_AUTH_HEADERS") or "{}"),
-            allowed_hosts=tuple(re.findall(r"[^,\s]+", text("LORA_ALLOWED_HOSTS", ""))),
-            allow_private=text("LORA_ALLOW_PRIVATE_URLS") == "1",
-        )
+        return open_cache(folder)
     except ValueError as error:
         hint = "The README lists the environment variables."
         raise ToolError(f"the environment cannot be used: {error}", hint) from None
-
-
-def _number(environ: Mapping[str, str], name: str, default: float) -> float:
-    try:
-        number = float(environ.get(name) or default)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number < float("inf"):
-        raise ValueError(f"{name} is not a number of at least 0")
-    return number
-
-
-def _headers(text: str) -> dict[str, tuple[str, str]]:
-    """Origin -> (name, value). The error repeats nothing of the text, which holds secrets."""
-    from lora.fetch.rules import origin_of
-
-    try:
-        pairs = {origin_of(host): line.split(":", 1) for host, line in json.loads(text).items()}
-        return {origin: (name, value.strip()) for origin, (name, value) in pairs.items()}
-    except (ValueError, AttributeError):
-        raise ValueError("LORA_AUTH_HEADERS is no JSON object of host -> 'Name: value'") from None
 
 
 def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -73,3 +75,29 @@ def origin_of(url: str) -> str:
     if parts.scheme not in PORTS or not parts.hostname:
         raise ValueError("it is no http(s) URL")
     return f"{parts.scheme}://{parts.hostname}:{parts.port or PORTS[parts.scheme]}"
+
+
+def auth_headers(text: str) -> dict[str, tuple[str, str]]:
+    """Origin -> (header's name, its value), from JSON such as `{"host": "Authorization: Bearer ..."}`.
+
+    An empty text has none. Raises: ValueError that repeats nothing of the text.
+    """
+    try:
+        by_host = json.loads(text or "{}")
+    except ValueError:
+        raise ValueError("it is no JSON") from None
+    if not isinstance(by_host, dict):
+        raise ValueError("it is no JSON object of host -> header")
+    headers = {}
+    for host, header in by_host.items():
+        name, colon, value = str(header).partition(":")
+        value = value.strip()
+        if not isinstance(header, str) or not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name):
+            raise ValueError("a header is not written as 'Name: value'")
+        if not value.isprintable() or not value.isascii():
+            raise ValueError("a header's value holds a character that no header may")
+        try:
+            headers[origin_of(host)] = name, value
+        except ValueError:
+            raise ValueError("a key is no host name") from None
+    return headers
