@@ -135,15 +135,10 @@ def _options() -> argparse.Namespace:
     add(
         "--scale-delay",
         type=float,
-        default=4.0,
+        default=4,
         help="seconds in the queue before one more starts (4)",
     )
-    add(
-        "--idle-timeout",
-        type=float,
-        default=5.0,
-        help="seconds before an idle extra worker ends (5)",
-    )
+    add("--idle-timeout", type=float, default=5, help="seconds before an idle extra one ends (5)")
     add("--webhook-pause", type=float, default=10.0, help="seconds between tries of a webhook (10)")
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()

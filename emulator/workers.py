@@ -202,10 +202,7 @@ class WorkerPool:
                 spare -= 1
 
     async def _end(self, worker: Worker) -> None:
-        """Asks a worker to end, and kills it if it goes on without a job.
-
-        It is asked while it has jobs, because a job whose answer could not be posted never ends.
-        """
+        """Asks a worker to end, even if it has jobs: one whose answer could not be posted would never end."""
         worker.ask_to_end()
         while not await _ended([worker], GRACE):
             if not self._queue.holds(worker.id):

@@ -1,4 +1,4 @@
-"""A platform with real workers on the demo model, and a fixed random mix of jobs for it."""
+"""For tests with real workers: a platform that serves the demo model, and a fixed random mix of jobs."""
 
 from __future__ import annotations
 

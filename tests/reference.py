@@ -1,4 +1,7 @@
-"""Each job alone on a fresh worker: `python -m tests.reference FOLDER < jobs.json` prints name -> images."""
+"""The pictures that jobs must have: each is drawn alone, on a fresh worker, in a process of its own.
+
+`python -m tests.reference FOLDER < jobs.json` prints name -> images.
+"""
 
 from __future__ import annotations
 

@@ -23,6 +23,8 @@ from lora.fetch.web import Web
 LOOPBACK = Web(WebRules(allow_private=True))
 """Asks servers of this machine, too."""
 
+PIECES = 20
+
 STALL = 600.0
 """Most seconds that an answer falls silent; it ends with the server, too."""
 
@@ -56,6 +58,8 @@ class Reply:
     """The body is sent when this is set."""
     drip: float = 0.0
     """Seconds between the bytes of the body, or of `raw`."""
+    seconds: float = 0.0
+    """Seconds over which the body is sent, in `PIECES`."""
     raw: bytes | None = None
     """All that is sent, head included, in place of everything above; then the connection ends."""
 
@@ -266,12 +270,13 @@ class LoopbackServer:
 
     def _write(self, request: BaseHTTPRequestHandler, reply: Reply, data: bytes) -> None:
         path = urlsplit(request.path).path
-        size = 1 if reply.drip else 1 << 16
+        size = 1 if reply.drip else (-(-len(data) // PIECES) or 1) if reply.seconds else 1 << 16
+        pause = reply.drip or reply.seconds / PIECES
         for start in range(0, len(data), size):
             piece = data[start : start + size]
             request.wfile.write(piece)
             self.sent[path] += len(piece)
-            if reply.drip and self._ended.wait(reply.drip):
+            if pause and self._ended.wait(pause):
                 return
 
 

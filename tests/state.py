@@ -1,4 +1,4 @@
-"""Everything about a module tree that a LoRA could leave behind, and the check that nothing is left."""
+"""Remembers all of a module tree that a LoRA could change, and checks that nothing was: `unchanged(root)`."""
 
 from __future__ import annotations
 

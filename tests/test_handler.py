@@ -444,6 +444,7 @@ def test_importing_the_handler_loads_nothing_and_starts_nothing() -> None:
     assert done.stdout.split() == ["False", "0"]
 
 
+@pytest.mark.slow
 def test_test_input_runs_one_job_through_the_sdk(environment: dict[str, str]) -> None:
     command = [sys.executable, "handler.py", "--test_input", json.dumps(job(output_format="jpeg"))]
     done = subprocess.run(
@@ -459,6 +460,7 @@ def test_test_input_runs_one_job_through_the_sdk(environment: dict[str, str]) ->
     assert "INVALID_INPUT: 2 faults" in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_rp_serve_api_answers_jobs(environment: dict[str, str], tmp_path: Path) -> None:
     import socket
 

@@ -1,4 +1,4 @@
-"""A worker whose pipeline does the worst that a prompt names: `python -m tests.worst`, for the emulator."""
+"""A worker for the emulator whose pipeline does the worst that a prompt names: `python -m tests.worst`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of adapters share: reading a file with every key accounted for, and comparing."""
+"""For tests of formats: reads a file with every key accounted for, and compares what it does to a model."""
 
 from __future__ import annotations
 

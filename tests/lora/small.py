@@ -1,4 +1,4 @@
-"""A small module tree, and an adapter of every algorithm for it, made by hand."""
+"""For tests of the engine: a small module tree, and an adapter of every algorithm for it, made by hand."""
 
 from __future__ import annotations
 

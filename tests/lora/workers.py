@@ -18,11 +18,9 @@ import sys
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -276,62 +274,6 @@ class Workers:
             worker.close()
         self._control.close()
         self._server.wait()
-
-
-class SlowServer:
-    """Serves one body per path, in pieces over some seconds: time enough to kill whoever asks."""
-
-    PIECES = 20
-
-    def __init__(self) -> None:
-        self._bodies: dict[str, tuple[bytes, float]] = {}
-        self.hits: Counter[str] = Counter()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                with suppress(ConnectionError):  # who asked was killed
-                    outer._answer(self)
-
-            def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.handle_error = lambda *_: None  # type: ignore[method-assign]
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-
-    def serve(self, path: str, body: bytes, seconds: float = 0.0) -> str:
-        """Sets what a path answers, and how long that takes; returns its URL."""
-        self._bodies[path] = body, seconds
-        return f"http://127.0.0.1:{self._server.server_address[1]}{path}"
-
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
-        body, seconds = self._bodies[request.path]
-        self.hits[request.path] += 1
-        etag = f'"{sha256(body)}"'
-        same = request.headers.get("If-None-Match") == etag
-        request.send_response(304 if same else 200)
-        request.send_header("ETag", etag)
-        request.send_header("Content-Length", str(0 if same else len(body)))
-        request.end_headers()
-        step = -(-len(body) // self.PIECES)
-        for start in range(0, 0 if same else len(body), step):
-            request.wfile.write(body[start : start + step])
-            time.sleep(seconds / self.PIECES)
-
-    def __enter__(self) -> SlowServer:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
 
 if __name__ == "__main__":

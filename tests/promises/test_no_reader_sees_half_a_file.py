@@ -19,7 +19,7 @@ import pytest
 from lora.fetch.sources import Reference
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
 from lora.volume.records import DAMAGED, INCOMING
-from tests.lora.workers import Job, SlowServer, Workers, adapter, sha256
+from tests.lora.workers import Job, Workers, adapter, sha256
 from tests.server import LOOPBACK, LoopbackServer
 
 pytestmark = pytest.mark.slow
@@ -47,12 +47,6 @@ NEW_OR_REFRESHED = pytest.mark.parametrize("refresh", [False, True], ids=["new",
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     with Workers() as running:
-        yield running
-
-
-@pytest.fixture
-def slow() -> Iterator[SlowServer]:
-    with SlowServer() as running:
         yield running
 
 
@@ -102,18 +96,22 @@ SetUp = Callable[..., Scene]
 
 
 @pytest.fixture
-def scene(slow: SlowServer, tmp_path: Path) -> SetUp:
+def scene(server: LoopbackServer, tmp_path: Path) -> SetUp:
     def set_up(name: object, *, refresh: bool, useless: bool, seconds: float = SECONDS) -> Scene:
         """A file at the slow server; with `refresh` its older content is in the folder, and does not last."""
         folder, path = tmp_path / str(name), f"/{name}/lora.safetensors"
         old, new = (adapter(SIZE, (SEED, name, which)) for which in ("old", "new"))
         if refresh:
-            get(VolumeCache(folder, web=LOOPBACK), slow.serve(path, old))
-        url = slow.serve(path, new, seconds)
+            get(VolumeCache(folder, web=LOOPBACK), serve(server, path, old))
+        url = serve(server, path, new, seconds)
         job = Job("fetch", str(folder), url, LEASE, refresh=refresh, useless_lease=useless)
         return Scene(job, sha256(new), sha256(old) if refresh else None)
 
     return set_up
+
+
+def serve(server: LoopbackServer, path: str, body: bytes, seconds: float = 0.0) -> str:
+    return server.serve(path, body, etag=f'"{sha256(body)}"', seconds=seconds)
 
 
 def get(cache: VolumeCache, url: str, *, refresh: bool = False) -> CacheEntry:
@@ -251,7 +249,7 @@ def test_a_process_that_freezes_is_overtaken_and_harms_nobody_when_it_wakes(
 
 
 def test_each_reader_gets_the_hash_of_its_bytes_while_everybody_refreshes(
-    workers: Workers, scene: SetUp, slow: SlowServer
+    workers: Workers, scene: SetUp, server: LoopbackServer
 ) -> None:
     one = scene("changing", refresh=True, useless=True)
     path = "/changing/lora.safetensors"
@@ -260,7 +258,7 @@ def test_each_reader_gets_the_hash_of_its_bytes_while_everybody_refreshes(
     readers.append(workers.start(replace(one.job, what="read", refresh=False)))
     end = time.monotonic() + 5
     for number in range(10_000):
-        slow.serve(path, bodies[number % len(bodies)], 0.005)
+        serve(server, path, bodies[number % len(bodies)], 0.005)
         time.sleep(0.02)
         if time.monotonic() > end:
             break

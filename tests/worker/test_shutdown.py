@@ -88,6 +88,7 @@ def platform() -> Iterator[Platform]:
         running.close()
 
 
+@pytest.mark.slow
 def test_at_sigterm_the_running_job_is_posted_and_no_question_keeps_the_worker(
     platform: Platform, server: LoopbackServer, tmp_path: Path
 ) -> None:

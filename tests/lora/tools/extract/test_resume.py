@@ -20,6 +20,8 @@ from tests.lora.tools import pairs
 from tests.lora.tools.pairs import write_model, write_pair
 from tests.waiting import PATIENCE
 
+pytestmark = pytest.mark.slow
+
 POLICIES = {"rank": RankPolicy(rank=6), "budget": RankPolicy(max_bytes=200_000)}
 
 CHILD = """
