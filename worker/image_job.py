@@ -13,7 +13,7 @@ from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraUnsupported
 from lora.fetch.sources import Reference
 from lora.volume.loader import Loaded, LoraLibrary
-from pipelines.image import ImagePipeline, Preview, StepCallback, Timings
+from pipelines.image import Preview, StepCallback, Timings
 from pipelines.routes import Route, choose_route
 from schemas import ImageRequest, parse_job
 from worker.inputs import load_picture
@@ -159,7 +159,11 @@ class ImageJob:
     def _answer_in(self, file_format: str) -> Answer:
         parts, request, drawn = self._parts, self.request, self.drawn
         with self._timings.measure("encode"):
-            text = _parameters(parts.pipeline, request, drawn.images[0], self.loaded)
+            loras = [
+                (found.entry.path.stem, use.scale, found.file.sha256)
+                for use, found in zip(request.loras, self.loaded, strict=True)
+            ]
+            text = parameters_text(request, parts.pipeline.name, drawn.images[0].size, loras)
             quality = request.output_quality
             encoded = [encode(image, file_format, quality, text) for image in drawn.images]
             urls = deliver(encoded, str(self._job.get("id", "job")), self._bucket)
@@ -179,7 +183,11 @@ class ImageJob:
                 *self.warnings,
                 *drawn.warnings,
                 *(warning for one in self.loaded for warning in one.warnings),
-                *_unused_warnings(self.loaded),
+                *(
+                    f"{one.entry.name}: {_share_of_unused(one)} were not used (see unused_keys)"
+                    for one in self.loaded
+                    if one.file.unused
+                ),
             ],
         }
 
@@ -246,39 +254,15 @@ def unused_keys(loaded: Loaded) -> list[dict[str, str]]:
 
 def _refuse_unused(loaded: list[Loaded]) -> None:
     """Raises: LoraUnsupported if a file has a tensor that cannot be used."""
-    for one in loaded:
-        if unused := one.file.unused:
+    for lora in loaded:
+        if unused := lora.file.unused:
             raise LoraUnsupported(
-                f"{one.reference.shown}: {len(unused)} of {one.file.keys + len(unused)} tensors cannot be "
-                f"used ({unused[0].key[:200]}: {unused[0].reason})",
+                f"{lora.reference.shown}: {_share_of_unused(lora)} cannot be used "
+                f"({unused[0].key[:200]}: {unused[0].reason})",
                 "Leave out strict_loras to use the others.",
             )
 
 
-def _unused_warnings(loaded: list[Loaded]) -> list[str]:
-    return [
-        f"{one.entry.name}: {len(one.file.unused)} of {one.file.keys + len(one.file.unused)} "
-        "tensors were not used (see unused_keys)"
-        for one in loaded
-        if one.file.unused
-    ]
-
-
-def _parameters(
-    pipeline: ImagePipeline, request: ImageRequest, picture: Image.Image, loaded: list[Loaded]
-) -> str:
-    values = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "steps": request.num_inference_steps,
-        "scheduler": request.scheduler,
-        "guidance_scale": request.guidance_scale,
-        "seed": request.seed,
-        "size": f"{picture.width}x{picture.height}",
-        "model": pipeline.name,
-    }
-    loras = [
-        (one.entry.path.stem, use.scale, one.file.sha256)
-        for use, one in zip(request.loras, loaded, strict=True)
-    ]
-    return parameters_text(values, loras)
+def _share_of_unused(lora: Loaded) -> str:
+    count = len(lora.file.unused)
+    return f"{count} of {lora.file.keys + count} tensors"

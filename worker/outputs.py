@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
 from lora.fetch.web import Web
+from schemas import ImageRequest
 from settings import Settings
 from validation import InvalidInput
 
@@ -58,29 +59,37 @@ def encode(picture: Image.Image, file_format: str, quality: int, parameters: str
     return Encoded(buffer.getvalue(), f"image/{file_format}")
 
 
-def parameters_text(values: Mapping[str, Any], loras: Sequence[tuple[str, float, str]]) -> str:
+def parameters_text(
+    request: ImageRequest,
+    model: str,
+    size: tuple[int, int],
+    loras: Sequence[tuple[str, float, str]],
+) -> str:
     """The generation parameters in the form that common web UIs write and read.
 
     It has three lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
-    `loras` are (name, scale, sha256).
+    `loras` are (name, scale, sha256); `size` is (width, height).
     """
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale, _ in loras)
-    lines = [f"{values['prompt']}{tags}"]
-    if values["negative_prompt"]:
-        lines.append(f"Negative prompt: {values['negative_prompt']}")
+    negative = request.negative_prompt
     pairs = {
-        "Steps": values["steps"],
-        "Sampler": values["scheduler"],
-        "CFG scale": f"{values['guidance_scale']:g}",
-        "Seed": values["seed"],
-        "Size": values["size"],
-        "Model": values["model"],
+        "Steps": request.num_inference_steps,
+        "Sampler": request.scheduler,
+        "CFG scale": f"{request.guidance_scale:g}",
+        "Seed": request.seed,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
     }
     if loras:
         hashes = ", ".join(f"{name}: {sha256[:12]}" for name, _, sha256 in loras)
         pairs["Lora hashes"] = json.dumps(hashes)
-    lines.append(", ".join(f"{key}: {value}" for key, value in pairs.items()))
-    return "\n".join(lines)
+    return "\n".join(
+        [
+            f"{request.prompt}{tags}",
+            *([f"Negative prompt: {negative}"] if negative else []),
+            ", ".join(f"{key}: {value}" for key, value in pairs.items()),
+        ]
+    )
 
 
 class S3Client(Protocol):

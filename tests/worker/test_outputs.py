@@ -11,6 +11,7 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from lora.fetch.web import Web
+from schemas import parse_job
 from settings import Settings
 from tests.server import LOOPBACK
 from validation import InvalidInput
@@ -27,11 +28,6 @@ from worker.outputs import (
     requested_bucket,
     sendable,
 )
-
-VALUES: dict[str, Any] = {
-    "prompt": "a cat", "negative_prompt": None, "steps": 20, "scheduler": "DDIM",
-    "guidance_scale": 7.5, "seed": 3, "size": "64x32", "model": "demo",
-}  # fmt: skip
 
 
 class FakeBucket:
@@ -72,8 +68,12 @@ def test_quality_makes_smaller_files() -> None:
 
 def test_parameters_text_without_and_with_loras() -> None:
     pairs = "Steps: 20, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 64x32, Model: demo"
-    assert parameters_text(VALUES, []) == f"a cat\n{pairs}"
-    text = parameters_text(VALUES | {"negative_prompt": "dog"}, [("x", 0.5, "ab" * 32)])
+    values = {"prompt": "a cat", "num_inference_steps": 20, "seed": 3}
+    plain, negative = (
+        parse_job({"input": {**values, "negative_prompt": text}}) for text in (None, "dog")
+    )
+    assert parameters_text(plain, "demo", (64, 32), []) == f"a cat\n{pairs}"
+    text = parameters_text(negative, "demo", (64, 32), [("x", 0.5, "ab" * 32)])
     assert text == (
         f'a cat <lora:x:0.5>\nNegative prompt: dog\n{pairs}, Lora hashes: "x: abababababab"'
     )
