@@ -1,27 +1,53 @@
-"""Making a file appear under its name whole, at once, and so that a loss of power does not take it."""
+"""Files that appear under their name whole, at once, and that a loss of power does not take away."""
 
 from __future__ import annotations
 
 import logging
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+READABLE = 50
+"""Characters of a file's name in the name of its part, which a file system limits to 255 bytes."""
+
+
+@contextmanager
+def part_file(folder: Path, name: str = "") -> Iterator[Path]:
+    """A path in `folder` that nobody else has. What lies there when the block ends is removed."""
+    part = folder / f".{name[:READABLE]}.{uuid.uuid4().hex}.part"
+    try:
+        yield part
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def published(
+    target: Path, part_folder: Path | None = None, *, synced: bool = True
+) -> Iterator[Path]:
+    """A path to write to, which is renamed to `target` when the block ends.
+
+    It lies in `part_folder`, which must be of the target's file system, or beside the target. If the block
+    fails, it is removed, and the target is as it was. `synced`: the bytes are on the disk before they have
+    the name. Raises: OSError.
+    """
+    with part_file(part_folder or target.parent, target.name) as part:
+        yield part
+        if synced:
+            replace_durably(part, target)
+        else:
+            part.replace(target)
+
 
 def write_durably(target: Path, *pieces: bytes | memoryview) -> None:
     """Writes a file, whole or not at all. Raises: OSError."""
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:16]}.part")
-    try:
-        with part.open("xb") as stream:
-            for piece in pieces:
-                stream.write(piece)
-        replace_durably(part, target)
-    finally:
-        with suppress(OSError):
-            part.unlink()
+    with published(target) as part, part.open("xb") as stream:
+        stream.writelines(pieces)
 
 
 def replace_durably(part: Path, target: Path) -> None:
@@ -36,7 +62,7 @@ def replace_durably(part: Path, target: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the disk knows the folder's names. Raises: OSError if there is no such folder."""
+    """Waits until the folder's names are on the disk. Raises: OSError if there is no such folder."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Bars: as text for a terminal, as SVG, or as a PNG by Pillow."""
+"""Bar charts: as text for a terminal, as SVG, or as PNG by Pillow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from lora.errors import ToolError
 
 EIGHTHS = "▏▎▍▌▋▊▉█"
-"""Blocks of one to eight eighths of a letter's width."""
+"""Blocks that fill one to eight eighths of a character's width."""
 
 MIN_BAR = 10
 
@@ -26,7 +26,7 @@ class Bar:
 
 
 def text_bars(bars: Sequence[Bar], width: int, *, unicode: bool) -> list[str]:
-    """The chart in lines of at most `width` letters (or as many as a bar of 10 needs)."""
+    """The chart in lines of at most `width` characters, or of what a bar of 10 needs."""
     if not bars:
         return []
     largest = max(bar.value for bar in bars) or 1.0
@@ -55,7 +55,7 @@ def _drawn(length: float, *, unicode: bool) -> str:
 
 
 ROW, MARGIN, LABELS, BARS, VALUES = 20, 16, 190, 420, 150
-"""Pixels of a drawn chart."""
+"""Sizes in a drawn chart, in pixels."""
 
 INK, COLOUR = "#1f2933", "#2f6fb0"
 

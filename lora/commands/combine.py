@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.rewriting import add_write_options, show, told, write_options
+from lora.commands.rewriting import add_write_options, as_result, show, write_options
 from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy, with_scale
 
 __all__ = ["SUMMARY", "add_arguments", "run", "show"]
@@ -33,19 +33,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ"
     )
-    add_rank_options(parser, "", None)
+    add_rank_options(parser)
     add_write_options(parser)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Combines. Raises: ToolError, LoraError."""
-    from lora.tools.combine import CombineOptions, Method, Source, combine
+    from lora.tools.combine import CombineOptions, Method, ScaledFile, combine
 
     pairs = [with_scale(text) for text in options.loras]
-    sources = [Source(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
+    sources = [ScaledFile(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
     chosen = CombineOptions(
         method=Method(options.method),
-        policy=rank_policy(options, None),
+        policy=rank_policy(options),
         density=options.density,
         seed=options.seed,
         write=write_options(options),
@@ -53,4 +53,4 @@ def run(options: Namespace) -> Mapping[str, Any]:
     )
     with progress() as on_progress:
         report = combine(sources, options.output, chosen, key_map_of(options.model), on_progress)
-    return told(report, options.output)
+    return as_result(report, options.output)

@@ -8,8 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.shared import KINDS, key_lines, plain, progress, size, with_scale
+from lora.commands.shared import (
+    DTYPES,
+    add_format_option,
+    key_lines,
+    plain,
+    progress,
+    size,
+    with_scale,
+)
 from lora.errors import ToolError
+from lora.tools import FILE_FORMATS
 
 SUMMARY = "write a model with LoRAs merged into its weights"
 
@@ -17,7 +26,7 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options; the names that LightX2V's merger has mean the same."""
+    """Adds the command's options; those that LightX2V's merger has too mean the same."""
     parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
     parser.add_argument(
         "--lora-model",
@@ -33,12 +42,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)"
     )
-    parser.add_argument("--source-type", choices=KINDS, help="by default what the file is")
-    parser.add_argument("--lora-type", choices=KINDS, help="accepted; the file itself decides")
-    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
+    parser.add_argument("--source-type", choices=FILE_FORMATS, help="by default what the file is")
+    parser.add_argument(
+        "--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides"
+    )
+    add_format_option(parser)
     parser.add_argument(
         "--output-dtype",
-        choices=("same", "fp32", "fp16", "bf16", "fp8"),
+        choices=("same", *DTYPES, "fp8"),
         default="same",
         help="`same` keeps each tensor's own (same)",
     )
@@ -49,7 +60,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_factors(parser: ArgumentParser) -> None:
-    """What scales every L further."""
+    """Adds the options that scale every L further."""
     parser.add_argument(
         "--components",
         nargs="+",
@@ -111,16 +122,16 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """What was written, and what of each LoRA is in it."""
+    """What was written, and how many tensors of each LoRA were used."""
     count = len(result["files"])
     lines = [
         f"{result['output']}: {size(result['bytes'])}{f' in {count} files' if count > 1 else ''}, "
         f"{result['parameters']} parameters changed, dtype {result['dtype']}, {result['seconds']:.1f} s"
     ]
-    for one in result["loras"]:
-        unused = one["unused"]
+    for lora in result["loras"]:
+        unused = lora["unused"]
         lines.append(
-            f"{one['name']}: scale {one['scale']:g}, {one['used']} tensors used, {len(unused)} unused"
+            f"{lora['name']}: scale {lora['scale']:g}, {lora['used']} tensors used, {len(unused)} unused"
         )
         lines += key_lines(unused)
     lines += [f"left out: {name}" for name in result["left_out"]]

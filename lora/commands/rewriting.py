@@ -1,4 +1,4 @@
-"""What `combine`, `resize` and `convert` share: how an adapter is written, and what is told of it."""
+"""What `combine`, `resize` and `convert` share: how an adapter is written, and the report on it."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora.commands.shared import (
-    KINDS,
-    NAMINGS,
+    DTYPES,
+    add_format_option,
+    add_naming_option,
     dtype_of,
     key_lines,
+    naming,
     output_format,
-    plain,
     size,
     table,
+    with_errors,
+    worst,
 )
 
 if TYPE_CHECKING:
     from lora.tools.adapters.saving import WriteOptions
     from lora.tools.factors.cutting import Report
 
-WORST = 5
-
 
 def add_write_options(parser: ArgumentParser) -> None:
-    """Where the result goes and in what form."""
+    """Adds the options that say where and how the result is written."""
     parser.add_argument(
         "--output",
         type=Path,
@@ -34,13 +35,9 @@ def add_write_options(parser: ArgumentParser) -> None:
         metavar="F",
         help="the new file; a folder for PEFT's naming",
     )
-    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
-    parser.add_argument(
-        "--output-dtype", choices=("fp32", "fp16", "bf16"), help="by default each tensor's own"
-    )
-    parser.add_argument(
-        "--naming", choices=NAMINGS, help="how tensors are named; by default as now"
-    )
+    add_format_option(parser)
+    parser.add_argument("--output-dtype", choices=DTYPES, help="by default each tensor's own")
+    add_naming_option(parser, "how tensors are named; by default as now")
     parser.add_argument(
         "--allow-unused", action="store_true", help="leave out tensors that cannot be carried"
     )
@@ -48,33 +45,27 @@ def add_write_options(parser: ArgumentParser) -> None:
 
 def write_options(options: Namespace) -> WriteOptions:
     """The options of `add_write_options`."""
-    from lora.formats.names.naming import Naming
-    from lora.tools.adapters.saving import Format, WriteOptions
+    from lora.tools.adapters.saving import WriteOptions
 
-    return WriteOptions(
-        naming=Naming(options.naming) if options.naming else None,
-        dtype=dtype_of(options.output_dtype) if options.output_dtype else None,
-        format=Format(output_format(options)),
-    )
+    dtype = dtype_of(options.output_dtype) if options.output_dtype else None
+    return WriteOptions(naming(options), dtype, output_format(options))
 
 
-def told(report: Report, output: Path) -> dict[str, Any]:
-    """The report as JSON can hold it."""
+def as_result(report: Report, output: Path) -> dict[str, Any]:
+    """The report as values that JSON has."""
     files = [output] if output.is_file() else [one for one in output.iterdir() if one.is_file()]
-    changes = [{**plain(one), "relative_error": one.relative_error} for one in report.changes]
-    unused = [{"key": key, "reason": reason} for key, reason in report.unused]
     return {
         "output": str(output),
         "bytes": sum(file.stat().st_size for file in files),
         "layers": report.layers,
-        "changes": changes,
+        "changes": with_errors(report.changes),
         "relative_error": report.relative_error,
-        "unused": unused,
+        "unused": [{"key": key, "reason": reason} for key, reason in report.unused],
     }
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """The file, the layers that were approximated and their errors, what was left out."""
+    """The file, the approximated layers with the largest errors, and what was left out."""
     changes = result["changes"]
     lines = [f"{result['output']}: {size(result['bytes'])}, {result['layers']} modules"]
     if changes:
@@ -82,11 +73,11 @@ def show(result: Mapping[str, Any]) -> str:
             f"{len(changes)} layers approximated: relative error {result['relative_error']:.3g} "
             "(as stored, over all of them)"
         )
-        worst = sorted(changes, key=lambda one: -one["relative_error"])[:WORST]
+        shown = worst(changes)
         head = ("  layer", "rank", "energy kept", "relative error")
-        lines.append(f"the largest errors, {len(worst)} of {len(changes)}:")
-        lines += table([head, *(_row(one) for one in worst)])
-        if dropped := sum(not one["rank"] for one in changes):
+        lines.append(f"the largest errors, {len(shown)} of {len(changes)}:")
+        lines += table([head, *map(_row, shown)])
+        if dropped := sum(not change["rank"] for change in changes):
             lines.append(f"{dropped} of them were dropped: nothing of them is worth a rank")
     else:
         lines.append("exact: no layer was approximated")
@@ -96,11 +87,7 @@ def show(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    before = one["before"] or "full"
-    return (
-        f"  {one['name']}",
-        f"{before} -> {one['rank']}",
-        f"{one['kept']:.4%}",
-        f"{one['relative_error']:.3g}",
-    )
+def _row(change: Mapping[str, Any]) -> tuple[str, ...]:
+    ranks = f"{change['before'] or 'full'} -> {change['rank']}"
+    error = f"{change['relative_error']:.3g}"
+    return f"  {change['name']}", ranks, f"{change['kept']:.4%}", error

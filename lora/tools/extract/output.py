@@ -1,4 +1,4 @@
-"""Where an extraction is written to, and how it is measured in the end."""
+"""Where an extraction is written to, and how the result is verified."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from lora.errors import ToolError
 from lora.formats.adapter import load
 from lora.formats.header import read_header
 from lora.formats.tensors import read_runs
+from lora.tools import Format
 from lora.tools.adapters.reading import read_adapter
-from lora.tools.adapters.saving import Format, WriteOptions, write_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.extract.layer import largest_of
 from lora.tools.extract.options import ExtractOptions
 from lora.tools.extract.report import Verified
@@ -28,18 +29,18 @@ from lora.tools.writing import refuse_overwriting, write_pytorch
 
 @dataclass(frozen=True)
 class ExtractOutput:
-    """The file that is asked for, and the .safetensors file that tensors are streamed into."""
+    """The file that is wanted, and the .safetensors file that the tensors are streamed into."""
 
     path: Path
     stream: Path
-    """The same where it is a .safetensors file in a naming without a config; else one beside it."""
+    """The same path for a .safetensors file in a naming without a config; else one beside it."""
     options: ExtractOptions
 
     @classmethod
     def of(
         cls, path: Path, options: ExtractOptions, inputs: Sequence[WeightsFile]
     ) -> ExtractOutput:
-        """Raises: ToolError if that would write over an input, or there is no folder for it."""
+        """Raises: ToolError if an input would be overwritten, or there is no folder for the file."""
         refuse_overwriting(path, (one.path for one in inputs))
         if not path.parent.is_dir():
             raise ToolError(f"there is no folder for {path.name}", "Make it first.")
@@ -49,7 +50,7 @@ class ExtractOutput:
         return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)
 
     def convert(self, source: Checkpoint) -> None:
-        """Makes the file that is asked for of the one that was streamed. Raises: ToolError."""
+        """Makes the wanted file from the streamed one. Raises: ToolError."""
         if self.stream == self.path:
             return
         naming, written = self.options.naming, self.options.format
@@ -62,13 +63,13 @@ class ExtractOutput:
         self.stream.unlink()
 
     def size(self) -> int:
-        """Bytes of what was written."""
+        """The bytes of what was written."""
         files = self.path.iterdir() if self.path.is_dir() else [self.path]
         return sum(file.stat().st_size for file in files)
 
 
 def verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
-    """Reads the file as an engine does, merges each layer into the source, and compares with the target.
+    """Reads the file as the engine does, merges each layer into the source, and compares it with the target.
 
     Raises: ToolError if a tensor of the file has no place in the source; LoraError if it cannot be read.
     """
@@ -83,16 +84,16 @@ def verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
         merged = torch.empty_like(original)
         merge(merged, original, [(layer.part, 1.0)])
         wanted = wanted.to(original.dtype)
-        apart = _apart(merged, wanted)
-        errors.append(energy(apart))
-        energies.append(energy(_apart(wanted, original)))
-        largest = max(largest, largest_of(apart))
-        unequal += int(apart.count_nonzero())
-        numbers += apart.numel()
+        error = _difference(merged, wanted)
+        errors.append(energy(error))
+        energies.append(energy(_difference(wanted, original)))
+        largest = max(largest, largest_of(error))
+        unequal += int(error.count_nonzero())
+        numbers += error.numel()
     total = math.fsum(energies)
     relative = math.sqrt(math.fsum(errors) / total) if total else 0.0
     return Verified(largest, relative, unequal, numbers)
 
 
-def _apart(one: Tensor, other: Tensor) -> Tensor:
+def _difference(one: Tensor, other: Tensor) -> Tensor:
     return one.to(torch.float32, copy=True).sub_(other.to(torch.float32))

@@ -110,16 +110,17 @@ def test_two_processes_never_write_the_same(tmp_path: Path) -> None:
     path = tmp_path / "out.safetensors"
     with StreamWriter(path, NAMES, {"format": "pt"}, "one") as first:
         first.put(GROUPS["a"], {"group": "a"})
-        with pytest.raises(ToolError, match="another process is writing"):
-            StreamWriter(path, NAMES, {"format": "pt"}, "one")
+        second = StreamWriter(path, NAMES, {"format": "pt"}, "one")
+        with pytest.raises(ToolError, match="another process is writing"), second:
+            pass
         first.put(GROUPS["b"], {"group": "b"})
     assert write(path, "one") == ["a", "b"]
 
 
 def test_discarded_run_leaves_nothing(tmp_path: Path) -> None:
-    writer = StreamWriter(tmp_path / "out.safetensors", NAMES, {}, "one")
-    writer.put(GROUPS["a"])
-    writer.discard()
+    with StreamWriter(tmp_path / "out.safetensors", NAMES, {}, "one") as writer:
+        writer.put(GROUPS["a"])
+        writer.discard()
     assert not list(tmp_path.iterdir())
 
 
@@ -140,8 +141,23 @@ def test_header_has_room_for_any_shape(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="cannot be written"):
-        StreamWriter(tmp_path / "none" / "out.safetensors", [], {})
+    writer = StreamWriter(tmp_path / "none" / "out.safetensors", [], {})
+    with pytest.raises(ToolError, match="cannot be written"), writer:
+        pass
+
+
+def test_an_interrupt_while_the_file_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> int:
+        opened(*arguments)
+        raise KeyboardInterrupt
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), StreamWriter(tmp_path / "out.safetensors", [], {}):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 LIMITED = """

@@ -18,13 +18,13 @@ from lora.engine.stack import LoraUse
 from lora.errors import ToolError
 from lora.formats.adapter import load
 from lora.formats.names.naming import Naming
-from lora.tools.adapters.saving import Format
-from lora.tools.extract.budget import ranks_within
-from lora.tools.extract.plan import Planned
-from lora.tools.extract.run import Conv, ExtractOptions, ExtractReport, LayerReport, extract
+from lora.tools import Format
+from lora.tools.extract.options import Conv, ExtractOptions
+from lora.tools.extract.plan import Planned, ranks_within
+from lora.tools.extract.report import ExtractReport, LayerReport
+from lora.tools.extract.run import extract
 from lora.tools.factors.ranks import RankPolicy
-from lora.tools.factors.svd import truncated_svd
-from lora.tools.factors.tucker import tucker_svd
+from lora.tools.factors.svd import truncated_svd, tucker_svd
 from lora.tools.merge import MergeOptions, merge
 from lora.tools.models.checkpoints import Checkpoint, Place
 from tests.adapters import randn
