@@ -16,6 +16,7 @@ from lora.commands.shared import add_json, byte_count, progress, size, table
 from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
 
 if TYPE_CHECKING:
+    from lora.fetch.rules import WebRules
     from lora.tools import OnProgress
     from lora.volume.cache import VolumeCache
 
@@ -62,51 +63,58 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
 
 def _opened(folder: Path | None, environ: Mapping[str, str]) -> VolumeCache:
-    """The cache, by the environment variables of the worker that concern it. Raises: ToolError."""
-    from lora.volume.cache import Limits
-    from lora.volume.opening import open_cache
+    """The cache, by those environment variables of the worker that concern it. Raises: ToolError."""
+    from lora.fetch.civitai import Civitai
+    from lora.fetch.hub import Hub
+    from lora.fetch.sources import CIVITAI, HUB
+    from lora.fetch.web import Web
+    from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
 
-    text = environ.get
     try:
-        budget = _number(environ, "LORA_CACHE_MAX_GB", 0)
-        return open_cache(
-            folder or Path(text("LORA_CACHE_DIR") or FOLDER),
-            Limits(
-                file_bytes=int(_number(environ, "LORA_MAX_FILE_MB", 2048) * 1e6),
-                total_bytes=int(budget * 1e9) if budget else None,
-                timeout=_number(environ, "LORA_DOWNLOAD_TIMEOUT", 300),
-                ttl=_number(environ, "LORA_TTL_HOURS", 24) * 3600,
-            ),
-            hub=(text("HF_ENDPOINT", ""), text("HF_TOKEN", "")),
-            civitai=(text("CIVITAI_ENDPOINT", ""), text("CIVITAI_TOKEN", "")),
-            headers=_headers(text("LORA_AUTH_HEADERS") or "{}"),
-            allowed_hosts=tuple(re.findall(r"[^,\s]+", text("LORA_ALLOWED_HOSTS", ""))),
-            allow_private=text("LORA_ALLOW_PRIVATE_URLS") == "1",
+        web = Web(_web_rules(environ))
+        limits = Limits(
+            file_bytes=int(_number(environ, "LORA_MAX_FILE_MB", 2048) * 1e6),
+            total_bytes=int(_number(environ, "LORA_CACHE_MAX_GB", 0) * 1e9) or None,
+            timeout=_number(environ, "LORA_DOWNLOAD_TIMEOUT", 300),
+            ttl=_number(environ, "LORA_TTL_HOURS", 24) * 3600,
         )
     except ValueError as error:
         hint = "The README lists the environment variables."
         raise ToolError(f"the environment cannot be used: {error}", hint) from None
+    hub = Hub(environ.get("HF_TOKEN") or None, environ.get("HF_ENDPOINT") or HUB)
+    civitai = Civitai(web, environ.get("CIVITAI_ENDPOINT") or CIVITAI)
+    root = folder or Path(environ.get("LORA_CACHE_DIR") or FOLDER)
+    return VolumeCache(root, limits, web, hub=hub, civitai=civitai, fallback=FALLBACK_ROOT)
 
 
 def _number(environ: Mapping[str, str], name: str, default: float) -> float:
-    try:
-        number = float(environ.get(name) or default)
-    except ValueError:
-        number = float("nan")
-    if not 0 <= number < float("inf"):
+    text = environ.get(name) or str(default)
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text):
         raise ValueError(f"{name} is not a number of at least 0")
-    return number
+    return float(text)
 
 
-def _headers(text: str) -> dict[str, tuple[str, str]]:
-    """Origin -> (name, value). The error repeats nothing of the text, which holds secrets."""
-    from lora.fetch.rules import origin_of
+def _web_rules(environ: Mapping[str, str]) -> WebRules:
+    """Which hosts may be asked, and with which tokens. The errors do not repeat secrets. Raises:
+    ValueError.
+    """
+    from lora.fetch.rules import WebRules, origin_of
+    from lora.fetch.sources import CIVITAI, HUB
 
     try:
-        pairs = {origin_of(host): line.split(":", 1) for host, line in json.loads(text).items()}
-        return {origin: (name, value.strip()) for origin, (name, value) in pairs.items()}
-    except (ValueError, AttributeError):
+        headers = json.loads(environ.get("LORA_AUTH_HEADERS") or "{}").items()
+        lines = {origin_of(host): re.split(r":\s*", line, maxsplit=1) for host, line in headers}
+        tokens = {origin: (name, value) for origin, (name, value) in lines.items()}
+    except (ValueError, AttributeError, TypeError):
         raise ValueError("LORA_AUTH_HEADERS is no JSON object of host -> 'Name: value'") from None
+    own = {origin_of(url) for name in ("HF", "CIVITAI") if (url := environ.get(f"{name}_ENDPOINT"))}
+    for name, public in (("HF", HUB), ("CIVITAI", CIVITAI)):
+        if token := environ.get(f"{name}_TOKEN"):
+            origin = origin_of(environ.get(f"{name}_ENDPOINT") or public)
+            tokens[origin] = ("Authorization", f"Bearer {token}")
+    hosts = tuple(re.findall(r"[^,\s]+", environ.get("LORA_ALLOWED_HOSTS", "")))
+    private = environ.get("LORA_ALLOW_PRIVATE_URLS") == "1"
+    return WebRules(private, hosts, frozenset(own), tokens)
 
 
 def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:

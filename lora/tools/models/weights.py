@@ -96,18 +96,13 @@ def unreadable(path: Path, error: OSError) -> ToolError:
 
 UNQUANTISED = "Give the model before its quantisation: fp32, fp16, bf16 or fp8."
 
+_SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "scale_input", "input_scale")
 _COMPANIONS = {
-    "scale_weight": "fp8 with a scale beside each weight",
-    "weight_scale": "fp8 with a scale beside each weight",
-    "scaled_fp8": "fp8 with a scale beside each weight",
-    "scale_input": "fp8 with a scale beside each weight",
-    "input_scale": "fp8 with a scale beside each weight",
+    **dict.fromkeys(_SCALED, "fp8 with a scale beside each weight"),
     "comfy_quant": "ComfyUI's quantisation",
-    "absmax": "bitsandbytes",
-    "quant_map": "bitsandbytes",
+    **dict.fromkeys(("absmax", "quant_map"), "bitsandbytes"),
     "SCB": "bitsandbytes' int8",
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
+    **dict.fromkeys(("qweight", "qzeros"), "GPTQ or AWQ"),
 }
 """Last word of the name of a tensor that comes with packed weights -> the quantisation that has it."""
 
