@@ -71,10 +71,8 @@ def _generate() -> Command:
     except ModuleNotFoundError as error:
         if error.name not in ("worker", "worker.generate"):
             raise
-        raise ToolError(
-            "`generate` draws with the worker, whose code is not here",
-            "Call `python -m lora generate` in the worker's own folder.",
-        ) from error
+        hint = "Call `python -m lora generate` in the worker's own folder."
+        raise ToolError("`generate` draws with the worker, whose code is not here", hint) from error
 
 
 def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:

@@ -38,8 +38,9 @@ FIELDS: Mapping[str, tuple[type, str]] = {
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", required=True, help="what to draw")
+    add(
         "--lora",
         nargs="+",
         action="extend",
@@ -47,18 +48,18 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="LORA[:SCALE]",
         help="a file or PEFT folder, or whatever a job may name; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--config_json",
         "--config-json",
         type=Path,
         metavar="FILE",
         help="LoRAs in LightX2V's form: lora_path and strength_model, or lora_configs",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
-    parser.add_argument("--model", help="as WORKER_MODEL: a repo, a folder, a checkpoint or `demo`")
-    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
+    add("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
+    add("--model", help="as WORKER_MODEL: a repo, a folder, a checkpoint or `demo`")
+    add("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     for name, (kind, words) in FIELDS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
+        add(f"--{name.replace('_', '-')}", type=kind, help=words)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:

@@ -17,22 +17,17 @@ SUMMARY = "make one LoRA of several: exactly, at a rank, or by TIES or DARE"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "loras", nargs="+", metavar="L[:SCALE]", help="files or PEFT folders, and how strongly (1)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("loras", nargs="+", metavar="L[:SCALE]", help="files or PEFT folders, and how strongly (1)")
+    add(
         "--method",
         choices=("concat", "ties", "dare"),
         default="concat",
         help="concat adds them up, and is exact unless a rank is chosen (concat)",
     )
-    parser.add_argument(
-        "--density", type=float, default=0.5, metavar="X", help="what TIES and DARE keep (0.5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
-    parser.add_argument(
-        "--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ"
-    )
+    add("--density", type=float, default=0.5, metavar="X", help="what TIES and DARE keep (0.5)")
+    add("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
+    add("--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ")
     add_rank_options(parser)
     add_write_options(parser)
 

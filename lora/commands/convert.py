@@ -19,20 +19,21 @@ SUMMARY = "rename a LoRA's tensors for another tool, or make a LoRA of another a
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("file", type=Path, metavar="F", help="a file, or a folder that PEFT saved")
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", type=Path, metavar="F", help="a file, or a folder that PEFT saved")
+    add(
         "--algorithm",
         choices=("lora",),
         help="make LoRAs of layers of other algorithms; by default none",
     )
-    parser.add_argument(
+    add(
         "--model",
         type=Path,
         metavar="A",
         help="the model that it is for: DoRA, OFT, GLoRA and IA3 need it to become a LoRA, and "
         "models other than SDXL to be renamed",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the randomised SVD (0)")
+    add("--seed", type=int, default=0, help="of the randomised SVD (0)")
     add_rank_options(parser)
     add_write_options(parser)
 
@@ -44,10 +45,8 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
     policy = rank_policy(options)
     if policy is not None and options.algorithm is None:
-        raise ToolError(
-            "a rank is chosen, and nothing is to be cut to it",
-            "Add --algorithm lora; `lora resize` shrinks a LoRA.",
-        )
+        hint = "Add --algorithm lora; `lora resize` shrinks a LoRA."
+        raise ToolError("a rank is chosen, and nothing is to be cut to it", hint)
     chosen = ConvertOptions(
         write=write_options(options),
         algorithm=Goal(options.algorithm) if options.algorithm else None,

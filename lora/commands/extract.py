@@ -35,33 +35,28 @@ SHOWN = 20
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options; those that LightX2V's extractor has too mean the same."""
-    parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
-    parser.add_argument("--target-model", type=Path, required=True, metavar="B", help="the tuned")
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="the LoRA")
+    add = parser.add_argument
+    add("--source-model", type=Path, required=True, metavar="A", help="the base")
+    add("--target-model", type=Path, required=True, metavar="B", help="the tuned")
+    add("--output", type=Path, required=True, metavar="F", help="the LoRA")
     for which in ("source", "target"):
         text = "by default what the file is"
-        parser.add_argument(f"--{which}-type", choices=FILE_FORMATS, help=text)
+        add(f"--{which}-type", choices=FILE_FORMATS, help=text)
     add_format_option(parser)
-    parser.add_argument("--output-dtype", choices=DTYPES, default="bf16", help="(bf16)")
-    parser.add_argument("--diff-only", action="store_true", help="exact differences, no factors")
+    add("--output-dtype", choices=DTYPES, default="bf16", help="(bf16)")
+    add("--diff-only", action="store_true", help="exact differences, no factors")
     add_naming_option(parser, "kohya's for SDXL, else the model's own")
-    parser.add_argument("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
-    parser.add_argument(
-        "--components", nargs="+", metavar="C", help="only these: unet, text_encoder …"
-    )
-    parser.add_argument(
-        "--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)"
-    )
-    parser.add_argument(
+    add("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
+    add("--components", nargs="+", metavar="C", help="only these: unet, text_encoder …")
+    add("--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)")
+    add(
         "--clamp-quantile",
         type=float,
         metavar="Q",
         help="cut factors off, as sd-scripts does (off)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the randomised SVD (0)")
-    parser.add_argument(
-        "--verify", action="store_true", help="merge the result back, and measure against B"
-    )
+    add("--seed", type=int, default=0, help="of the randomised SVD (0)")
+    add("--verify", action="store_true", help="merge the result back, and measure against B")
     add_rank_options(parser, "rank-", DEFAULT_RANK)
 
 

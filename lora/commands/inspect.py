@@ -20,17 +20,14 @@ SHOWN_WORDS = 15
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="a file, or a folder that PEFT saved"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="a file, or a folder that PEFT saved")
+    add(
         "--against",
         metavar="MODEL",
         help="also tell what fits a model: a checkpoint, a diffusers folder, or `sdxl`",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg"
-    )
+    add("--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:

@@ -27,8 +27,9 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options; those that LightX2V's merger has too mean the same."""
-    parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--source-model", type=Path, required=True, metavar="A", help="the base")
+    add(
         "--lora-model",
         nargs="+",
         action="extend",
@@ -36,32 +37,27 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="L[:SCALE]",
         help="files or PEFT folders; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--output", type=Path, required=True, metavar="F", help="a file, or a folder as the input's"
     )
-    parser.add_argument(
-        "--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)"
-    )
-    parser.add_argument("--source-type", choices=FILE_FORMATS, help="by default what the file is")
-    parser.add_argument(
-        "--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides"
-    )
+    add("--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)")
+    add("--source-type", choices=FILE_FORMATS, help="by default what the file is")
+    add("--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides")
     add_format_option(parser)
-    parser.add_argument(
+    add(
         "--output-dtype",
         choices=("same", *DTYPES, "fp8"),
         default="same",
         help="`same` keeps each tensor's own (same)",
     )
-    parser.add_argument(
-        "--allow-unused", action="store_true", help="merge the rest if tensors have no place"
-    )
+    add("--allow-unused", action="store_true", help="merge the rest if tensors have no place")
     _add_factors(parser)
 
 
 def _add_factors(parser: ArgumentParser) -> None:
     """Adds the options that scale every L further."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--components",
         nargs="+",
         type=component_factor,
@@ -69,7 +65,7 @@ def _add_factors(parser: ArgumentParser) -> None:
         metavar="C=X",
         help="a further factor per component: text_encoder=0",
     )
-    parser.add_argument(
+    add(
         "--blocks",
         type=block_factors,
         default={},

@@ -32,9 +32,8 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
     policy = rank_policy(options)
     if policy is None:
-        raise ToolError(
-            "nothing says how far to shrink it", "Give --rank, --energy or --max-bytes."
-        )
+        hint = "Give --rank, --energy or --max-bytes."
+        raise ToolError("nothing says how far to shrink it", hint)
     chosen = ResizeOptions(policy, write_options(options), options.allow_unused)
     with progress() as on_progress:
         report = resize(

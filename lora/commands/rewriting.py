@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 def add_write_options(parser: ArgumentParser) -> None:
     """Adds the options that say where and how the result is written."""
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--output",
         type=Path,
         required=True,
@@ -36,11 +37,9 @@ def add_write_options(parser: ArgumentParser) -> None:
         help="the new file; a folder for PEFT's naming",
     )
     add_format_option(parser)
-    parser.add_argument("--output-dtype", choices=DTYPES, help="by default each tensor's own")
+    add("--output-dtype", choices=DTYPES, help="by default each tensor's own")
     add_naming_option(parser, "how tensors are named; by default as now")
-    parser.add_argument(
-        "--allow-unused", action="store_true", help="leave out tensors that cannot be carried"
-    )
+    add("--allow-unused", action="store_true", help="leave out tensors that cannot be carried")
 
 
 def write_options(options: Namespace) -> WriteOptions:

@@ -24,12 +24,8 @@ class Format(StrEnum):
 
 FILE_FORMATS = tuple(map(str, Format))
 
-EMBEDDINGS = frozenset(
-    {
-        *("token_embedding", "position_embedding", "embed_tokens", "embed_positions"),
-        *("shared", "wte", "wpe"),
-    }
-)
+_TABLES = ("token_embedding", "position_embedding", "embed_tokens", "embed_positions")
+EMBEDDINGS = frozenset({*_TABLES, "shared", "wte", "wpe"})
 """Modules whose weight is a table of rows and not a matrix of a product."""
 
 HEADER_ALIGNMENT = 8

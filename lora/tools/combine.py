@@ -80,9 +80,8 @@ class CombineOptions:
 
     def __post_init__(self) -> None:
         if self.method is not Method.CONCAT and self.policy is None:
-            raise ToolError(
-                f"{self.method} makes whole matrices, and no rank is chosen", "Give --rank."
-            )
+            hint = "Give --rank."
+            raise ToolError(f"{self.method} makes whole matrices, and no rank is chosen", hint)
         if not 0 < self.density <= 1:
             raise ToolError(f"density is {self.density}", "It is a share: over 0, at most 1.")
 
@@ -172,10 +171,8 @@ def _refuse_other_algorithms(part: Part) -> None:
     other = sorted(part.slots.keys() - CARRIED)
     if other:
         name = next((name for name in part.algorithms if name not in ("lora", "full")), other[0])
-        raise ToolError(
-            f"{part.name} is {name}, which cannot be combined as it is",
-            "Make it a LoRA first: convert --algorithm lora.",
-        )
+        hint = "Make it a LoRA first: convert --algorithm lora."
+        raise ToolError(f"{part.name} is {name}, which cannot be combined as it is", hint)
 
 
 def _combine(parts: Sequence[_Scaled], options: CombineOptions) -> Module:

@@ -20,13 +20,7 @@ from lora.formats.families import family_of, identify
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
 from lora.tools.adapters.hashes import HASH_FIELDS, Hashes, hashes_of
-from lora.tools.adapters.metadata import (
-    MAX_WORD,
-    clean,
-    named_bases,
-    training_facts,
-    trigger_words,
-)
+from lora.tools.adapters.metadata import MAX_WORD, clean, named_bases, training_facts, trigger_words
 from lora.tools.adapters.opening import Opened, opened
 from lora.tools.adapters.own_names import own_key_map
 from lora.tools.describe_names import block_of, kind_of, layout_of

@@ -95,10 +95,8 @@ def _is_lora(part: Part) -> bool:
     other = next((name for name in part.algorithms if name in OTHERS), None)
     inner = "lora_down" not in slots and any(s.startswith(("hada", "lokr")) for s in slots)
     if other := other or ("dora" if inner else None):
-        raise ToolError(
-            f"{part.name} is {other}, which has no rank to cut",
-            "Make it a LoRA first: convert --algorithm lora.",
-        )
+        hint = "Make it a LoRA first: convert --algorithm lora."
+        raise ToolError(f"{part.name} is {other}, which has no rank to cut", hint)
     return "lora_down" in slots
 
 

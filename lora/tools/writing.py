@@ -241,9 +241,8 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ToolError(
-                f"there is no room on the disk for {path.name}", "Free some."
-            ) from error
+            hint = "Free some."
+            raise ToolError(f"there is no room on the disk for {path.name}", hint) from error
         why = error.strerror or type(error).__name__
         raise ToolError(f"{path.name} cannot be written ({why})") from error
 

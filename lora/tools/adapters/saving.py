@@ -147,10 +147,8 @@ def safetensors_of(
 def _write_folder(output: Path, laid: _Laid, metadata: Mapping[str, str], written: Format) -> None:
     """Writes a PEFT folder. Raises: ToolError if something else than an empty folder is there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ToolError(
-            f"{output.name} exists, and a PEFT adapter is a folder of its own",
-            "Name a folder that does not exist yet.",
-        )
+        hint = "Name a folder that does not exist yet."
+        raise ToolError(f"{output.name} exists, and a PEFT adapter is a folder of its own", hint)
     (config,) = laid.configs.values()
     with published_folder(output) as folder, write_errors(output):
         stem = folder / PEFT_STEM

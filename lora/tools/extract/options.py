@@ -64,13 +64,11 @@ class ExtractOptions:
         if self.components is not None and not self.components:
             raise ToolError("no component is chosen")
         if self.diff_only and self.policy.max_bytes is not None:
-            raise ToolError(
-                "exact differences have the size that they have", "Leave out max_bytes."
-            )
+            hint = "Leave out max_bytes."
+            raise ToolError("exact differences have the size that they have", hint)
         if self.diff_only and not self.holds_differences:
-            raise ToolError(
-                f"the naming {self.naming} has no names for differences", "Take kohya or original."
-            )
+            hint = "Take kohya or original."
+            raise ToolError(f"the naming {self.naming} has no names for differences", hint)
 
     @property
     def holds_differences(self) -> bool:

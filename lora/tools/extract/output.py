@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.extract.layer import largest_of
 from lora.tools.extract.options import ExtractOptions
 from lora.tools.extract.report import Verified
+from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.svd import energy
 from lora.tools.models.checkpoints import Checkpoint, Place
 from lora.tools.models.weights import WeightsFile
@@ -90,9 +90,7 @@ def verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
         largest = max(largest, largest_of(error))
         unequal += int(error.count_nonzero())
         numbers += error.numel()
-    total = math.fsum(energies)
-    relative = math.sqrt(math.fsum(errors) / total) if total else 0.0
-    return Verified(largest, relative, unequal, numbers)
+    return Verified(largest, relative_error(errors, energies), unequal, numbers)
 
 
 def _difference(one: Tensor, other: Tensor) -> Tensor:

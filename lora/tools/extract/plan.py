@@ -133,18 +133,14 @@ def _refuse_mismatch(
 ) -> None:
     there = {place.component for model in (source, target) for place in model.parameters}
     if unknown := sorted((options.components or frozenset()) - there):
-        raise ToolError(
-            f"neither model has a component {unknown[0][:40]!r}",
-            f"There are {', '.join(sorted(there))}.",
-        )
+        hint = f"There are {', '.join(sorted(there))}."
+        raise ToolError(f"neither model has a component {unknown[0][:40]!r}", hint)
     smaller = min(
         sum(_chosen(place, options) for place in model.parameters) for model in (source, target)
     )
     if not common:
-        raise ToolError(
-            f"{source.path.name} and {target.path.name} have no tensor in common",
-            "Give two states of one model, and components that both have.",
-        )
+        hint = "Give two states of one model, and components that both have."
+        raise ToolError(f"{source.path.name} and {target.path.name} have no tensor in common", hint)
     if len(common) < LEAST_IN_COMMON * smaller:
         raise ToolError(
             f"{source.path.name} and {target.path.name} are two different models: only {len(common)} of "

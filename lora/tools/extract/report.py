@@ -42,7 +42,7 @@ class LayerReport:
     @property
     def relative_error(self) -> float:
         """||D - D'||_F / ||D||_F."""
-        return relative_error([self])
+        return relative_error([self.error], [self.energy])
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class ExtractReport:
     @property
     def relative_error(self) -> float:
         """||D - D'||_F / ||D||_F over all layers."""
-        return relative_error(self.layers)
+        return relative_error((layer.error for layer in self.layers), [self.energy])
 
     @property
     def kept(self) -> float:

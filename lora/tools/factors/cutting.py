@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,23 +22,10 @@ computing all of them takes as long as a full decomposition.
 """
 
 
-class Measured(Protocol):
-    """A change D, and the change D' that is stored for it."""
-
-    @property
-    def energy(self) -> float:
-        """||D||_F^2."""
-
-    @property
-    def error(self) -> float:
-        """||D - D'||_F^2, with the numbers of D' as they were rounded."""
-
-
-def relative_error(changes: Iterable[Measured]) -> float:
-    """||D - D'||_F / ||D||_F over all changes together."""
-    changes = tuple(changes)
-    energy = math.fsum(change.energy for change in changes)
-    return math.sqrt(math.fsum(change.error for change in changes) / energy) if energy else 0.0
+def relative_error(errors: Iterable[float], energies: Iterable[float]) -> float:
+    """||D - D'||_F / ||D||_F over changes D with these ||D - D'||_F^2 and ||D||_F^2."""
+    energy = math.fsum(energies)
+    return math.sqrt(math.fsum(errors) / energy) if energy else 0.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class LayerChange:
     @property
     def relative_error(self) -> float:
         """||D - D'||_F / ||D||_F."""
-        return relative_error([self])
+        return relative_error([self.error], [self.energy])
 
 
 @dataclass(frozen=True)
@@ -77,7 +63,7 @@ class Report:
     @property
     def relative_error(self) -> float:
         """||D - D'||_F / ||D||_F over the layers that were approximated."""
-        return relative_error(self.changes)
+        return relative_error((c.error for c in self.changes), (c.energy for c in self.changes))
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,8 @@ class RankPolicy:
         if len(rules) > 1:
             raise ToolError(f"{' and '.join(rules)} cannot choose the rank together", "Choose one.")
         if not given:
-            raise ToolError(
-                "nothing says how the rank is chosen", f"Give one of {', '.join(RULES)}."
-            )
+            hint = f"Give one of {', '.join(RULES)}."
+            raise ToolError("nothing says how the rank is chosen", hint)
         for name in ("rank", "max_rank", "max_bytes"):
             if given.get(name, 1) < 1:
                 raise ToolError(f"{name} is {given[name]}", "It is at least 1.")

@@ -114,9 +114,8 @@ class Checkpoint:
                 stack.callback(files[-1].close)
             checkpoint = cls(path, tuple(files), {file.path: file.component for file in found})
             if any(key.endswith(ADAPTERS) for opened in files for key in opened.tensors):
-                raise ToolError(
-                    f"{path.name} is an adapter, and no model", "Name the model's file."
-                )
+                hint = "Name the model's file."
+                raise ToolError(f"{path.name} is an adapter, and no model", hint)
             stack.pop_all()
         return checkpoint
 

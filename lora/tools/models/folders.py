@@ -129,7 +129,6 @@ def shards_of(index: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ToolError(f"{index.name} is no index of a model's shards") from error
     if missing := [name for name in shards if not index.with_name(name).is_file()]:
-        raise ToolError(
-            f"{index.name} names {missing[0]}, which is missing", "Download the model again."
-        )
+        hint = "Download the model again."
+        raise ToolError(f"{index.name} names {missing[0]}, which is missing", hint)
     return [index.with_name(name) for name in shards]
