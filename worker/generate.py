@@ -121,9 +121,6 @@ def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {**given, **({"loras": entries} if entries else {})}
 
 
-# --- the worker -------------------------------------------------------------------------------
-
-
 def _settings() -> Settings:
     """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
     try:
@@ -234,9 +231,6 @@ def _link(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without links
         shutil.copyfile(source, target)
-
-
-# --- pictures ---------------------------------------------------------------------------------
 
 
 def _written(uri: str, folder: Path, seed: int) -> Path:

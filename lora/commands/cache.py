@@ -213,9 +213,6 @@ def _each(names: list[str], act: Callable[[str], object], done: str) -> Mapping[
     return {"done": done, "names": succeeded, "errors": errors}
 
 
-# --- for a person -----------------------------------------------------------------------------
-
-
 def show(result: Mapping[str, Any]) -> str:
     """A table of the files, or what was done."""
     action = result["action"]

@@ -70,9 +70,6 @@ def _bars(described: Mapping[str, Any]) -> list[Bar]:
     ]
 
 
-# --- for a person -----------------------------------------------------------------------------
-
-
 def show(result: Mapping[str, Any]) -> str:
     """A paragraph and a chart for each file."""
     return "\n\n".join("\n".join(_lines(file)) for file in result["files"])

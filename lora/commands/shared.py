@@ -39,9 +39,6 @@ class Command(Protocol):
         """The result as text for a person."""
 
 
-# --- arguments --------------------------------------------------------------------------------
-
-
 def add_json(parser: ArgumentParser) -> None:
     """Adds `--json` to a command or to one of its actions."""
     text = "the whole result as JSON on stdout"
@@ -60,11 +57,12 @@ def with_scale(text: str) -> tuple[str, float | None]:
     return (text, None) if Path(text).exists() else (source, float(tail))
 
 
-RANKS: Mapping[str, tuple[type, str]] = {
-    "energy": (float, "as few as keep this share of each layer's ||change||^2 (0.99, say)"),
-    "threshold": (float, "the singular values that are at least this"),
-    "ratio": (float, "the singular values that are at least this share of the layer's largest"),
+RANKS = {
+    "energy": "as few as keep this share of each layer's ||change||^2 (0.99, say)",
+    "threshold": "the singular values that are at least this",
+    "ratio": "the singular values that are at least this share of the layer's largest",
 }
+"""Rule of a `RankPolicy` -> its help."""
 
 
 def add_format_option(parser: ArgumentParser) -> None:
@@ -110,8 +108,8 @@ def add_rank_options(parser: ArgumentParser, prefix: str = "", default: int | No
     rule = group.add_mutually_exclusive_group()
     usual = f" ({default}, if nothing else is said)" if default else ""
     rule.add_argument("--rank", type=int, metavar="N", help=f"the same for every layer{usual}")
-    for name, (kind, text) in RANKS.items():
-        rule.add_argument(f"--{prefix}{name}", type=kind, dest=name, metavar="X", help=text)
+    for name, text in RANKS.items():
+        rule.add_argument(f"--{prefix}{name}", type=float, dest=name, metavar="X", help=text)
     group.add_argument("--max-rank", type=int, metavar="N", help="never more in a layer")
     group.add_argument(
         "--max-bytes",
@@ -160,9 +158,6 @@ def key_map_of(model: str | None) -> KeyMap | None:
         return checkpoint.key_map()
 
 
-# --- progress ---------------------------------------------------------------------------------
-
-
 INTERVAL = 0.1
 """Seconds between two updates of the bar, at least."""
 
@@ -191,9 +186,6 @@ def progress() -> Iterator[OnProgress]:
             bar.refresh()
 
         yield on_progress
-
-
-# --- results ----------------------------------------------------------------------------------
 
 
 def plain(value: Any) -> Any:

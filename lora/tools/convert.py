@@ -113,7 +113,7 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
     if not matrices:
         kept = {s: part.slots[s] for s in ("diff",) if s in part.slots}
         return Module(replace(part, slots={**kept, **slots}))
-    _refuse_missing_weight(part, matrices, read_weight)
+    _needs_weight(part, matrices, read_weight)
     shape = _shape(part, matrices)
 
     def change() -> Tensor:
@@ -201,29 +201,22 @@ def _weight(
     read_weight: ReadWeight | None,
 ) -> Tensor:
     """The model's parameter; zeros of its shape if no change depends on it. Raises: ToolError."""
-    if read_weight is None or not _needing(algorithms):
-        _refuse_missing_weight(part, algorithms, read_weight)
+    if not _needs_weight(part, algorithms, read_weight) or read_weight is None:
         return torch.zeros(()).expand(shape)
     name = part.target.parameter(parameter) or parameter
     return read_weight(Place(part.target.component, part.target.path, name))
 
 
-def _needing(algorithms: list[Algorithm]) -> Algorithm | None:
-    return next((one for one in algorithms if isinstance(one, NEEDS_WEIGHT)), None)
-
-
-def _refuse_missing_weight(
-    part: Part, algorithms: list[Algorithm], read_weight: ReadWeight | None
-) -> None:
-    needing = _needing(algorithms)
+def _needs_weight(part: Part, algorithms: list[Algorithm], read_weight: ReadWeight | None) -> bool:
+    """Whether a change depends on the weight. Raises: ToolError if so, and there is no model."""
+    needing = next((one for one in algorithms if isinstance(one, NEEDS_WEIGHT)), None)
     if needing and read_weight is None:
-        raise ToolError(
-            f"{part.name} is {needing.name}, whose change depends on the model's weights",
-            NEEDS_MODEL,
-        )
+        why = f"{part.name} is {needing.name}, whose change depends on the model's weights"
+        raise ToolError(why, NEEDS_MODEL)
+    return needing is not None
 
 
 def _dtype(part: Part) -> torch.dtype:
-    """The dtype of the part's largest tensor."""
+    """That of the largest tensor."""
     tensors = [t for s, t in part.slots.items() if t.is_floating_point() and s != "alpha"]
     return max(tensors, key=lambda tensor: tensor.numel()).dtype

@@ -30,9 +30,9 @@ from lora.tools import OnProgress, dtype_name, ignore_progress, read_ahead
 from lora.tools.adapters.hashes import HASH_FIELDS
 from lora.tools.adapters.metadata import parse_json
 from lora.tools.adapters.opening import opened
-from lora.tools.models.checkpoints import Checkpoint, Place, Raw, Stored, file_sha256
+from lora.tools.models.checkpoints import Checkpoint, Place, Stored, file_sha256
 from lora.tools.models.outputs import FileToWrite, Output
-from lora.tools.models.weights import NAMED_DTYPES, unreadable
+from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
 from lora.tools.writing import StreamWriter
 
 DTYPES: Mapping[str, torch.dtype | None] = {"same": None, **NAMED_DTYPES}

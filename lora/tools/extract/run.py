@@ -10,7 +10,7 @@ out with a reason.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lora.engine.merging import merge
 from lora.errors import ToolError
-from lora.tools import OnProgress, ignore_progress, read_ahead
-from lora.tools.extract.layer import Pair, changed, extract_layer
+from lora.formats.adapter import load
+from lora.formats.header import read_header
+from lora.formats.tensors import read_runs
+from lora.tools import Format, OnProgress, ignore_progress, read_ahead
+from lora.tools.adapters.reading import read_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
+from lora.tools.extract.layer import Pair, changed, extract_layer, largest_of
 from lora.tools.extract.options import ExtractOptions
-from lora.tools.extract.output import ExtractOutput, verify
 from lora.tools.extract.plan import (
     ExtractPlan,
     Limits,
@@ -37,12 +42,15 @@ from lora.tools.extract.report import (
     ExtractReport,
     LayerReport,
     LeftOut,
+    Verified,
     layers_metadata,
     sources_metadata,
 )
+from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.ranks import RankPolicy
-from lora.tools.models.checkpoints import Checkpoint
-from lora.tools.writing import StreamWriter
+from lora.tools.factors.svd import energy
+from lora.tools.models.checkpoints import Checkpoint, Place
+from lora.tools.writing import StreamWriter, refuse_overwriting, write_pytorch
 
 
 @torch.no_grad()
@@ -63,7 +71,8 @@ def extract(
     """
     started = time.monotonic()
     plan = plan_extraction(source, target, options)
-    where = ExtractOutput.of(output, plan.options, [*source.files, *target.files])
+    inputs = [file.path for file in (*source.files, *target.files)]
+    where = _Output.of(output, plan.options, inputs)
     with ThreadPoolExecutor(2) as pool:
         hashes = pool.map(Checkpoint.sha256, (source, target))
         journal = plan.options.identity(*hashes)
@@ -81,7 +90,7 @@ def extract(
             writer.discard()
             raise
         writer.finish(layers_metadata(run.layers, plan.options))
-    verified = verify(source, target, where.stream) if options.verify else None
+    verified = _verify(source, target, where.stream) if options.verify else None
     where.convert(source)
     return ExtractReport(
         output=output,
@@ -201,3 +210,66 @@ class _Run:
 
     def _read(self, one: Planned) -> Pair:
         return Pair(str(one.place), self.source.read(one.place), self.target.read(one.place))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """The file that is wanted, and the .safetensors file that the tensors are streamed into."""
+
+    path: Path
+    stream: Path
+    """The same path for a .safetensors file in a naming without a config; else one beside it."""
+    options: ExtractOptions
+
+    @classmethod
+    def of(cls, path: Path, options: ExtractOptions, inputs: Iterable[Path]) -> _Output:
+        """Raises: ToolError if an input would be overwritten, or there is no folder for the file."""
+        refuse_overwriting(path, inputs)
+        if not path.parent.is_dir():
+            raise ToolError(f"there is no folder for {path.name}", "Make it first.")
+        if path.is_dir():
+            raise ToolError(f"the output {path.name} is a folder", "Name a file.")
+        plain = options.format is Format.SAFETENSORS and options.holds_differences
+        return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)
+
+    def convert(self, source: Checkpoint) -> None:
+        """Makes the wanted file from the streamed one. Raises: ToolError."""
+        if self.stream == self.path:
+            return
+        if self.options.holds_differences:
+            runs = read_runs(self.stream, read_header(self.stream), mapped=True)
+            write_pytorch(self.path, {name: t for run in runs for name, t in run.tensors()})
+        else:
+            written = WriteOptions(self.options.naming, None, self.options.format)
+            write_adapter(self.path, read_adapter(self.stream, source.key_map()), written)
+        self.stream.unlink()
+
+    def size(self) -> int:
+        """The bytes of what was written."""
+        files = self.path.iterdir() if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
+
+
+def _verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
+    """Reads the file as the engine does, merges each layer into the source, and compares it with the target.
+
+    Raises: ToolError if a tensor of the file has no place in the source; LoraError if it cannot be read.
+    """
+    file = load(path, source.key_map(), source.sha256(), mapped=True)
+    if file.unused:
+        first = file.unused[0]
+        raise ToolError(f"the file cannot be read back ({first.key[:200]}: {first.reason})")
+    errors, energies, largest, unequal, numbers = [], [], 0.0, 0, 0
+    for layer in file.layers:
+        place = Place(layer.target.component, layer.target.path, layer.parameter)
+        original, wanted = source.read(place), target.read(place)
+        merged = torch.empty_like(original)
+        merge(merged, original, [(layer.part, 1.0)])
+        wanted = wanted.to(original.dtype)
+        error = merged.float() - wanted.float()
+        errors.append(energy(error))
+        energies.append(energy(wanted.float() - original.float()))
+        largest = max(largest, largest_of(error))
+        unequal += int(error.count_nonzero())
+        numbers += error.numel()
+    return Verified(largest, relative_error(errors, energies), unequal, numbers)

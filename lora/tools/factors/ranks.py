@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -40,9 +40,7 @@ class RankPolicy:
     """The limit for the whole file; see `spend`."""
 
     def __post_init__(self) -> None:
-        given = {
-            f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None
-        }
+        given = {name: value for name, value in vars(self).items() if value is not None}
         rules = [name for name in RULES if name in given]
         if len(rules) > 1:
             raise ToolError(f"{' and '.join(rules)} cannot choose the rank together", "Choose one.")

@@ -192,7 +192,6 @@ def _result(
 
 
 def _exact(matrix: Tensor, total: float) -> Factors:
-    """The whole decomposition."""
     up, s, down = torch.linalg.svd(matrix, full_matrices=False)
     return Factors(up, s, down, total)
 

@@ -27,8 +27,6 @@ from lora.tools.models.layouts import ADAPTABLE, Found, places
 from lora.tools.models.sdxl_names import Where
 from lora.tools.models.weights import Raw, WeightsFile, open_weights, unreadable
 
-__all__ = ["Checkpoint", "Place", "Raw", "Stored", "file_sha256"]
-
 
 class Place(NamedTuple):
     """One parameter of a model, whatever name the file has for it."""

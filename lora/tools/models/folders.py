@@ -49,18 +49,16 @@ def files_of(path: Path) -> tuple[ModelFile, ...]:
     """
     try:
         if path.is_dir():
-            return _pipeline(path) or _with("", _files_in(path, path.name))
-        if is_index(path):
-            return _with("", shards_of(path))
-        if not path.exists():
-            raise ToolError(f"there is no {path.name}")
-        return (ModelFile(path, ""),)
+            if components := _pipeline(path):
+                return components
+            files = _files_in(path, path.name)
+        else:
+            files = shards_of(path) if is_index(path) else [path]
+            if not path.exists():
+                raise ToolError(f"there is no {path.name}")
+        return tuple(ModelFile(file, "") for file in files)
     except OSError as error:
         raise unreadable(path, error) from error
-
-
-def _with(component: str, files: list[Path]) -> tuple[ModelFile, ...]:
-    return tuple(ModelFile(file, component) for file in files)
 
 
 def _pipeline(root: Path) -> tuple[ModelFile, ...]:
@@ -70,7 +68,7 @@ def _pipeline(root: Path) -> tuple[ModelFile, ...]:
         return ()
     for folder in sorted(one for one in root.iterdir() if one.is_dir()):
         if any(one.suffix in WEIGHTS or is_index(one) for one in folder.iterdir()):
-            found += _with(folder.name, _files_in(folder, folder.name))
+            found += [ModelFile(file, folder.name) for file in _files_in(folder, folder.name)]
     if not found and (root / "model_index.json").exists():
         raise ToolError(f"{root.name} has a model_index.json, and none of its parts has weights")
     return tuple(found)

@@ -19,8 +19,9 @@ from lora.errors import ToolError
 from lora.formats.header import read_header
 from lora.formats.tensors import DTYPES
 from lora.tools import FILE_FORMATS, Format
-from lora.tools.models.checkpoints import Checkpoint, Raw
+from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.models.folders import OTHER_WEIGHTS, WEIGHTS, is_index, is_weights, shards_of
+from lora.tools.models.weights import Raw
 from lora.tools.writing import published_folder, refuse_overwriting, write_errors, write_pytorch
 
 
