@@ -106,7 +106,6 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 def _wanted(options: Namespace) -> list[Wanted]:
-    """The LoRAs of the config file and of the command line."""
     from lora.volume.presets import read_config
 
     entries = read_config(options.config_json) if options.config_json else ()
@@ -122,7 +121,6 @@ def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _settings() -> Settings:
-    """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
     try:
         return Settings.from_env(os.environ)
     except SettingsError as error:

@@ -7,22 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.shared import (
-    DTYPES,
-    add_format_option,
-    add_naming_option,
-    add_rank_options,
-    dtype_of,
-    naming,
-    output_format,
-    plain,
-    progress,
-    rank_policy,
-    size,
-    table,
-    with_errors,
-    worst,
-)
+from lora.commands import shared
 from lora.tools import FILE_FORMATS
 
 SUMMARY = "make a LoRA of the difference of two models"
@@ -42,10 +27,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     for which in ("source", "target"):
         text = "by default what the file is"
         add(f"--{which}-type", choices=FILE_FORMATS, help=text)
-    add_format_option(parser)
-    add("--output-dtype", choices=DTYPES, default="bf16", help="(bf16)")
+    shared.add_format_option(parser)
+    add("--output-dtype", choices=shared.DTYPES, default="bf16", help="(bf16)")
     add("--diff-only", action="store_true", help="exact differences, no factors")
-    add_naming_option(parser, "kohya's for SDXL, else the model's own")
+    shared.add_naming_option(parser, "kohya's for SDXL, else the model's own")
     add("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
     add("--components", nargs="+", metavar="C", help="only these: unet, text_encoder …")
     add("--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)")
@@ -57,7 +42,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--seed", type=int, default=0, help="of the randomised SVD (0)")
     add("--verify", action="store_true", help="merge the result back, and measure against B")
-    add_rank_options(parser, "rank-", DEFAULT_RANK)
+    shared.add_rank_options(parser, "rank-", DEFAULT_RANK)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
@@ -68,10 +53,10 @@ def run(options: Namespace) -> Mapping[str, Any]:
     from lora.tools.models.checkpoints import Checkpoint
 
     chosen = ExtractOptions(
-        policy=rank_policy(options, DEFAULT_RANK) or RankPolicy(rank=DEFAULT_RANK),
-        dtype=dtype_of(options.output_dtype),
-        naming=naming(options),
-        format=output_format(options),
+        policy=shared.rank_policy(options, DEFAULT_RANK) or RankPolicy(rank=DEFAULT_RANK),
+        dtype=shared.dtype_of(options.output_dtype),
+        naming=shared.naming(options),
+        format=shared.output_format(options),
         diff_only=options.diff_only,
         conv=Conv(options.conv),
         components=frozenset(options.components) if options.components else None,
@@ -83,12 +68,12 @@ def run(options: Namespace) -> Mapping[str, Any]:
     with (
         Checkpoint.open(options.source_model, options.source_type) as source,
         Checkpoint.open(options.target_model, options.target_type) as target,
-        progress() as on_progress,
+        shared.progress() as on_progress,
     ):
         report = extract(source, target, options.output, chosen, on_progress)
     return {
-        **plain(report),
-        "layers": with_errors(report.layers),
+        **shared.plain(report),
+        "layers": shared.with_errors(report.layers),
         "energy": report.energy,
         "kept": report.kept,
         "relative_error": report.relative_error,
@@ -101,17 +86,17 @@ def show(result: Mapping[str, Any]) -> str:
     layers = result["layers"]
     factors = [layer for layer in layers if layer["rank"]]
     lines = [
-        f"{result['output']}: {size(result['bytes'])}, {len(factors)} layers as factors, "
+        f"{result['output']}: {shared.size(result['bytes'])}, {len(factors)} layers as factors, "
         f"{len(layers) - len(factors)} as differences, in {result['seconds']:.1f} s",
         f"energy kept {result['kept']:.4%}, relative error {result['relative_error']:.3g} "
         "(as stored, over all layers)",
     ]
     if result["resumed"]:
         lines.append(f"{result['resumed']} layers were there from an earlier run")
-    if shown := worst(layers):
+    if shown := shared.worst(layers):
         lines.append(f"layers with the largest error, {len(shown)} of {len(layers)}:")
         head = ("  layer", "shape", "kind", "rank", "energy kept", "relative error")
-        lines += table([head, *map(_row, shown)])
+        lines += shared.table([head, *map(_row, shown)])
     lines.append(f"unchanged: {result['unchanged']} tensors")
     left = result["left_out"]
     if left:

@@ -8,15 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.shared import (
-    DTYPES,
-    add_format_option,
-    key_lines,
-    plain,
-    progress,
-    size,
-    with_scale,
-)
+from lora.commands import shared
 from lora.errors import ToolError
 from lora.tools import FILE_FORMATS
 
@@ -43,10 +35,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)")
     add("--source-type", choices=FILE_FORMATS, help="by default what the file is")
     add("--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides")
-    add_format_option(parser)
+    shared.add_format_option(parser)
     add(
         "--output-dtype",
-        choices=("same", *DTYPES, "fp8"),
+        choices=("same", *shared.DTYPES, "fp8"),
         default="same",
         help="`same` keeps each tensor's own (same)",
     )
@@ -55,7 +47,6 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def _add_factors(parser: ArgumentParser) -> None:
-    """Adds the options that scale every L further."""
     add = parser.add_argument
     add(
         "--components",
@@ -103,7 +94,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
     loras = []
     for text in options.lora_model:
-        source, scale = with_scale(text)
+        source, scale = shared.with_scale(text)
         if not Path(source).exists():
             raise ToolError(f"there is no file {source}", "Look at --lora-model.")
         factors = dict(options.components), options.blocks
@@ -111,17 +102,17 @@ def run(options: Namespace) -> Mapping[str, Any]:
     chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
     with (
         Checkpoint.open(options.source_model, options.source_type) as model,
-        progress() as on_progress,
+        shared.progress() as on_progress,
     ):
         report = merge(model, loras, options.output, chosen, on_progress)
-    return {"output": str(options.output), **plain(report)}
+    return {"output": str(options.output), **shared.plain(report)}
 
 
 def show(result: Mapping[str, Any]) -> str:
     """What was written, and how many tensors of each LoRA were used."""
     count = len(result["files"])
     lines = [
-        f"{result['output']}: {size(result['bytes'])}{f' in {count} files' if count > 1 else ''}, "
+        f"{result['output']}: {shared.size(result['bytes'])}{f' in {count} files' if count > 1 else ''}, "
         f"{result['parameters']} parameters changed, dtype {result['dtype']}, {result['seconds']:.1f} s"
     ]
     for lora in result["loras"]:
@@ -129,6 +120,6 @@ def show(result: Mapping[str, Any]) -> str:
         lines.append(
             f"{lora['name']}: scale {lora['scale']:g}, {lora['used']} tensors used, {len(unused)} unused"
         )
-        lines += key_lines(unused)
+        lines += shared.key_lines(unused)
     lines += [f"left out: {name}" for name in result["left_out"]]
     return "\n".join(lines)

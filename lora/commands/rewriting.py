@@ -7,19 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.commands.shared import (
-    DTYPES,
-    add_format_option,
-    add_naming_option,
-    dtype_of,
-    key_lines,
-    naming,
-    output_format,
-    size,
-    table,
-    with_errors,
-    worst,
-)
+from lora.commands import shared
 
 if TYPE_CHECKING:
     from lora.tools.adapters.saving import WriteOptions
@@ -36,9 +24,9 @@ def add_write_options(parser: ArgumentParser) -> None:
         metavar="F",
         help="the new file; a folder for PEFT's naming",
     )
-    add_format_option(parser)
-    add("--output-dtype", choices=DTYPES, help="by default each tensor's own")
-    add_naming_option(parser, "how tensors are named; by default as now")
+    shared.add_format_option(parser)
+    add("--output-dtype", choices=shared.DTYPES, help="by default each tensor's own")
+    shared.add_naming_option(parser, "how tensors are named; by default as now")
     add("--allow-unused", action="store_true", help="leave out tensors that cannot be carried")
 
 
@@ -46,8 +34,8 @@ def write_options(options: Namespace) -> WriteOptions:
     """The options of `add_write_options`."""
     from lora.tools.adapters.saving import WriteOptions
 
-    dtype = dtype_of(options.output_dtype) if options.output_dtype else None
-    return WriteOptions(naming(options), dtype, output_format(options))
+    dtype = shared.dtype_of(options.output_dtype) if options.output_dtype else None
+    return WriteOptions(shared.naming(options), dtype, shared.output_format(options))
 
 
 def as_result(report: Report, output: Path) -> dict[str, Any]:
@@ -57,7 +45,7 @@ def as_result(report: Report, output: Path) -> dict[str, Any]:
         "output": str(output),
         "bytes": sum(file.stat().st_size for file in files),
         "layers": report.layers,
-        "changes": with_errors(report.changes),
+        "changes": shared.with_errors(report.changes),
         "relative_error": report.relative_error,
         "unused": [{"key": key, "reason": reason} for key, reason in report.unused],
     }
@@ -66,23 +54,23 @@ def as_result(report: Report, output: Path) -> dict[str, Any]:
 def show(result: Mapping[str, Any]) -> str:
     """The file, the approximated layers with the largest errors, and what was left out."""
     changes = result["changes"]
-    lines = [f"{result['output']}: {size(result['bytes'])}, {result['layers']} modules"]
+    lines = [f"{result['output']}: {shared.size(result['bytes'])}, {result['layers']} modules"]
     if changes:
         lines.append(
             f"{len(changes)} layers approximated: relative error {result['relative_error']:.3g} "
             "(as stored, over all of them)"
         )
-        shown = worst(changes)
+        shown = shared.worst(changes)
         head = ("  layer", "rank", "energy kept", "relative error")
         lines.append(f"the largest errors, {len(shown)} of {len(changes)}:")
-        lines += table([head, *map(_row, shown)])
+        lines += shared.table([head, *map(_row, shown)])
         if dropped := sum(not change["rank"] for change in changes):
             lines.append(f"{dropped} of them were dropped: nothing of them is worth a rank")
     else:
         lines.append("exact: no layer was approximated")
     if result["unused"]:
         lines.append(f"left out: {len(result['unused'])} tensors")
-        lines += key_lines(result["unused"])
+        lines += shared.key_lines(result["unused"])
     return "\n".join(lines)
 
 

@@ -176,23 +176,22 @@ def _refuse_other_algorithms(part: Part) -> None:
 
 
 def _combine(parts: Sequence[_Scaled], options: CombineOptions) -> Module:
-    """One module of the result, from the parts that the files have for it."""
-    keys = {slot: key for one in reversed(parts) for slot, key in one.part.keys.items()}
+    keys = {slot: key for scaled in reversed(parts) for slot, key in scaled.part.keys.items()}
     first = parts[0].part
     name = first.name
     differences: dict[str, list[Tensor]] = {}
-    for one in parts:
-        for slot, tensor in _differences(one).items():
+    for scaled in parts:
+        for slot, tensor in _differences(scaled).items():
             differences.setdefault(slot, []).append(tensor)
     for slot, tensors in differences.items():
         if len({tuple(tensor.shape) for tensor in tensors}) > 1:
             raise ToolError(f"the files' {slot} of {name} differ in shape")
     slots = {s: _merged(tensors, f"{name} {s}", options) for s, tensors in differences.items()}
     part = replace(first, slots=slots, keys=keys)
-    thin = [one for one in parts if "lora_down" in one.part.slots]
+    thin = [scaled for scaled in parts if "lora_down" in scaled.part.slots]
     if not thin:
         return Module(part)
-    if len({_sizes(one.part) for one in thin}) > 1:
+    if len({_sizes(scaled.part) for scaled in thin}) > 1:
         hint = "They are for different models."
         raise ToolError(f"the files' layers {name} differ in shape", hint)
     if options.policy is not None:
@@ -209,32 +208,31 @@ def _sizes(part: Part) -> tuple[int, int]:
 
 
 def _sum(parts: Sequence[_Scaled]) -> Product:
-    return side_by_side([product_of(one.part, one.scale) for one in parts])
+    return side_by_side([product_of(scaled.part, scaled.scale) for scaled in parts])
 
 
 def _cut(name: str, parts: Sequence[_Scaled], policy: RankPolicy, options: CombineOptions) -> Cut:
-    whole = sum(one.part.rank or 0 for one in parts)
+    whole = sum(scaled.part.rank or 0 for scaled in parts)
     layer = CutLayer(name, whole, options.write.dtype or torch.float32)
     if options.method is Method.CONCAT:
         return Cut.of_product(layer, _sum(parts))
-    products = [product_of(one.part, one.scale) for one in parts]
+    products = [product_of(scaled.part, scaled.scale) for scaled in parts]
     matrix = _merged([product.up @ product.down for product in products], name, options)
     return Cut.of_matrix(layer, matrix, products[0].kernel, policy, layer_seed(options.seed, name))
 
 
-def _differences(one: _Scaled) -> dict[str, Tensor]:
+def _differences(scaled: _Scaled) -> dict[str, Tensor]:
     """A part's differences at its scale, float32; among them the bias of PEFT's lora_B."""
-    slots = one.part.slots
-    scaled = {slot: slots[slot].float() * one.scale for slot in ADDED if slot in slots}
-    rank, alpha = one.part.rank, one.part.alpha
+    slots = scaled.part.slots
+    differences = {s: slots[s].float() * scaled.scale for s in ADDED if s in slots}
+    rank, alpha = scaled.part.rank, scaled.part.alpha
     if "lora_up_bias" in slots and rank and alpha is not None:
-        bias = slots["lora_up_bias"].float() * (one.scale * alpha / rank)
-        scaled["diff_b"] = scaled["diff_b"] + bias if "diff_b" in scaled else bias
-    return scaled
+        bias = slots["lora_up_bias"].float() * (scaled.scale * alpha / rank)
+        differences["diff_b"] = differences["diff_b"] + bias if "diff_b" in differences else bias
+    return differences
 
 
 def _merged(tensors: Sequence[Tensor], name: str, options: CombineOptions) -> Tensor:
-    """One tensor for several of the same shape, by the method."""
     if options.method is Method.TIES:
         return ties(tensors, options.density)
     if options.method is Method.DARE:

@@ -105,11 +105,11 @@ def as_lora(
 
 def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None) -> Module:
     algorithms = [recipe.make(part.slots) for recipe in recipes(frozenset(part.slots))[0]]
-    on_weight = [one for one in algorithms if one.parameter == "weight"]
+    on_weight = [algorithm for algorithm in algorithms if algorithm.parameter == "weight"]
     if len(on_weight) == 1 and isinstance(on_weight[0], LoRA) and on_weight[0].is_low_rank:
         return _low_rank(part, algorithms, options, read_weight)
     slots = _other_slots(part, algorithms, read_weight)
-    matrices = [one for one in on_weight if not _stays(part, one)]
+    matrices = [algorithm for algorithm in on_weight if not _stays(part, algorithm)]
     if not matrices:
         kept = {s: part.slots[s] for s in ("diff",) if s in part.slots}
         return Module(replace(part, slots={**kept, **slots}))
@@ -119,8 +119,8 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
     def change() -> Tensor:
         weight = _weight(part, "weight", shape, matrices, read_weight)
         total = torch.zeros(shape)
-        for one in matrices:
-            total += one.delta(weight)
+        for algorithm in matrices:
+            total += algorithm.delta(weight)
         return total
 
     if len(shape) < 2 or _is_table(part):
@@ -150,9 +150,9 @@ def _low_rank(
     return Module(replace(part, slots=others), lambda: Cut.of_product(layer, product_of(part)))
 
 
-def _stays(part: Part, one: Algorithm) -> bool:
+def _stays(part: Part, algorithm: Algorithm) -> bool:
     """Whether it is the difference of a norm or of a table of rows, and not of a matrix."""
-    return isinstance(one, WeightDifference) and (_is_table(part) or one.diff.dim() < 2)
+    return isinstance(algorithm, WeightDifference) and (_is_table(part) or algorithm.diff.dim() < 2)
 
 
 def _is_table(part: Part) -> bool:
@@ -165,21 +165,21 @@ def _other_slots(
     """The changes of biases and modulations, as differences."""
     slots = {slot: part.slots[slot] for slot in ("diff_b", "diff_m") if slot in part.slots}
     shape = part.target.parameters.get("weight")
-    companions = [more for one in algorithms if shape for more in one.companions(shape)]
-    for one in [*algorithms, *companions]:
-        if one.parameter == "bias" and "diff_b" not in one.__dict__:
+    companions = [more for algorithm in algorithms if shape for more in algorithm.companions(shape)]
+    for algorithm in [*algorithms, *companions]:
+        if algorithm.parameter == "bias" and "diff_b" not in algorithm.__dict__:
             name = part.target.parameter("bias")
-            if isinstance(one, PeftIA3Bias) and name is None:
+            if isinstance(algorithm, PeftIA3Bias) and name is None:
                 continue  # the module has none
-            size = part.target.parameters.get("bias") or _bias_shape(one)
-            bias = _weight(part, "bias", size, [one], read_weight)
-            change = one.delta(bias)
+            size = part.target.parameters.get("bias") or _bias_shape(algorithm)
+            bias = _weight(part, "bias", size, [algorithm], read_weight)
+            change = algorithm.delta(bias)
             slots["diff_b"] = slots["diff_b"].float() + change if "diff_b" in slots else change
     return slots
 
 
-def _bias_shape(one: Algorithm) -> Shape:
-    return next(tuple(t.shape) for t in one.__dict__.values() if isinstance(t, Tensor))
+def _bias_shape(algorithm: Algorithm) -> Shape:
+    return next(tuple(t.shape) for t in algorithm.__dict__.values() if isinstance(t, Tensor))
 
 
 def _shape(part: Part, matrices: list[Algorithm]) -> Shape:
@@ -187,8 +187,8 @@ def _shape(part: Part, matrices: list[Algorithm]) -> Shape:
     shape = part.target.parameters.get("weight")
     if shape is None:
         raise ToolError(f"the shape of {part.name} is not known", NEEDS_MODEL)
-    for one in matrices:
-        if misfit := one.misfit(shape):
+    for algorithm in matrices:
+        if misfit := algorithm.misfit(shape):
             raise ToolError(f"{part.name}: {misfit}", NEEDS_MODEL)
     return shape
 
@@ -209,7 +209,7 @@ def _weight(
 
 def _needs_weight(part: Part, algorithms: list[Algorithm], read_weight: ReadWeight | None) -> bool:
     """Whether a change depends on the weight. Raises: ToolError if so, and there is no model."""
-    needing = next((one for one in algorithms if isinstance(one, NEEDS_WEIGHT)), None)
+    needing = next((a for a in algorithms if isinstance(a, NEEDS_WEIGHT)), None)
     if needing and read_weight is None:
         why = f"{part.name} is {needing.name}, whose change depends on the model's weights"
         raise ToolError(why, NEEDS_MODEL)

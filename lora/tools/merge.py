@@ -120,7 +120,7 @@ def merge(
         done += merging.bytes_of(raw)
         on_progress(done, total, raw.name)
 
-    origin = [{"name": one.name, "sha256": one.sha256, "scale": one.scale} for one in merged]
+    origin = [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in merged]
     with ThreadPoolExecutor(1) as pool, target.published() as folder:
         sha256 = pool.submit(model.sha256)
         for file in target.files:
@@ -161,7 +161,6 @@ def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> Merged
 
 
 def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Changes:
-    """The changes of all files, in the order of the stack."""
     changes: dict[Place, list[tuple[Algorithm, float]]] = defaultdict(list)
     for use, file in zip(loras, files, strict=True):
         for layer in file.layers:
@@ -224,14 +223,14 @@ class MergedTensors:
     def tensor(self, raw: Raw, whole: Tensor) -> Tensor:
         """The tensor with every change. Raises: ToolError if a number overflows."""
         stored, dtype = self.model.holds.get(raw, ()), self.dtype_of(raw)
-        if not any(one.place in self.changes for one in stored):
+        if not any(parameter.place in self.changes for parameter in stored):
             return _rounded(raw.name, whole, dtype)
         merged = torch.empty_like(whole, dtype=dtype)
-        for one in stored:
-            original, changes = _view(whole, one).contiguous(), self.changes.get(one.place)
-            name = str(one.place)
+        for parameter in stored:
+            place, original = parameter.place, _view(whole, parameter).contiguous()
+            name, changes = str(place), self.changes.get(place)
             weight = _changed(name, original, changes, dtype) if changes else original
-            _view(merged, one).copy_(_rounded(name, weight, dtype))
+            _view(merged, parameter).copy_(_rounded(name, weight, dtype))
         return merged
 
 

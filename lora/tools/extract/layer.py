@@ -180,7 +180,6 @@ def _rounded(factor: Tensor, options: ExtractOptions, pair: Pair) -> Tensor:
 
 
 def _clamped(factor: Tensor, quantile: float) -> Tensor:
-    """Clamped at the quantile of the absolute values, on both sides."""
     place = max(1, math.ceil(quantile * factor.numel()))
     limit = float(factor.abs().flatten().kthvalue(place).values)
     return factor.clamp(-limit, limit)

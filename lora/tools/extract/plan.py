@@ -56,6 +56,11 @@ class Planned:
     low_rank: bool = False
     """Whether it becomes factors."""
 
+    @property
+    def name(self) -> str:
+        """Component, module and parameter, joined by dots."""
+        return str(self.place)
+
 
 Measure = Callable[[Sequence[Planned], Limits], dict[str, list[float]]]
 """Computes the singular values of the parameters that changed, by name."""
@@ -76,7 +81,7 @@ class ExtractPlan:
     @property
     def names(self) -> list[str]:
         """Every key that may be written."""
-        return [key for one in (*self.exact, *self.thin) for key in one.slots.values()]
+        return [key for parameter in (*self.exact, *self.thin) for key in parameter.slots.values()]
 
 
 def plan_extraction(source: Checkpoint, target: Checkpoint, options: ExtractOptions) -> ExtractPlan:
@@ -95,8 +100,8 @@ def plan_extraction(source: Checkpoint, target: Checkpoint, options: ExtractOpti
     planned = [names.planned(place, source.parameters[place].shape) for place in common]
     return ExtractPlan(
         options,
-        tuple(one for one in planned if not one.low_rank),
-        tuple(one for one in planned if one.low_rank),
+        tuple(parameter for parameter in planned if not parameter.low_rank),
+        tuple(parameter for parameter in planned if parameter.low_rank),
         tuple(left_out),
     )
 
@@ -201,8 +206,8 @@ def ranks_within(
     If the policy has no rule of its own, a layer that needs all the singular values that were computed is
     measured again for twice as many, so that the limit does not decide.
     """
-    per_rank = {str(one.place): bytes_per_rank(one.shape, options) for one in layers}
-    most = {str(one.place): most_ranks(one.shape) for one in layers}
+    per_rank = {parameter.name: bytes_per_rank(parameter.shape, options) for parameter in layers}
+    most = {parameter.name: most_ranks(parameter.shape) for parameter in layers}
     first = max(LEAST_LIMIT, FIRST_LIMIT * budget // max(1, sum(per_rank.values())))
     limits = {name: min(first, rank) for name, rank in most.items()}
     values = measure(layers, limits)
@@ -216,7 +221,7 @@ def ranks_within(
         if not used_up or _has_rule(options):
             return ranks
         limits |= {name: 2 * limits[name] for name in used_up}
-        values |= measure([one for one in layers if str(one.place) in used_up], limits)
+        values |= measure([parameter for parameter in layers if parameter.name in used_up], limits)
 
 
 def values_of(pair: Pair, limit: int, options: ExtractOptions) -> list[float]:

@@ -156,7 +156,6 @@ def layers_metadata(layers: Sequence[LayerReport], options: ExtractOptions) -> d
 
 
 def _numeric_options(options: ExtractOptions) -> dict[str, Any]:
-    """The options that determine the numbers, as plain values."""
     rules = {key: value for key, value in asdict(options.policy).items() if value is not None}
     return {
         **({"diff_only": True} if options.diff_only else rules),

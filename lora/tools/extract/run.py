@@ -105,7 +105,6 @@ def extract(
 
 
 def _nothing(run: _Run, plan: ExtractPlan) -> ToolError:
-    """The error of an extraction that has nothing to store."""
     changed = [*run.left_out, *plan.left_out]
     if not run.left_out:
         return ToolError(
@@ -162,29 +161,28 @@ class _Run:
 
     def _parts(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
         """Writes the tensors of each parameter; `ranks`: those that a budget in bytes has chosen."""
-        todo = [one for one in planned if str(one.place) not in self.done]
-        for one, pair in read_ahead(todo, self._read):
+        todo = [parameter for parameter in planned if parameter.name not in self.done]
+        for parameter, pair in read_ahead(todo, self._read):
             rank = ranks.get(pair.name)
             if rank == 0:
                 note = {"reason": "the bytes were spent on layers that gain more"}
                 self._put({}, note, pair.name)
                 continue
             policy = RankPolicy(rank=rank) if rank else self.plan.options.policy
-            self._put(*self._part(one, pair, policy), pair.name)
+            self._put(*self._part(parameter, pair, policy), pair.name)
 
     def _part(
-        self, one: Planned, pair: Pair, policy: RankPolicy
+        self, parameter: Planned, pair: Pair, policy: RankPolicy
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors that are written for a parameter, and the note on it."""
         change = changed(pair, self.plan.options)
         if isinstance(change, str):
             return {}, {"reason": change} if change else {}
-        if one.reason:
-            return {}, {"reason": one.reason}
+        if parameter.reason:
+            return {}, {"reason": parameter.reason}
         stored = extract_layer(pair, change, policy, self.plan.options)
-        if stored is None or not stored.tensors.keys() <= one.slots.keys():
+        if stored is None or not stored.tensors.keys() <= parameter.slots.keys():
             return {}, {"reason": "its change fits into no tensor that the naming has"}
-        tensors = {one.slots[slot]: tensor for slot, tensor in stored.tensors.items()}
+        tensors = {parameter.slots[slot]: tensor for slot, tensor in stored.tensors.items()}
         return tensors, {"layer": asdict(stored.report)}
 
     def _put(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any], name: str) -> None:
@@ -195,9 +193,11 @@ class _Run:
 
     def _measure(self, planned: Sequence[Planned], limits: Limits) -> dict[str, list[float]]:
         """See `Measure`; the results of an earlier run are used."""
-        wanted = {str(one.place): limits[str(one.place)] for one in planned}
+        wanted = {parameter.name: limits[parameter.name] for parameter in planned}
         todo = [
-            one for one in planned if (name := str(one.place), wanted[name]) not in self.spectra
+            parameter
+            for parameter in planned
+            if (name := parameter.name, wanted[name]) not in self.spectra
         ]
         for count, (_, pair) in enumerate(read_ahead(todo, self._read)):
             values = values_of(pair, wanted[pair.name], self.plan.options)
@@ -208,8 +208,9 @@ class _Run:
         spectra = {name: self.spectra[name, limit] for name, limit in wanted.items()}
         return {name: values for name, values in spectra.items() if values}
 
-    def _read(self, one: Planned) -> Pair:
-        return Pair(str(one.place), self.source.read(one.place), self.target.read(one.place))
+    def _read(self, parameter: Planned) -> Pair:
+        place = parameter.place
+        return Pair(parameter.name, self.source.read(place), self.target.read(place))
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class Checkpoint:
         self.path, self.files, self.components = path, files, components
         self._files = {file.path: file for file in files}
         stored, others = _placed(files, components)
-        self.parameters: Mapping[Place, Stored] = {one.place: one for one in stored}
+        self.parameters: Mapping[Place, Stored] = stored
         """Every parameter of the model; the UNet or transformer comes first."""
         self.others = tuple(others)
         """Every tensor that is no parameter, such as EMA copies, schedules and position ids."""
@@ -104,13 +104,13 @@ class Checkpoint:
         if kind is not None and kind not in FILE_FORMATS:
             hint = f"Use {' or '.join(FILE_FORMATS)}."
             raise ToolError(f"{kind[:40]!r} is no kind of checkpoint", hint)
-        found = files_of(path)
+        sources = files_of(path)
         with ExitStack() as stack:
             files: list[WeightsFile] = []
-            for file in found:
+            for file in sources:
                 files.append(open_weights(file.path, kind))
                 stack.callback(files[-1].close)
-            checkpoint = cls(path, tuple(files), {file.path: file.component for file in found})
+            checkpoint = cls(path, tuple(files), {file.path: file.component for file in sources})
             if any(key.endswith(ADAPTERS) for opened in files for key in opened.tensors):
                 hint = "Name the model's file."
                 raise ToolError(f"{path.name} is an adapter, and no model", hint)
@@ -200,7 +200,7 @@ def file_sha256(path: Path) -> str:
 
 def _placed(
     files: tuple[WeightsFile, ...], components: Mapping[Path, str]
-) -> tuple[list[Stored], list[Raw]]:
+) -> tuple[dict[Place, Stored], list[Raw]]:
     """(parameters, tensors that hold none), of all files. Raises: ToolError."""
     by_component: dict[str, dict[str, Raw]] = {}
     for file in files:
@@ -219,15 +219,15 @@ def _placed(
             if not stored or not raw.dtype.is_floating_point:
                 others.append(raw)
                 continue
-            for one in stored:
-                earlier = parameters.setdefault(one.place, one)
-                if earlier is not one:
-                    names = f"{earlier.raw.name[:200]} and {one.raw.name[:200]}"
-                    raise ToolError(f"{names} are both {one.place}")
+            for parameter in stored:
+                earlier = parameters.setdefault(parameter.place, parameter)
+                if earlier is not parameter:
+                    names = f"{earlier.raw.name[:200]} and {parameter.raw.name[:200]}"
+                    raise ToolError(f"{names} are both {parameter.place}")
     order = {component: index for index, component in enumerate(ADAPTABLE)}
     last = len(order)
-    ordered = sorted(parameters.values(), key=lambda one: order.get(one.place.component, last))
-    return ordered, others
+    ordered = sorted(parameters, key=lambda place: order.get(place.component, last))
+    return {place: parameters[place] for place in ordered}, others
 
 
 def _stored(raw: Raw, found: Found, where: Where) -> Stored:

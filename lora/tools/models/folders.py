@@ -63,27 +63,27 @@ def files_of(path: Path) -> tuple[ModelFile, ...]:
 
 def _pipeline(root: Path) -> tuple[ModelFile, ...]:
     """The files of a pipeline's components; nothing if the folder is not that of a pipeline."""
-    found: list[ModelFile] = []
+    files: list[ModelFile] = []
     if not any((root / name).exists() for name in ("model_index.json", "unet", "transformer")):
         return ()
-    for folder in sorted(one for one in root.iterdir() if one.is_dir()):
-        if any(one.suffix in WEIGHTS or is_index(one) for one in folder.iterdir()):
-            found += [ModelFile(file, folder.name) for file in _files_in(folder, folder.name)]
-    if not found and (root / "model_index.json").exists():
+    for folder in sorted(file for file in root.iterdir() if file.is_dir()):
+        if any(file.suffix in WEIGHTS or is_index(file) for file in folder.iterdir()):
+            files += [ModelFile(file, folder.name) for file in _files_in(folder, folder.name)]
+    if not files and (root / "model_index.json").exists():
         raise ToolError(f"{root.name} has a model_index.json, and none of its parts has weights")
-    return tuple(found)
+    return tuple(files)
 
 
 def _files_in(folder: Path, what: str) -> list[Path]:
     """The files that make up the one model in a folder. Raises: ToolError."""
-    files = sorted(one for one in folder.iterdir() if one.is_file())
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     for suffix in WEIGHTS:
         fitting = [
-            one
-            for one in files
-            if one.suffix == suffix or (is_index(one) and f"{suffix}.index" in one.name)
+            file
+            for file in files
+            if file.suffix == suffix or (is_index(file) and f"{suffix}.index" in file.name)
         ]
-        full = [one for one in fitting if not _VARIANT.fullmatch(one.name)]
+        full = [file for file in fitting if not _VARIANT.fullmatch(file.name)]
         if fitting:
             return _one_model(full or fitting, what)
     raise ToolError(f"{what} holds no weights", f"Weights end in {', '.join(WEIGHTS)}.")
@@ -91,14 +91,14 @@ def _files_in(folder: Path, what: str) -> list[Path]:
 
 def _one_model(files: list[Path], what: str) -> list[Path]:
     """The files of one model among those of one kind and variant; shards may have an index or none."""
-    named = [one for one in files if one.name.startswith(tuple(f"{n}." for n in _NAMES))]
-    if indices := [one for one in named or files if is_index(one)]:
+    named = [file for file in files if file.name.startswith(tuple(f"{n}." for n in _NAMES))]
+    if indices := [file for file in named or files if is_index(file)]:
         return shards_of(indices[0])
-    shards = [one for one in files if _SHARD.fullmatch(one.name)]
+    shards = [file for file in files if _SHARD.fullmatch(file.name)]
     if shards and not named:
         return _all_shards(shards, what)
     if len(named or files) > 1:
-        names = ", ".join(one.name for one in files[:3])
+        names = ", ".join(file.name for file in files[:3])
         raise ToolError(f"{what} holds several models ({names})", "Name one of the files.")
     return named or files
 
@@ -110,7 +110,7 @@ def _all_shards(shards: list[Path], what: str) -> list[Path]:
         return shards
     stem, _, count, suffix = first.groups()
     wanted = [f"{stem}-{n:05}-of-{count}{suffix}" for n in range(1, int(count) + 1)]
-    there = {one.name for one in shards}
+    there = {file.name for file in shards}
     if missing := [name for name in wanted if name not in there]:
         raise ToolError(f"{what} lacks the shard {missing[0]}", "Download the model again.")
     if others := sorted(there - set(wanted)):

@@ -52,7 +52,6 @@ class FileToWrite:
 
 
 def _mapped(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, mapped and not read."""
     header = read_header(path)
     with path.open("rb") as stream:
         # A private and writable mapping, as torch wants it; nothing is written.
@@ -100,7 +99,8 @@ class Output:
         pickles = any(file.kind is Format.PYTORCH for file in self.files)
         copies = (source for source, _ in self.others if not is_index(source))
         needed = size * (2 if pickles else 1) + sum(source.stat().st_size for source in copies)
-        there = next(one for one in (self.path, *self.path.absolute().parents) if one.exists())
+        folders = (self.path, *self.path.absolute().parents)
+        there = next(folder for folder in folders if folder.exists())
         free = shutil.disk_usage(there).free
         if needed > free:
             raise ToolError(
@@ -131,7 +131,6 @@ class Output:
 
 
 def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
-    """One file with all tensors, under the names of the input."""
     components = sorted(set(model.components.values()))
     if len(components) > 1:
         raise ToolError(
@@ -147,7 +146,6 @@ def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
 
 
 def _folder(model: Checkpoint, path: Path) -> Output:
-    """A folder with the input's own tree."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ToolError(f"the output {path.name} is there already", "Name a new or empty folder.")
     root = model.path if model.path.is_dir() else model.path.parent
@@ -164,10 +162,10 @@ def _folder(model: Checkpoint, path: Path) -> Output:
         for file in model.files
     )
     written = {file.path for file in model.files}
-    others = {one: one.relative_to(root) for one in _others(model) if one not in written}
-    left_out = [one for one in others if is_weights(one) or _lists_others(one, written)]
-    kept = tuple((one, name) for one, name in others.items() if one not in left_out)
-    return Output(path, files, True, kept, tuple(str(others[one]) for one in left_out))
+    others = {other: other.relative_to(root) for other in _others(model) if other not in written}
+    left_out = [other for other in others if is_weights(other) or _lists_others(other, written)]
+    kept = tuple((other, name) for other, name in others.items() if other not in left_out)
+    return Output(path, files, True, kept, tuple(str(others[other]) for other in left_out))
 
 
 def _others(model: Checkpoint) -> list[Path]:

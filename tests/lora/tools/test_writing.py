@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lora.errors import ToolError
 from lora.formats.header import read_header
-from lora.tools.writing import StreamWriter, write_pytorch
+from lora.tools.writing import StreamWriter, published_folder, write_pytorch
 from tests.adapters import randn
 from tests.conftest import ROOT
 
@@ -248,3 +248,27 @@ def test_pickle_is_what_torch_loads(tmp_path: Path, wrapper: str) -> None:
     loaded = loaded[wrapper] if wrapper else loaded
     assert all(torch.equal(loaded[name], tensor) for name, tensor in GROUPS["a"].items())
     assert [one.name for one in tmp_path.iterdir()] == ["out.pt"]
+
+
+def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), published_folder(target) as folder:
+        (folder / "a").write_text("1")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with published_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert [(one.name, one.is_dir()) for one in tmp_path.iterdir()] == [("out", True)]
+    assert (target / "a").read_text() == "1"
+
+
+def test_a_folder_does_not_take_the_place_of_another(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with (
+        pytest.raises(ToolError, match="cannot be written"),
+        published_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "a").touch()
+    assert [one.name for one in tmp_path.rglob("*")] == ["out", "mine"]
