@@ -147,9 +147,7 @@ def _draw(settings: Settings, values: dict[str, Any], on_progress: OnProgress) -
 
 
 def _quiet() -> None:
-    """Silences the progress bars and the advice of the libraries, which would mix with the errors
-    on stderr.
-    """
+    """Silences the libraries' progress bars and advice, which would mix with the errors on stderr."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

@@ -95,9 +95,7 @@ def _number(environ: Mapping[str, str], name: str, default: float) -> float:
 
 
 def _web_rules(environ: Mapping[str, str]) -> WebRules:
-    """Which hosts may be asked, and with which tokens. The errors do not repeat secrets. Raises:
-    ValueError.
-    """
+    """Which hosts may be asked, and with which tokens. Raises: ValueError, without any secret."""
     from lora.fetch.rules import WebRules, origin_of
     from lora.fetch.sources import CIVITAI, HUB
 

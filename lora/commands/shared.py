@@ -101,9 +101,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def add_rank_options(parser: ArgumentParser, prefix: str = "", default: int | None = None) -> None:
-    """Adds the options of a `RankPolicy`; `prefix` goes before the names of the rules (`rank-` or
-    nothing).
-    """
+    """Adds the options of a `RankPolicy`; `prefix` (`rank-`, say) goes before the names of the rules."""
     group = parser.add_argument_group("rank, one rule and bounds")
     rule = group.add_mutually_exclusive_group()
     usual = f" ({default}, if nothing else is said)" if default else ""

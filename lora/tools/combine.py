@@ -110,7 +110,7 @@ def combine(
         raise ToolError("a scale is not a number")
     refuse_overwriting(output, [source.path for source in sources])
     adapters = _read_all(sources, key_map, options)
-    combined, changes = combined_adapter(adapters, [s.scale for s in sources], options, on_progress)
+    combined, changes = _combined(adapters, [s.scale for s in sources], options, on_progress)
     metadata = {"merged_from": ", ".join(f"{s.path.stem}:{s.scale:g}" for s in sources)}
     combined = replace(combined, metadata={**combined.metadata, **metadata})
     naming = options.write.naming or (adapters[0].naming if combined.key_map else None)
@@ -139,13 +139,9 @@ def _read_all(
     return adapters
 
 
-def combined_adapter(
-    adapters: Sequence[Adapter],
-    scales: Sequence[float],
-    options: CombineOptions,
-    on_progress: OnProgress = ignore_progress,
+def _combined(
+    adapters: list[Adapter], scales: list[float], options: CombineOptions, on_progress: OnProgress
 ) -> tuple[Adapter, list[LayerChange]]:
-    """The combined adapter, and what was approximated; see `combine`."""
     modules: dict[object, list[_Scaled]] = {}
     for adapter, scale in zip(adapters, scales, strict=True):
         for part in adapter.parts:

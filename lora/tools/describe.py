@@ -101,9 +101,7 @@ class Description:
     words: Mapping[str, int]
     """Trigger word -> how often the captions had it; 0 if that is not known."""
     embeddings: tuple[str, ...]
-    """New words of the prompt whose vectors are in the file; an empty text for the one named
-    after the file.
-    """
+    """New words of the prompt, of which the file has the vectors; empty for one named after the file."""
     training: Mapping[str, str]
     hashes: Hashes
     hashes_told: Mapping[str, str]

@@ -12,10 +12,10 @@ from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap
 from lora.tools import OnProgress, ignore_progress
 from lora.tools.adapters.inputs import open_adapter
-from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.parts import Part
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors import cutting
-from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, Module, Report
+from lora.tools.factors.cutting import Cut, CutLayer, Module, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.writing import refuse_overwriting
@@ -60,20 +60,10 @@ def resize(
     adapter = open_adapter(
         path, key_map, named=bool(options.write.naming), lax=options.allow_unused
     )
-    resized, changes = resized_adapter(adapter, options.policy, options.write.dtype, on_progress)
+    modules = [_module(part, options.write.dtype) for part in adapter.parts]
+    resized, changes = cutting.cut_modules(adapter, modules, options.policy, on_progress)
     write_adapter(output, resized, options.write)
     return cutting.report_of(resized, changes, [adapter])
-
-
-def resized_adapter(
-    adapter: Adapter,
-    policy: RankPolicy,
-    dtype: torch.dtype | None,
-    on_progress: OnProgress = ignore_progress,
-) -> tuple[Adapter, list[LayerChange]]:
-    """The adapter at the ranks that the policy chooses. Layers that get no rank are dropped, and reported."""
-    modules = [_module(part, dtype) for part in adapter.parts]
-    return cutting.cut_modules(adapter, modules, policy, on_progress)
 
 
 def _module(part: Part, dtype: torch.dtype | None) -> Module:
@@ -101,9 +91,7 @@ def _is_lora(part: Part) -> bool:
 
 
 def _scaled_rest(part: Part) -> dict[str, Tensor]:
-    """The slots besides the factors; those that alpha / rank scales are multiplied, as the
-    scaling becomes 1.
-    """
+    """The slots besides the factors; those that alpha / rank scales are multiplied by it."""
     rest = {slot: tensor for slot, tensor in part.slots.items() if slot not in FACTOR_SLOTS}
     if part.alpha is not None and part.rank and part.alpha != part.rank:
         scaling = part.alpha / part.rank

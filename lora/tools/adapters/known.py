@@ -43,9 +43,7 @@ def _clip(width: int, layers: int, heads: int) -> Mapping[str, Any]:
 
 @cache
 def sdxl_key_map() -> KeyMap:
-    """Every module of SDXL that an adapter can change. The first call takes seconds, as it loads
-    diffusers.
-    """
+    """Every module of SDXL that an adapter can change. The first call loads diffusers, in seconds."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 

@@ -114,9 +114,7 @@ _BASES: Mapping[str, tuple[str, str]] = {
 
 
 def sources_metadata(source: Checkpoint, target: Checkpoint, title: str) -> dict[str, str]:
-    """The metadata that is known before the computation. It has no date: the same input gives the
-    same bytes.
-    """
+    """The metadata that is known at first. It has no date: the same input gives the same bytes."""
     origin = {
         role: {"name": model.path.name, "sha256": model.sha256()}
         for role, model in (("source", source), ("target", target))

@@ -179,9 +179,7 @@ def _gram(image: Tensor) -> tuple[Tensor, Tensor]:
 def _result(
     image: Tensor, basis: Tensor, turned: Tensor, total: float, *, flipped: bool
 ) -> _Search:
-    """The singular vectors, where matrix = image @ basis^T on the subspace; `flipped`: that is
-    its transpose.
-    """
+    """The singular vectors. image @ basis^T is the matrix on the subspace, or its transpose if `flipped`."""
     turn = turned.float()
     scaled = image @ turn
     s = torch.linalg.vector_norm(scaled, dim=0)
