@@ -43,11 +43,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="`same` keeps each tensor's own (same)",
     )
     add("--allow-unused", action="store_true", help="merge the rest if tensors have no place")
-    _add_factors(parser)
-
-
-def _add_factors(parser: ArgumentParser) -> None:
-    add = parser.add_argument
     add(
         "--components",
         nargs="+",
