@@ -18,9 +18,8 @@ RUN pip install --index-url ${TORCH_INDEX} "$(grep '^torch==' requirements.txt)"
 
 # Only what download_weights.py imports, so that a change of other code does not fetch 14 GB again.
 COPY download_weights.py settings.py ./
-COPY lora/__init__.py lora/errors.py lora/formats/header.py lora/engine/modes.py lora/fetch/sources.py lora/fetch/hub.py lora/fetch/civitai.py \
-    lora/fetch/web.py lora/fetch/rules.py lora/fetch/download.py lora/durable.py lora/volume/lease.py lora/volume/mounts.py lora/formats/peft.py lora/formats/pickles.py lora/volume/records.py lora/volume/refusals.py \
-    lora/volume/resolver.py lora/volume/room.py lora/volume/shelf.py lora/volume/cache.py lora/
+COPY lora/__init__.py lora/errors.py lora/
+COPY lora/formats/__init__.py lora/formats/header.py lora/formats/
 COPY pipelines/__init__.py pipelines/weights.py pipelines/
 ARG WORKER_MODEL=stabilityai/stable-diffusion-xl-base-1.0
 ARG WORKER_REFINER=auto
@@ -31,7 +30,7 @@ RUN --mount=type=secret,id=HF_TOKEN \
     if [ -s /run/secrets/HF_TOKEN ]; then export HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; fi; \
     python download_weights.py && HF_HUB_OFFLINE=1 python download_weights.py --check
 
-COPY handler.py schemas.py ./
+COPY handler.py schemas.py validation.py pyproject.toml ./
 COPY lora/ lora/
 COPY pipelines/ pipelines/
 COPY worker/ worker/

@@ -7,15 +7,18 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test check format evaluate bench-lora bench-cache bench-jobs bench-tools clean
+.PHONY: demo same test test-quick check docs format evaluate bench-lora bench-cache bench-jobs bench-tools clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
 
-# The tests of production have the machine to themselves: they measure times.
 test: $(VENV)/ready-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/promises/test_production.py
-	$(RUN) -m pytest tests/promises/test_production.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# What matters while editing, in under three minutes on two cores: no emulator, no commands, no killed processes.
+test-quick: $(VENV)/ready-dev
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow" -k "not kill and not sigterm" \
+	    tests/lora tests/worker tests/test_schemas.py tests/test_settings.py tests/test_architecture.py --ignore tests/lora/commands
 
 check: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format --check .
@@ -23,12 +26,20 @@ check: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 	$(RUN) -m pytest tests/test_architecture.py
 
+# README's tables and .runpod/hub.json, from the settings, schemas and errors.
+docs: $(VENV)/ready-dev
+	$(RUN) -m docs.generate
+
 format: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
 evaluate: $(VENV)/ready
 	$(RUN) -m benchmarks.demo_model
+
+# Do two commits give the same pictures and files? make same BEFORE=COMMIT
+same: $(VENV)/ready
+	$(RUN) -m benchmarks.commits $(BEFORE)
 
 bench-lora: $(VENV)/ready
 	$(RUN) -m benchmarks.lora_engine

@@ -12,10 +12,9 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora.errors import CodedError
-from lora.fetch.sources import CachedName, Reference
-from lora.fetch.web import quiet_libraries
 from pipelines.weights import (
     WeightsIncomplete,
     WeightsMissing,
@@ -26,6 +25,9 @@ from pipelines.weights import (
 )
 from settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from lora.volume.cache import Resolved, VolumeCache
+
 log = logging.getLogger("download_weights")
 
 
@@ -34,23 +36,36 @@ def get_lora_cache_path(source: str) -> Path:
 
     A hub repo is asked for its commit, which is part of the name. Raises: LoraError.
     """
-    lora_cache = Settings.from_env(os.environ).open_cache()
-    place = lora_cache.resolve(Reference(source)).place
-    if isinstance(place, CachedName):
-        return lora_cache.find(place).path
-    return lora_cache.path_for(place)
+    from lora.fetch.sources import CachedName
+
+    lora_cache, resolved = _resolve(source)
+    if isinstance(resolved.location, CachedName):
+        return lora_cache.find(resolved.location).path
+    return lora_cache.path_for(resolved.location)
 
 
 def download_lora(source: str) -> Path:
     """Fetches a LoRA into the cache unless it is there; returns its file. Raises: LoraError."""
-    lora_cache = Settings.from_env(os.environ).open_cache()
-    return lora_cache.get(lora_cache.resolve(Reference(source))).path
+    lora_cache, resolved = _resolve(source)
+    return lora_cache.get(resolved).path
+
+
+def _resolve(source: str) -> tuple[VolumeCache, Resolved]:
+    # Not at the top: the image's layer of base weights has only what is imported there.
+    from lora.fetch.sources import Reference
+    from lora.fetch.web import quiet_libraries
+    from worker.opening import open_cache, read_settings
+
+    quiet_libraries()
+    lora_cache = open_cache(read_settings(os.environ))
+    return lora_cache, lora_cache.resolve(Reference(source))
 
 
 def main() -> int:
     """Does what the command line says; 0 if all of it worked."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    quiet_libraries()
+    # Only our own messages below a warning: libraries log whole URLs, which may hold tokens.
+    logging.basicConfig(format="%(message)s")
+    log.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,16 +73,12 @@ def main() -> int:
     parser.add_argument("--lora", nargs="+", metavar="SOURCE", help="fetch LoRAs into the cache")
     options = parser.parse_args()
     try:
-        settings = Settings.from_env(os.environ)
         for source in options.lora or []:
             log.info("%s", download_lora(source))
-        if not options.lora:
-            for repo in repos_to_bake(settings):
-                folder = (
-                    find_weights(repo) if options.check else bake(repo, settings.hf_token or None)
-                )
-                check(folder)
-                log.info("%s is whole", repo)
+        settings = Settings.from_env(os.environ)
+        for repo in [] if options.lora else repos_to_bake(settings):
+            check(find_weights(repo) if options.check else bake(repo, settings.hf_token or None))
+            log.info("%s is whole", repo)
     except (CodedError, WeightsIncomplete, WeightsMissing, SettingsError) as error:
         log.error("%s", error)
         return 2

@@ -1,8 +1,8 @@
 """The job handler: `python handler.py` starts the RunPod worker; importing this does nothing.
 
-A job is prepared (checked, its LoRAs fetched and parsed), drawn (LoRAs applied, pictures drawn, weights put
-back) and answered. Every job ends in an answer, and after every job the pipeline is bit for bit what it was
-before. While one job draws, others prepare.
+A job has three stages. It is prepared: checked, its LoRAs fetched and parsed. It is drawn: the LoRAs applied,
+the pictures generated, the weights put back. It is answered. Every job ends in an answer, and after every job
+the pipeline is bit for bit what it was before. While one job draws, others prepare.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import logging
 import os
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -32,10 +31,13 @@ from pipelines.image import ImagePipeline
 from pipelines.loading import load_models
 from settings import Settings
 from worker.actions import Actions, action_of
-from worker.image_job import PHASES, Answer, ImageJob, Job, Parts
+from worker.failures import OOM_HINT, OutOfMemory, Unexpected, failure, unexpected
+from worker.image_job import PHASES, ImageJob
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
+from worker.opening import open_cache, read_settings
 from worker.outputs import guard_size, open_bucket, sendable
+from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
 from worker.sender import Sender
 from worker.shutdown import Shutdown
@@ -50,11 +52,11 @@ Result = TypeVar("Result")
 SendProgress = Callable[[Job, dict[str, Any]], None]
 
 PREPARING = 8
-"""Threads that prepare and answer jobs: more than are taken at once, for cancelled jobs' downloads go on."""
+"""Threads that prepare and answer jobs; more than jobs at once, since a cancelled job's download goes on."""
 
 
 class Worker:
-    """Serves jobs: prepares several at a time, draws one at a time. All state is in `parts`."""
+    """Serves jobs: prepares several at once, and draws one at a time. All state is in `parts`."""
 
     def __init__(self, settings: Settings, send_progress: SendProgress | None = None) -> None:
         self.settings = settings
@@ -63,12 +65,12 @@ class Worker:
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._kept = KeptAnswers()
         self.preloaded: dict[str, str] = {}
-        """What became of each source of LORA_PRELOAD: `under way`, `ready`, or an error."""
+        """Source of LORA_PRELOAD -> `under way`, `ready`, or an error."""
 
     def setup(self) -> Worker:
-        """Loads the models and opens the cache, so that the first job finds them; returns itself.
+        """Loads the models and opens the cache before the first job; returns itself.
 
-        Raises: WeightsMissing, or whatever keeps the models from loading: then no job can be served.
+        Raises: WeightsMissing, or any error of loading the models; then no job can be served.
         """
         begun = time.perf_counter()
         log.info("%s is ready after %.1f s", self.parts.pipeline.name, time.perf_counter() - begun)
@@ -79,25 +81,24 @@ class Worker:
 
     @cached_property
     def parts(self) -> Parts:
-        """What every job uses; made when it is first asked for."""
+        """What every job uses; made at the first access."""
         pipeline = ImagePipeline(load_models(self.settings))
         settings = self.settings
         budgets = Budgets(
             int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
         )
         engine = LoraEngine(pipeline.components, budgets)
-        lora_cache = settings.open_cache()
-        with suppress(OSError):  # whoever needs to write will say so
+        lora_cache = open_cache(settings)
+        with suppress(OSError):  # whatever has to write there later reports it
             lora_cache.shelf.prepare()
         library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
         return Parts(pipeline, engine, library, open_bucket(settings), settings, threading.Lock())
 
     def check_fitness(self) -> None:
-        """Raises: CodedError or OSError if this worker cannot serve: LORA_PRELOAD names what can mean
-        nothing, no folder for LoRAs can be written, the device does not compute. (That the weights are
-        there and whole, `setup` has found out.)
+        """Raises: CodedError or OSError if this worker cannot serve: a source of LORA_PRELOAD is malformed,
+        no folder for LoRAs can be written, or the device does not compute. `setup` has checked the weights.
 
-        A preloaded LoRA that cannot be had at the moment is logged, and is no reason to stop.
+        A LoRA of LORA_PRELOAD that cannot be fetched now is logged, and does not stop the worker.
         """
         for source in self.settings.preload:
             parse(Reference(source))
@@ -120,8 +121,8 @@ class Worker:
     def __call__(self, job: Job) -> Answer:
         """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises.
 
-        `refresh_worker` is in it where the process must not go on: weights that could not be put back,
-        memory that did not suffice, a device that failed.
+        `refresh_worker` is set where the process must not go on: weights could not be put back, the memory
+        did not suffice, or the device failed.
         """
         return self._sendable(self._answer(job))
 
@@ -136,25 +137,25 @@ class Worker:
         return self._caught(one.answer)
 
     def _caught(self, work: Callable[..., Result], *given: Any) -> Result | Answer:
-        """Does a stage of a job: what it returns, or the answer that says why it failed."""
+        """Runs a stage of a job. Returns its result, or the answer that says why it failed."""
         try:
             return work(*given)
         except RestoreFailed as error:
-            return _failure(error, refresh=True)
+            return failure(error, refresh=True)
         except CodedError as error:
-            return _failure(error)
+            return failure(error)
         except torch.OutOfMemoryError:
             log.warning("out of memory")
         except torch.AcceleratorError as error:
-            return _failure(_unexpected(error), refresh=True)
+            return failure(unexpected(error), refresh=True)
         except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer
-            return _failure(_unexpected(error))
-        # Here, and not in the clause above: there the error still holds the job's tensors.
+            return failure(unexpected(error))
+        # Outside of the clause above, in which the error still holds the job's tensors.
         self._free()
-        return _failure(OutOfMemory("the device's memory did not suffice", OOM_HINT), refresh=True)
+        return failure(OutOfMemory("the device's memory did not suffice", OOM_HINT), refresh=True)
 
     def _draw(self, one: ImageJob) -> None:
-        """Draws; once more with all caches freed, and the VAE in tiles, if memory does not suffice."""
+        """Draws. If the memory does not suffice, draws again with all caches freed and the VAE in tiles."""
         try:
             one.draw()
         except torch.OutOfMemoryError:
@@ -171,7 +172,7 @@ class Worker:
         return self._caught(guard_size, answer, self.settings.max_answer_mb) or answer
 
     def _sendable(self, answer: Answer) -> Answer:
-        """The last guard: what the platform cannot carry would leave the job without an end."""
+        """Makes sure that the platform can carry the answer; otherwise the job would never end."""
         return self._caught(sendable, answer)
 
     def _free(self) -> None:
@@ -184,10 +185,10 @@ class Worker:
     # --- many jobs, by the platform -------------------------------------------------------------
 
     async def handle(self, job: Job) -> Answer:
-        """As a plain call, for an event loop: others prepare while one draws.
+        """The same as a plain call, for an event loop: other jobs prepare while one draws.
 
-        Cancelling the task ends the job with CANCELLED at its next step, weights put back; a download goes on
-        without it, into the cache.
+        Cancelling the task ends the job with CANCELLED at its next step, and the weights are put back. Its
+        downloads go on into the cache.
         """
         JOB_ID.set(str(job.get("id", "")))
         if kept := self._kept.get(job):
@@ -216,7 +217,7 @@ class Worker:
                 )
             if answer is None:
                 answer = await self._stage(stop, self._preparing, self._caught, one.answer)
-        return answer or _failure(Unexpected("the job has no answer"))
+        return answer or failure(Unexpected("the job has no answer"))
 
     async def _stage(
         self,
@@ -226,7 +227,7 @@ class Worker:
         *given: Any,
         to_its_end: bool = False,
     ) -> Answer | None:
-        """Does a stage in a thread. If the job is to stop, waits for the thread only where `to_its_end`."""
+        """Runs a stage in a thread. A job that is stopped waits for the thread only with `to_its_end`."""
         context = contextvars.copy_context()  # the job's id, for the log
         running: Future[Answer | None] = pool.submit(context.run, work, *given)
         try:
@@ -236,46 +237,19 @@ class Worker:
             ended: CodedError = stop.deadline_exceeded()
         except asyncio.CancelledError:
             if task := asyncio.current_task():
-                task.uncancel()  # the job ends with an answer
+                task.uncancel()  # the task goes on, to return an answer
             stop.cancel()
             ended = Cancelled("the job was cancelled")
         if to_its_end and not running.cancel():
             with suppress(asyncio.CancelledError):
-                return await asyncio.shield(asyncio.wrap_future(running)) or _failure(ended)
-        return _failure(ended)
-
-
-class OutOfMemory(CodedError):
-    """The device's memory did not suffice for the job."""
-
-    code = "OUT_OF_MEMORY"
-
-
-OOM_HINT = "Ask for fewer or smaller pictures."
-
-
-class Unexpected(CodedError):
-    """Anything that nobody foresaw: a fault of the worker."""
-
-    code = "INTERNAL"
-
-
-def _unexpected(error: Exception) -> Unexpected:
-    """Logs where it happened, and not what it said: exceptions' texts may hold a URL or a token."""
-    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
-    words = f"the job failed unexpectedly ({type(error).__name__})"
-    return Unexpected(words, "This is a fault of the worker; its log has the place.")
-
-
-def _failure(error: CodedError, *, refresh: bool = False) -> Answer:
-    log.info("job failed: %s", error)
-    return {"error": str(error), "refresh_worker": True} if refresh else {"error": str(error)}
+                return await asyncio.shield(asyncio.wrap_future(running)) or failure(ended)
+        return failure(ended)
 
 
 @cache
 def default_worker() -> Worker:
-    """The worker of this process, by its environment; the models are loaded when it is first asked for."""
-    return Worker(Settings.from_env(os.environ)).setup()
+    """The worker of this process, set up from the environment at the first call."""
+    return Worker(read_settings(os.environ)).setup()
 
 
 def generate_image(job: Job) -> Answer:
@@ -287,7 +261,7 @@ def generate_image(job: Job) -> Answer:
 
 
 def main() -> None:
-    """Loads the models, then serves RunPod's jobs for ever (or one, with --test_input)."""
+    """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input."""
     import runpod
     from runpod.serverless.modules import rp_scale
 
@@ -295,7 +269,7 @@ def main() -> None:
     quiet_libraries()
     worker = default_worker()
     runpod.serverless.register_fitness_check(worker.check_fitness)
-    concurrency = int(worker.settings.concurrency)
+    concurrency = worker.settings.concurrency
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
         {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}

@@ -1,23 +1,13 @@
-"""Every environment variable that the worker reads, once, into one frozen object."""
+"""Every environment variable that the worker reads, once, in one frozen object."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-
-from lora.engine.modes import Mode
-from lora.errors import CodedError
-from lora.fetch.civitai import Civitai
-from lora.fetch.hub import Hub
-from lora.fetch.rules import WebRules, origin_of
-from lora.fetch.sources import CIVITAI, HUB, Reference, parse
-from lora.fetch.web import Web
-from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
 
 STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
@@ -26,248 +16,154 @@ STOCK_VAE = "madebyollin/sdxl-vae-fp16-fix"
 OWN_PREFIXES = ("LORA_", "WORKER_")
 """An unknown variable with one of these is refused: it is a misspelt setting."""
 
+BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
+
 
 class SettingsError(ValueError):
     """The environment is not usable; the text lists every fault."""
 
 
-def _setting(
-    env: str, default: Any, description: str, *, secret: bool = False, **limits: Any
-) -> Any:
-    """A field with what the docs and `.runpod/hub.json` say of it."""
-    about = {"env": env, "description": description, "secret": secret, **limits}
-    return field(default=default, metadata=about, repr=not secret)
+def _setting(env: str, default: Any, description: str, **about: Any) -> Any:
+    """A field, its variable, and what the docs and `.runpod/hub.json` say of it.
+
+    `about`: `secret` (not in the repr), `minimum` (of a number), `options` (of a text), `token` (a header
+    must be able to carry it).
+    """
+    about = {"env": env, "description": description, "secret": False, **about}
+    return field(default=default, metadata=about, repr=not about["secret"])
 
 
+# fmt: off
 @dataclass(frozen=True)
 class Settings:
     """The worker's settings. A test holds the README's table and `.runpod/hub.json` to these fields."""
 
-    model: str = _setting(
-        "WORKER_MODEL",
-        STOCK_MODEL,
+    model: str = _setting("WORKER_MODEL", STOCK_MODEL,
         "Base model: a Hugging Face repo, a folder in diffusers layout, a single .safetensors "
-        "checkpoint, or `demo` for the embedded model",
-    )
-    refiner: str = _setting(
-        "WORKER_REFINER",
-        "auto",
+        "checkpoint, or `demo` for the embedded model")
+    refiner: str = _setting("WORKER_REFINER", "auto",
         "Refiner: a Hugging Face repo or a folder; `none` for none; `auto` is SDXL's refiner with "
-        "SDXL's own base and none with any other",
-    )
-    vae: str = _setting(
-        "WORKER_VAE",
-        "auto",
-        "VAE in place of the model's own: a Hugging Face repo or a folder; `none` for none; `auto` is "
-        "the fp16-fix VAE with SDXL's own base and none with any other",
-    )
-    device: str = _setting(
-        "WORKER_DEVICE", "auto", "`cuda`, `cpu`, or `auto`: cuda if there is one"
-    )
-    dtype: str = _setting(
-        "WORKER_DTYPE",
-        "auto",
+        "SDXL's own base and none with any other")
+    vae: str = _setting("WORKER_VAE", "auto",
+        "VAE in place of the model's own: a Hugging Face repo or a folder; `none` for none; `auto` "
+        "is the fp16-fix VAE with SDXL's own base and none with any other")
+    device: str = _setting("WORKER_DEVICE", "auto", "`cuda`, `cpu`, or `auto`: cuda if there is one")
+    dtype: str = _setting("WORKER_DTYPE", "auto",
         "Precision of the weights; `auto` is float16 on cuda and float32 on cpu",
-        options=("auto", "float16", "bfloat16", "float32"),
-    )
-    max_answer_mb: float = _setting(
-        "WORKER_MAX_ANSWER_MB",
-        10.0,
+        options=("auto", "float16", "bfloat16", "float32"))
+    max_answer_mb: float = _setting("WORKER_MAX_ANSWER_MB", 10.0,
         "Largest answer in MB; a larger one fails with OUTPUT_TOO_LARGE (RunPod carries 10 for /run, "
-        "20 for /runsync)",
-        minimum=0.001,
-    )
-    concurrency: float = _setting(
-        "WORKER_CONCURRENCY",
-        2.0,
+        "20 for /runsync)", minimum=0.001)
+    concurrency: int = _setting("WORKER_CONCURRENCY", 2,
         "Jobs that the worker takes at once: one draws, the others fetch and parse their LoRAs",
-        minimum=1,
-    )
-    deadline: float = _setting(
-        "WORKER_DEADLINE",
-        0.0,
+        minimum=1)
+    deadline: float = _setting("WORKER_DEADLINE", 0.0,
         "Seconds after which a job ends with DEADLINE_EXCEEDED; 0 for no limit but the job's own "
-        "executionTimeout, which counts in any case",
-        minimum=0,
-    )
-    lora_cache_dir: Path = _setting(
-        "LORA_CACHE_DIR",
-        Path("/models/loras"),
+        "executionTimeout, which counts in any case", minimum=0)
+    lora_cache_dir: Path = _setting("LORA_CACHE_DIR", Path("/models/loras"),
         "Folder of the LoRA cache; on RunPod a folder of the network volume, such as "
-        "/runpod-volume/loras",
-    )
-    lora_cache_max_gb: float = _setting(
-        "LORA_CACHE_MAX_GB",
-        0.0,
+        "/runpod-volume/loras")
+    lora_cache_max_gb: float = _setting("LORA_CACHE_MAX_GB", 0.0,
         "Budget of the cache in GB; what was used least recently goes first; 0 for no limit",
-        minimum=0,
-    )
-    lora_max_file_mb: float = _setting(
-        "LORA_MAX_FILE_MB", 2048.0, "Largest LoRA file in MB that is downloaded", minimum=1
-    )
-    lora_download_timeout: float = _setting(
-        "LORA_DOWNLOAD_TIMEOUT", 300.0, "Seconds that one download may take", minimum=1
-    )
-    lora_ttl_hours: float = _setting(
-        "LORA_TTL_HOURS",
-        24.0,
-        "Hours for which a repo's branch, the newest version on Civitai and a URL's content are taken as "
-        "known; then they are asked for again",
-        minimum=0,
-    )
-    lora_preload: str = _setting(
-        "LORA_PRELOAD",
-        "",
-        "LoRAs that are fetched and parsed when the worker starts, in the background: sources, separated "
-        "by commas, or a JSON list of them",
-        secret=True,
-    )
-    lora_training_dir: str = _setting(
-        "LORA_TRAINING_DIR",
-        "",
-        "Folder that trainers write adapters to, in sub-folders too; `library.activate` publishes them "
-        "in the cache",
-    )
-    lora_default_preset: str = _setting(
-        "LORA_DEFAULT_PRESET",
-        "",
-        "Preset of a job that has neither `loras` nor `lora_selection`",
-    )
-    lora_config: str = _setting(
-        "LORA_CONFIG",
-        "",
+        minimum=0)
+    lora_max_file_mb: float = _setting("LORA_MAX_FILE_MB", 2048.0,
+        "Largest LoRA file in MB that is downloaded", minimum=1)
+    lora_download_timeout: float = _setting("LORA_DOWNLOAD_TIMEOUT", 300.0,
+        "Seconds that one download may take", minimum=1)
+    lora_ttl_hours: float = _setting("LORA_TTL_HOURS", 24.0,
+        "Hours for which a repo's branch, the newest version on Civitai and a URL's content are taken "
+        "as known; then they are asked for again", minimum=0)
+    lora_preload: str = _setting("LORA_PRELOAD", "",
+        "LoRAs that are fetched and parsed when the worker starts, in the background: sources, "
+        "separated by commas, or a JSON list of them", secret=True)
+    lora_training_dir: str = _setting("LORA_TRAINING_DIR", "",
+        "Folder that trainers write adapters to, in sub-folders too; `library.activate` publishes "
+        "them in the cache")
+    lora_default_preset: str = _setting("LORA_DEFAULT_PRESET", "",
+        "Preset of a job that has neither `loras` nor `lora_selection`")
+    lora_config: str = _setting("LORA_CONFIG", "",
         "A config file of LightX2V's form, whose LoRAs are those of a job that has neither `loras` nor "
-        "`lora_selection`",
-    )
-    lora_allowed_hosts: str = _setting(
-        "LORA_ALLOWED_HOSTS",
-        "",
+        "`lora_selection`")
+    lora_allowed_hosts: str = _setting("LORA_ALLOWED_HOSTS", "",
         "If set, the only hosts that URLs may name or redirect to, separated by commas; "
-        "`*.example.com` for all below example.com",
-    )
-    lora_allow_private_urls: str = _setting(
-        "LORA_ALLOW_PRIVATE_URLS",
-        "0",
-        "`1` lets URLs name hosts within the own network; without it they are refused",
-        options=("0", "1"),
-    )
-    lora_auth_headers: str = _setting(
-        "LORA_AUTH_HEADERS",
-        "",
+        "`*.example.com` for all below example.com")
+    lora_allow_private_urls: bool = _setting("LORA_ALLOW_PRIVATE_URLS", False,
+        "`1` lets URLs name hosts within the own network; without it they are refused")
+    lora_auth_headers: str = _setting("LORA_AUTH_HEADERS", "",
         'Tokens for other hosts, as JSON: `{"models.example.com": "Authorization: Bearer …"}`; each is '
-        "sent to its own host alone, over https unless the key says `http://…`",
-        secret=True,
-    )
-    lora_mode: str = _setting(
-        "LORA_MODE",
-        "auto",
+        "sent to its own host alone, over https unless the key says `http://…`", secret=True)
+    lora_mode: str = _setting("LORA_MODE", "auto",
         "How LoRAs are applied: `dynamic` adds them in each layer's forward, ready in milliseconds; "
         "`merged` writes them into the weights, no cost per step; `auto` merges where steps and memory "
-        "make it pay",
-        options=tuple(Mode),
-    )
-    lora_warm_gb: float = _setting(
-        "LORA_WARM_GB", 2.0, "Memory in GB for parsed LoRA files of earlier jobs", minimum=0
-    )
-    lora_prepared_gb: float = _setting(
-        "LORA_PREPARED_GB",
-        2.0,
-        "Memory in GB, on the device, for stacks of earlier jobs that are kept ready: coming back to one "
-        "rebuilds nothing (merged, one that covers all of SDXL takes 4.4)",
-        minimum=0,
-    )
-    lora_originals_gb: float = _setting(
-        "LORA_ORIGINALS_GB",
-        5.0,
+        "make it pay", options=("auto", "dynamic", "merged"))
+    lora_warm_gb: float = _setting("LORA_WARM_GB", 2.0,
+        "Memory in GB for parsed LoRA files of earlier jobs", minimum=0)
+    lora_prepared_gb: float = _setting("LORA_PREPARED_GB", 2.0,
+        "Memory in GB, on the device, for stacks of earlier jobs that are kept ready: coming back to "
+        "one rebuilds nothing (merged, one that covers all of SDXL takes 4.4)", minimum=0)
+    lora_originals_gb: float = _setting("LORA_ORIGINALS_GB", 5.0,
         "Memory in GB, on the device, for the originals of merged weights between jobs (4.4 for all of "
-        "SDXL); beyond it they are copied anew",
-        minimum=0,
-    )
-    hf_token: str = _setting(
-        "HF_TOKEN", "", "Hugging Face token for gated and private repos", secret=True
-    )
+        "SDXL); beyond it they are copied anew", minimum=0)
+    hf_token: str = _setting("HF_TOKEN", "", "Hugging Face token for gated and private repos",
+        secret=True, token=True)
     hf_endpoint: str = _setting("HF_ENDPOINT", "", "Another hub that speaks like Hugging Face's")
-    civitai_token: str = _setting(
-        "CIVITAI_TOKEN", "", "Civitai token for models that need a login", secret=True
-    )
-    civitai_endpoint: str = _setting(
-        "CIVITAI_ENDPOINT", "", "Another server that speaks like Civitai's"
-    )
-    bucket_endpoint_url: str = _setting(
-        "BUCKET_ENDPOINT_URL", "", "S3 endpoint; if set, pictures are uploaded and answered as URLs"
-    )
-    bucket_name: str = _setting(
-        "BUCKET_NAME",
-        "",
-        "S3 bucket for the pictures; if empty, the month as the SDK names it: `11-26`",
-    )
-    bucket_access_key_id: str = _setting(
-        "BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True
-    )
-    bucket_secret_access_key: str = _setting(
-        "BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key", secret=True
-    )
+    civitai_token: str = _setting("CIVITAI_TOKEN", "", "Civitai token for models that need a login",
+        secret=True, token=True)
+    civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", "",
+        "Another server that speaks like Civitai's")
+    bucket_endpoint_url: str = _setting("BUCKET_ENDPOINT_URL", "",
+        "S3 endpoint; if set, pictures are uploaded and answered as URLs")
+    bucket_name: str = _setting("BUCKET_NAME", "",
+        "S3 bucket for the pictures; if empty, the month as the SDK names it: `11-26`")
+    bucket_access_key_id: str = _setting("BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True)
+    bucket_secret_access_key: str = _setting("BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key",
+        secret=True)
+    # fmt: on
 
     def __post_init__(self) -> None:
-        faults = [*self._out_of_bounds(), *self._unusable()]
-        if faults:
+        if faults := list(self._faults()):
             raise SettingsError("; ".join(faults))
 
-    def _out_of_bounds(self) -> Iterator[str]:
+    def _faults(self) -> Iterator[str]:
         for setting in fields(self):
-            about, value = setting.metadata, getattr(self, setting.name)
-            if "options" in about and value not in about["options"]:
-                yield f"{about['env']}: {value!r} is none of {', '.join(about['options'])}"
-            if "minimum" in about and not about["minimum"] <= value < float("inf"):
-                least = about["minimum"]
-                yield f"{about['env']}: {value:g} is not a number of at least {least}"
-
-    def _unusable(self) -> Iterator[str]:
-        for env, token in (("HF_TOKEN", self.hf_token), ("CIVITAI_TOKEN", self.civitai_token)):
-            if not (token.isascii() and token.isprintable()):
-                yield f"{env}: it holds a character that no token may"
-        if self.lora_default_preset and self.lora_config:
-            yield "LORA_DEFAULT_PRESET and LORA_CONFIG: only one of them can be the default"
-        checks: dict[str, Callable[[], object]] = {
-            "HF_ENDPOINT": lambda: origin_of(self.hf_endpoint or HUB),
-            "CIVITAI_ENDPOINT": lambda: origin_of(self.civitai_endpoint or CIVITAI),
-            "LORA_PRELOAD": lambda: self.preload,
-            "LORA_CONFIG": lambda: self.default_loras,
-            "LORA_AUTH_HEADERS": lambda: _auth_headers(self.lora_auth_headers),
-        }
-        for env, check in checks.items():
-            try:
-                check()
-            except ValueError as error:
-                yield f"{env}: {error}"
+            if fault := _fault_of(setting.metadata, getattr(self, setting.name)):
+                yield f"{setting.metadata['env']}: {fault}"
+        try:
+            _ = self.preload
+        except ValueError as error:
+            yield f"LORA_PRELOAD: {error}"
 
     @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+    def from_env(
+        cls,
+        environ: Mapping[str, str],
+        more_faults: Callable[[Settings], Iterable[str]] = lambda settings: (),
+    ) -> Settings:
         """Reads and checks the environment; an empty variable counts as not set.
 
+        `more_faults` checks what the values mean; for a variable that is wrong, it sees the default.
         Raises: SettingsError with every fault at once, unknown LORA_* and WORKER_* names included.
         """
-        known = {f.metadata["env"]: f for f in fields(cls)}
+        by_env = {setting.metadata["env"]: setting for setting in fields(cls)}
         faults = [
-            f"{name} is not a setting{_did_you_mean(name, known)}"
+            f"{name} is not a setting{_did_you_mean(name, by_env)}"
             for name in environ
-            if name.startswith(OWN_PREFIXES) and name not in known
+            if name.startswith(OWN_PREFIXES) and name not in by_env
         ]
         values: dict[str, Any] = {}
-        for env, setting in known.items():
-            text = environ.get(env, "").strip()
-            if isinstance(setting.default, float) and text:
+        for env, setting in by_env.items():
+            if text := environ.get(env, "").strip():
                 try:
-                    values[setting.name] = float(text)
-                except ValueError:
-                    faults.append(f"{env}: {text!r} is not a number")
-            elif text:
-                values[setting.name] = Path(text) if setting.name == "lora_cache_dir" else text
-        try:
-            settings = cls(**values)
-        except SettingsError as error:
-            faults.append(str(error))
-        if faults:
+                    value = _parsed(text, type(setting.default))
+                    cls(**{setting.name: value})
+                except SettingsError as error:
+                    faults.append(str(error))
+                except ValueError as error:
+                    faults.append(f"{env}: {error}")
+                else:
+                    values[setting.name] = value
+        settings = cls(**values)
+        if faults := [*faults, *more_faults(settings)]:
             raise SettingsError("; ".join(faults))
         return settings
 
@@ -281,72 +177,16 @@ class Settings:
         """The VAE to load in place of the model's own, `auto` resolved; None for none."""
         return self._companion(self.vae, STOCK_VAE)
 
-    def open_cache(self) -> VolumeCache:
-        """The LoRA cache on the volume, by these settings; nothing is asked or written yet."""
-        budget = self.lora_cache_max_gb
-        limits = Limits(
-            file_bytes=int(self.lora_max_file_mb * 1e6),
-            total_bytes=int(budget * 1e9) if budget else None,
-            timeout=self.lora_download_timeout,
-            ttl=self.lora_ttl_hours * 3600,
-        )
-        hub = Hub(self.hf_token or None, self.hf_endpoint or HUB)
-        web = Web(self._web_rules())
-        return VolumeCache(
-            self.lora_cache_dir,
-            limits,
-            web,
-            hub=hub,
-            civitai=Civitai(web, self.civitai_endpoint or CIVITAI),
-            fallback=FALLBACK_ROOT,
-        )
-
-    @property
-    def default_loras(self) -> tuple[dict[str, Any], ...]:
-        """The LoRAs of LORA_CONFIG, as entries of a job's `loras`. Raises: ValueError."""
-        if not self.lora_config:
-            return ()
-        # Not at the top: the image's layer of base weights, which reads settings, does without it.
-        from lora.volume.presets import cached_names, read_config
-
-        try:
-            found = cached_names(read_config(Path(self.lora_config)), self.lora_cache_dir)
-            for entry in found:
-                parse(Reference(entry["path"]))
-        except CodedError as error:
-            raise ValueError(f"{error.sentence}. {error.hint}".strip()) from error
-        if not found:
-            raise ValueError("it names no LoRA")
-        return found
-
     @property
     def preload(self) -> tuple[str, ...]:
         """The sources of LORA_PRELOAD."""
         text = self.lora_preload.strip()
         if not text.startswith("["):
-            return _listed(text)
-        found = _json(text)
-        if not all(isinstance(source, str) for source in found):
+            return split_list(text)
+        sources = parse_json(text)
+        if not all(isinstance(source, str) for source in sources):
             raise ValueError("it is no JSON list of sources")
-        return tuple(found)
-
-    def _web_rules(self) -> WebRules:
-        own, tokens = set(), dict(_auth_headers(self.lora_auth_headers))
-        for endpoint, given, token in (
-            (HUB, self.hf_endpoint, self.hf_token),
-            (CIVITAI, self.civitai_endpoint, self.civitai_token),
-        ):
-            origin = origin_of(given or endpoint)
-            if given:  # the operator's own choice, be it within the own network
-                own.add(origin)
-            if token:
-                tokens[origin] = ("Authorization", f"Bearer {token}")
-        return WebRules(
-            allow_private=self.lora_allow_private_urls == "1",
-            allowed_hosts=_listed(self.lora_allowed_hosts),
-            own=frozenset(own),
-            tokens=tokens,
-        )
+        return tuple(sources)
 
     def _companion(self, value: str, stock: str) -> str | None:
         if value == "auto":
@@ -354,37 +194,43 @@ class Settings:
         return None if value == "none" else value
 
 
-def _did_you_mean(name: str, known: Mapping[str, Any]) -> str:
-    close = get_close_matches(name, list(known), n=1)
+def _parsed(text: str, kind: type) -> Any:
+    """The text as a value of a field's type. Raises: ValueError."""
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(f"{text!r} is none of {', '.join(BOOLEANS)}")
+        return BOOLEANS[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        whole = "whole " if kind is int else ""
+        raise ValueError(f"{text!r} is not a {whole}number") from None
+
+
+def _fault_of(about: Mapping[str, Any], value: Any) -> str:
+    """What is wrong with one value; empty if nothing is."""
+    if value not in about.get("options", (value,)):
+        return f"{value!r} is none of {', '.join(about['options'])}"
+    if "minimum" in about and not about["minimum"] <= value < float("inf"):
+        return f"{value:g} is not a number of at least {about['minimum']}"
+    if about.get("token") and not (value.isascii() and value.isprintable()):
+        return "it holds a character that no token may"
+    return ""
+
+
+def _did_you_mean(name: str, by_env: Mapping[str, Any]) -> str:
+    close = get_close_matches(name, list(by_env), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
-def _listed(text: str) -> tuple[str, ...]:
+def split_list(text: str) -> tuple[str, ...]:
+    """The parts of a list that is separated by commas."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def _json(text: str) -> Any:
-    """Raises: ValueError that repeats nothing of the text."""
+def parse_json(text: str) -> Any:
+    """Raises: ValueError that repeats nothing of the text, which may hold secrets."""
     try:
         return json.loads(text)
     except ValueError:
         raise ValueError("it is no JSON") from None
-
-
-def _auth_headers(text: str) -> dict[str, tuple[str, str]]:
-    """Origin -> (header, value). Raises: ValueError in words that repeat nothing of the text."""
-    given = _json(text or "{}")
-    if not isinstance(given, dict):
-        raise ValueError("it is no JSON object of host -> header")
-    found = {}
-    for host, header in given.items():
-        name, colon, value = str(header).partition(":")
-        if not isinstance(header, str) or not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name):
-            raise ValueError("a header is not written as 'Name: value'")
-        if not value.strip().isprintable() or not value.strip().isascii():
-            raise ValueError("a header's value holds a character that no header may")
-        try:
-            found[origin_of(host)] = name, value.strip()
-        except ValueError:
-            raise ValueError("a key is no host name") from None
-    return found

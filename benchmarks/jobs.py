@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import RESULTS, fill_in, write_result
-from tests.production import ENVIRONMENT, Platform, platform
+from tests.emulator.running import Emulator
+from tests.production import ENVIRONMENT, platform
 
 log = logging.getLogger("jobs")
 
@@ -70,7 +71,7 @@ print(json.dumps(found))
 """
 
 
-def measure(running: Platform, kind: str, count: int) -> dict[str, list[float]]:
+def measure(running: Emulator, kind: str, count: int) -> dict[str, list[float]]:
     """Milliseconds by part, of each of `count` jobs of a kind, one after the other."""
     found: dict[str, list[float]] = {}
     for number in range(count + 2):
@@ -78,14 +79,14 @@ def measure(running: Platform, kind: str, count: int) -> dict[str, list[float]]:
         if "another scale" in kind:
             values["loras"][0]["scale"] = 0.5 + number / 1000
         job_id = running.run(values)
-        state = running.wait([job_id], 60)[job_id]
+        state = running.end(job_id)
         if number >= 2:  # the first ones prepare the stack
             for part, seconds in _parts(running, job_id, state["output"]["timings"]).items():
                 found.setdefault(part, []).append(1000 * seconds)
     return found
 
 
-def _parts(running: Platform, job_id: str, timings: dict[str, float]) -> dict[str, float]:
+def _parts(running: Emulator, job_id: str, timings: dict[str, float]) -> dict[str, float]:
     """Seconds of one job by what they went to."""
     story, line = running.story(job_id), _line_of(running, job_id)
     monotonic = time.monotonic() - time.time()
@@ -102,11 +103,11 @@ def _parts(running: Platform, job_id: str, timings: dict[str, float]) -> dict[st
     }
 
 
-def _line_of(running: Platform, job_id: str) -> dict[str, Any]:
+def _line_of(running: Emulator, job_id: str) -> dict[str, Any]:
     """What the worker logged of a job's end."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        for text in reversed(running.lines):
+        for text in reversed(running.log().splitlines()):
             if job_id in text and '"event": "job"' in text:
                 found: dict[str, Any] = json.loads(text[text.index("{") :])
                 return found

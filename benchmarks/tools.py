@@ -237,7 +237,7 @@ def svds_of_products(folders: Folders, lora: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for shape, count in counts.items():
         layer = next(x for x in file.layers if x.target.parameters["weight"] == shape)
-        rows.append(_svds(shape, count, layer.part.delta(torch.empty(shape))))
+        rows.append(_svds(shape, count, layer.algorithm.delta(torch.empty(shape))))
     return rows
 
 

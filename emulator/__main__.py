@@ -28,7 +28,7 @@ STATUS_EVERY = 5.0
 
 
 def main() -> int:
-    """Serves until Ctrl-C or SIGTERM, then ends every worker and all that they started."""
+    """Serves until Ctrl-C or SIGTERM, then ends every worker and every process that they started."""
     options = _options()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
@@ -81,7 +81,7 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, homes: P
     try:
         await pool.run(over)
     finally:
-        # The workers are gone: until then they had to be answered.
+        # Only now, when the workers are gone: their posts had to be answered.
         status.cancel()
         queue.close()
         server.should_exit = True
@@ -89,18 +89,18 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, homes: P
 
 
 def _environment(volume: Path | None) -> dict[str, str]:
-    """What workers inherit."""
-    found = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    found.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's own default tells each poll
-    found.pop("RUNPOD_REALTIME_PORT", None)  # would make the SDK serve HTTP instead of taking jobs
+    """The variables that workers inherit."""
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    variables.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # by default the SDK logs each poll
+    variables.pop("RUNPOD_REALTIME_PORT", None)  # with it the SDK serves HTTP and takes no jobs
     if volume:
         volume.mkdir(parents=True, exist_ok=True)
-        found["LORA_CACHE_DIR"] = str(volume.resolve() / "loras")
-    return found
+        variables["LORA_CACHE_DIR"] = str(volume.resolve() / "loras")
+    return variables
 
 
 class _Server(uvicorn.Server):
-    """Leaves signals to us: the workers end first."""
+    """uvicorn's server without its signal handlers: at a signal the workers must end first."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -108,7 +108,7 @@ class _Server(uvicorn.Server):
 
 
 async def _status_line(queue: JobQueue, pool: WorkerPool) -> None:
-    """The counts, whenever they changed."""
+    """Logs the counts whenever they have changed."""
     last = None
     while True:
         now = counts(queue, pool)

@@ -13,7 +13,8 @@ from starlette.requests import ClientDisconnect
 
 from emulator.bodies import Json
 from emulator.client_api import WEBHOOK_PAUSE, ClientApi
-from emulator.jobs import JobQueue, Status
+from emulator.job import Status
+from emulator.jobs import JobQueue
 from emulator.worker_api import WorkerApi
 from emulator.workers import WorkerPool
 
@@ -48,7 +49,7 @@ def new_app(
     api_key: str | None = None,
     webhook_pause: float = WEBHOOK_PAUSE,
 ) -> FastAPI:
-    """Both APIs for one endpoint. `api_key`: what clients must send as `Bearer`; None asks for nothing."""
+    """Both APIs for one endpoint. `api_key`: what clients must send as `Bearer`, or None."""
     app = FastAPI(title="RunPod on this machine", openapi_url=None)
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
@@ -66,7 +67,7 @@ def new_app(
 
     @app.get("/state")
     async def state() -> Json:
-        """What the page shows, and the status line."""
+        """The counts and the last 50 jobs, as the page shows them."""
         jobs = sorted(queue, key=lambda job: job.created, reverse=True)[:50]
         return Json(
             {
@@ -77,7 +78,7 @@ def new_app(
 
     @app.get("/state/{job_id}", dependencies=[client_key])
     async def story(job_id: str) -> Json:
-        """What came for a job from its worker."""
+        """What a job's worker posted, and when."""
         job = queue.find(job_id)
         if job is None:
             raise HTTPException(404, "job not found")
@@ -92,19 +93,19 @@ def new_app(
 
 
 class _Key:
-    """Lets requests with this Authorization pass; all, if it is None."""
+    """Passes requests with this Authorization, and every request if it is None."""
 
     def __init__(self, wanted: str | None) -> None:
         self._wanted = wanted
 
     async def __call__(self, request: Request) -> None:
-        given = request.headers.get("Authorization", "").encode()
-        if self._wanted and not hmac.compare_digest(given, self._wanted.encode()):
+        sent = request.headers.get("Authorization", "").encode()
+        if self._wanted and not hmac.compare_digest(sent, self._wanted.encode()):
             raise HTTPException(401, "unauthorized")
 
 
 async def _refused(_: Request, error: Exception) -> Json:
-    """Every refusal has one shape. Who hung up, as a worker that was killed, does not read it."""
+    """The one form of all refusals. A client that hung up, such as a killed worker, does not read it."""
     if isinstance(error, AnyHTTPException):
         return Json({"error": error.detail}, error.status_code, headers=error.headers)
     return Json({"error": str(error)}, 400)

@@ -1,4 +1,4 @@
-"""JSON in and out, with limits. Strict: what one side lets in, the other side must be able to read."""
+"""JSON in and out, with limits. It is strict: what one side sends, the other side must be able to read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 
 
 class Json(JSONResponse):
-    """An answer in ASCII: half a surrogate pair in a string, which UTF-8 cannot hold, passes, too."""
+    """An answer in ASCII, so that half a surrogate pair in a string passes, which UTF-8 cannot hold."""
 
     def render(self, content: Any) -> bytes:
         """The bytes."""
@@ -19,7 +19,7 @@ class Json(JSONResponse):
 
 
 async def read(request: Request, limit: int) -> tuple[bytes, int]:
-    """A request's body and its size. What is over the limit is read to its end, and not kept."""
+    """A request's body and its size. A body over the limit is read to its end, but not kept whole."""
     pieces, size = [], 0
     async for piece in request.stream():
         size += len(piece)
@@ -31,12 +31,12 @@ async def read(request: Request, limit: int) -> tuple[bytes, int]:
 def parse(body: bytes) -> dict[str, Any]:
     """The JSON object in a body. Raises: HTTPException 400."""
     try:
-        found = json.loads(body, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(body, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise HTTPException(400, f"the body is no JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise HTTPException(400, "the body is no JSON object")
-    return found
+    return value
 
 
 def _refuse(name: str) -> NoReturn:
@@ -44,6 +44,6 @@ def _refuse(name: str) -> NoReturn:
 
 
 def _finite(text: str) -> float:
-    """A number; 1e999, say, would be read as infinity and could not be written again."""
+    """A number. 1e999, for example, would be read as infinity, which JSON cannot write."""
     number = float(text)
     return number if math.isfinite(number) else _refuse(text)

@@ -11,7 +11,8 @@ import aiohttp
 from fastapi import APIRouter, HTTPException, Request
 
 from emulator.bodies import Json, parse, read
-from emulator.jobs import RUN_LIMIT, RUNSYNC_LIMIT, Job, JobQueue, Status, TooLarge
+from emulator.job import RUN_LIMIT, RUNSYNC_LIMIT, Job, Status, TooLarge
+from emulator.jobs import JobQueue
 from emulator.workers import WorkerPool
 
 log = logging.getLogger(__name__)
@@ -20,7 +21,7 @@ WAIT, LEAST_WAIT, MOST_WAIT = 90_000, 1_000, 300_000
 """Milliseconds that /runsync waits for an answer: by default, at least, at most."""
 
 STREAM_WAIT = 1.0
-"""Seconds that /stream waits for something to tell."""
+"""Seconds that /stream waits for a piece."""
 
 WEBHOOK_TRIES, WEBHOOK_PAUSE, WEBHOOK_TIMEOUT = 3, 10.0, 10.0
 
@@ -55,7 +56,7 @@ class ClientApi:
         return _brief(await self._add(request, sync=False))
 
     async def runsync(self, request: Request, wait: int = WAIT) -> Json:
-        """Queues a job and waits for its end; its state, if that does not come in time."""
+        """Queues a job and waits for its end; answers with its state if the end does not come in time."""
         job = await self._add(request, sync=True)
         seconds = min(max(wait, LEAST_WAIT), MOST_WAIT) / 1000
         try:
@@ -65,11 +66,11 @@ class ClientApi:
         return Json(job.shown())
 
     async def status(self, job_id: str) -> Json:
-        """How far a job is, and its answer."""
+        """Answers with a job's state, its progress or its answer."""
         return Json(self._find(job_id).shown())
 
     async def stream(self, job_id: str) -> Json:
-        """What a streaming handler yielded since the last call. Waits a little for something."""
+        """Answers with what a streaming handler yielded since the last call; waits a little for a piece."""
         job = self._find(job_id)
         for _ in range(int(STREAM_WAIT / 0.05)):
             if job.stream or job.status.final:
@@ -78,13 +79,13 @@ class ClientApi:
         return Json({"status": job.status, "stream": self._queue.read_stream(job)})
 
     async def cancel(self, job_id: str) -> Json:
-        """Ends a job, wherever it is."""
+        """Ends a job, whether it is queued or in progress."""
         job = self._find(job_id)
         self._queue.cancel(job)
         return _brief(job)
 
     async def retry(self, job_id: str) -> Json:
-        """Queues a failed job again."""
+        """Queues a job that failed or timed out again."""
         job = self._find(job_id)
         if not self._queue.retry(job):
             raise HTTPException(
@@ -93,14 +94,14 @@ class ClientApi:
         return _brief(job)
 
     async def purge(self) -> Json:
-        """Cancels all that is queued."""
+        """Cancels all queued jobs."""
         return Json({"removed": self._queue.purge(), "status": "completed"})
 
     async def health(self) -> Json:
-        """Counts of jobs and workers."""
+        """Counts jobs and workers."""
         queue, workers = self._queue, list(self._pool.workers.values())
-        running = sum(bool(queue.holds(one.id)) for one in workers)
-        ready = [one for one in workers if one.ready and not one.stopping]
+        running = sum(bool(queue.holds(worker.id)) for worker in workers)
+        ready = [worker for worker in workers if worker.ready and not worker.stopping]
         return Json(
             {
                 "jobs": {
@@ -111,8 +112,8 @@ class ClientApi:
                     "retried": queue.retried,
                 },
                 "workers": {
-                    "idle": sum(not queue.holds(one.id) for one in ready),
-                    "initializing": sum(not (one.ready or one.stopping) for one in workers),
+                    "idle": sum(not queue.holds(worker.id) for worker in ready),
+                    "initializing": sum(not (w.ready or w.stopping) for w in workers),
                     "ready": len(ready),
                     "running": running,
                     "throttled": 0,
@@ -127,9 +128,9 @@ class ClientApi:
         try:
             if size > limit:
                 raise TooLarge("the payload", size, limit)
-            found = parse(body)
-            _check(found)
-            return self._queue.add(found, sync=sync, size=size)
+            job = parse(body)
+            _check(job)
+            return self._queue.add(job, sync=sync, size=size)
         except TooLarge as error:
             raise HTTPException(413, str(error)) from error
 
@@ -155,10 +156,10 @@ class ClientApi:
                 if attempt:
                     await asyncio.sleep(self._pause)
                 try:
-                    async with session.post(url, data=answer) as done:
-                        if done.status == 200:
+                    async with session.post(url, data=answer) as response:
+                        if response.status == 200:
                             return
-                        log.warning("webhook of %s: HTTP %d", job_id, done.status)
+                        log.warning("webhook of %s: HTTP %d", job_id, response.status)
                 except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                     log.warning("webhook of %s: %s", job_id, type(error).__name__)
 
@@ -168,7 +169,7 @@ def _brief(job: Job) -> Json:
 
 
 def _check(body: Mapping[str, Any]) -> None:
-    """Raises: HTTPException 400 with what is wrong with a job."""
+    """Raises: HTTPException 400 that says what is wrong with a job."""
     if body.get("input") is None:
         raise HTTPException(400, "input is missing")
     if not isinstance(body.get("webhook"), (str, type(None))):

@@ -1,4 +1,4 @@
-"""The queue: every job, its state, and who works on it. No HTTP, no processes."""
+"""The queue: all jobs of an endpoint, and which worker has which. No HTTP, no processes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import uuid
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
-MB = 1 << 20
+from emulator.job import MB, Job, Status, TooLarge
 
-RUN_LIMIT, RUNSYNC_LIMIT, STREAM_LIMIT = 10 * MB, 20 * MB, 1 * MB
-"""Bytes of a request or an answer, by how the job came in, and of one piece of a stream."""
+STREAM_LIMIT = 1 * MB
+"""Bytes that one piece of a stream may have."""
+
+LIVES = 2
+"""How many workers a job is given to, should they die while they have it."""
 
 EXECUTION_TIMEOUT, TTL = 600.0, 86_400.0
 """Seconds that a job may run, and that it may exist, unless its policy says otherwise."""
@@ -24,121 +25,28 @@ KEEP, KEEP_SYNC = 1800.0, 60.0
 """Seconds for which a final answer can be asked for."""
 
 SETTLED = 0.3
-"""Seconds after which a worker can stop a job that it took: the SDK starts it up to 0.1 s after that, and
-forgets a signal to stop that comes before."""
-
-
-class Status(StrEnum):
-    """A job's state, in the words of the API."""
-
-    IN_QUEUE = "IN_QUEUE"
-    IN_PROGRESS = "IN_PROGRESS"
-    COMPLETED = "COMPLETED"
-    FAILED = "FAILED"
-    CANCELLED = "CANCELLED"
-    TIMED_OUT = "TIMED_OUT"
-
-    @property
-    def final(self) -> bool:
-        """Whether a job in this state stays in it."""
-        return self not in (Status.IN_QUEUE, Status.IN_PROGRESS)
-
-
-RETRIED = (Status.FAILED, Status.TIMED_OUT)
-"""The states from which a client may ask for another try."""
-
-
-@dataclass
-class Job:
-    """One job. Times are by `time.monotonic()`."""
-
-    id: str
-    request: Mapping[str, Any]
-    """What the client posted: `input`, and perhaps `policy`, `webhook`, `s3Config`."""
-    sync: bool
-    created: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    ended: float | None = None
-    status: Status = Status.IN_QUEUE
-    worker: str | None = None
-    lives: int = 0
-    """How many workers it was given to."""
-    output: Any = None
-    error: str | None = None
-    stream: list[Any] = field(default_factory=list)
-    updates: list[Any] = field(default_factory=list)
-    """Every progress update of this life, in the order in which they came."""
-    late: int = 0
-    """How many updates came after the answer."""
-    answers: int = 0
-    """How many results were taken for the job's answer."""
-    let_go: float | None = None
-    """When its worker posted the end of a job that had ended without it: cancelled, or timed out."""
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def limit(self) -> int:
-        """Bytes that its answer may have."""
-        return RUNSYNC_LIMIT if self.sync else RUN_LIMIT
-
-    @property
-    def execution_ms(self) -> int | None:
-        """Milliseconds that a worker had it, once it ended."""
-        if self.started is None or self.ended is None:
-            return None
-        return int(1000 * (self.ended - self.started))
-
-    def policy(self, name: str, default: float) -> float:
-        """A limit of the job's policy in seconds; the API has milliseconds."""
-        value = (self.request.get("policy") or {}).get(name)
-        return value / 1000 if isinstance(value, (int, float)) and value > 0 else default
-
-    def shown(self) -> dict[str, Any]:
-        """As /status answers."""
-        answer: dict[str, Any] = {"id": self.id, "status": self.status}
-        if self.started is not None:
-            answer["delayTime"] = int(1000 * (self.started - self.created))
-            answer["workerId"] = self.worker
-        if self.execution_ms is not None:
-            answer["executionTime"] = self.execution_ms
-        if self.output is not None:
-            answer["output"] = self.output
-        if self.error is not None:
-            answer["error"] = self.error
-        return answer
-
-    def taken(self) -> dict[str, Any]:
-        """As a worker gets it."""
-        return {**self.request, "id": self.id}
-
-
-class TooLarge(ValueError):
-    """A request, a result or a piece of a stream is over the platform's limit."""
-
-    def __init__(self, what: str, size: int, limit: int) -> None:
-        super().__init__(f"{what} has {size / MB:.1f} MB; {limit // MB} are allowed")
+"""Seconds until a worker can stop a job that it took. The SDK starts a job up to 0.1 s after it took it, and
+ignores a signal to stop that comes before that."""
 
 
 class JobQueue:
-    """All jobs of one endpoint. Lives in one event loop."""
+    """All jobs of one endpoint. Used within one event loop."""
 
-    def __init__(self, *, lives: int = 2) -> None:
-        """`lives`: how many workers a job may be given to, should they die under it."""
-        self._lives = lives
+    def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._waiting: deque[str] = deque()
         self._changed = asyncio.Event()
         self._to_stop: defaultdict[str, dict[str, float]] = defaultdict(dict)
-        """Per worker the jobs that it should stop, and from when on it can."""
+        """For each worker the jobs that it should stop, each with the time from which it can."""
         self.retried = 0
         self.on_final: list[Callable[[Job], None]] = []
-        """Called with each job that reached its final state."""
+        """Functions that are called with each job that ends."""
 
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs.values())
 
     def find(self, job_id: str) -> Job | None:
-        """The job of this id, as long as it is kept."""
+        """The job with this id, as long as it is kept."""
         return self._jobs.get(job_id)
 
     def count(self, status: Status) -> int:
@@ -147,7 +55,7 @@ class JobQueue:
 
     @property
     def waited(self) -> float:
-        """Seconds since the oldest job in the queue came."""
+        """Seconds for which the first job in the queue has waited; 0 if there is none."""
         if not self._waiting:
             return 0.0
         return time.monotonic() - self._jobs[self._waiting[0]].created
@@ -155,46 +63,41 @@ class JobQueue:
     # --- the client's side ----------------------------------------------------------------------
 
     def add(self, request: Mapping[str, Any], *, sync: bool = False, size: int = 0) -> Job:
-        """A new job; `size` is that of the request in bytes. Raises: TooLarge."""
-        name = f"{'sync-' if sync else ''}{uuid.uuid4()}-e1"
-        job = Job(name, request, sync)
+        """Queues a new job. `size`: bytes of the request. Raises: TooLarge."""
+        job = Job(f"{'sync-' if sync else ''}{uuid.uuid4()}-e1", request, sync)
         if size > job.limit:
             raise TooLarge("the payload", size, job.limit)
-        self._jobs[name] = job
+        self._jobs[job.id] = job
         self._queue(job)
         return job
 
     def cancel(self, job: Job) -> None:
-        """Ends a job; the worker that has it is told to stop."""
+        """Ends a job, and signals the worker that has it to stop."""
         self._end(job, Status.CANCELLED, stop=True)
 
     def retry(self, job: Job) -> bool:
-        """Puts a failed job into the queue again; False if it did not fail."""
-        if job.status not in RETRIED:
+        """Queues a job that failed or timed out as if it were new; False if it did neither."""
+        if job.status not in (Status.FAILED, Status.TIMED_OUT):
             return False
-        self._clear(job)
-        job.error, job.ended, job.lives, job.answers, job.late = None, None, 0, 0, 0
-        job.let_go = None
-        job.created = time.monotonic()
-        job.done.clear()
+        vars(job).update(vars(Job(job.id, job.request, job.sync)))
         self.retried += 1
         self._queue(job)
         return True
 
     def purge(self) -> int:
-        """Cancels all jobs that no worker has yet; how many."""
+        """Cancels all jobs in the queue; returns their number."""
         waiting = [self._jobs[job_id] for job_id in list(self._waiting)]
         for job in waiting:
             self.cancel(job)
         return len(waiting)
 
     def read_stream(self, job: Job) -> list[Any]:
-        """What came since the last reading."""
-        found, job.stream = job.stream, []
-        return found
+        """Returns the pieces that came since the last call."""
+        pieces, job.stream = job.stream, []
+        return pieces
 
     def close(self) -> None:
-        """Cancels all that has not ended, so that who waits for it is answered. No one else is told."""
+        """Cancels every job that has not ended, so that waiting clients are answered. Calls no `on_final`."""
         self.on_final.clear()
         for job in self:
             self.cancel(job)
@@ -204,9 +107,9 @@ class JobQueue:
     async def take(
         self, worker: str, most: int, wait: float, may: Callable[[], bool] = lambda: True
     ) -> list[Job]:
-        """Up to `most` jobs for a worker; waits for one, for so many seconds.
+        """Gives a worker up to `most` jobs; waits up to `wait` seconds for the first.
 
-        `may` is asked at the moment of taking: a worker can end while its question is open.
+        `may` says, when there is one, whether the worker still takes jobs: it can end while it waits.
         """
         deadline = time.monotonic() + wait
         while not (self._waiting and may()):
@@ -220,32 +123,32 @@ class JobQueue:
         for job in taken:
             job.status, job.worker, job.started = Status.IN_PROGRESS, worker, time.monotonic()
             job.lives += 1
-            self._to_stop[worker].pop(job.id, None)  # of an earlier try: it would stop this one
+            self._to_stop[worker].pop(job.id, None)  # an earlier try's signal would stop this one
         return taken
 
     def update(self, job: Job, worker: str, output: Any, size: int = 0) -> None:
-        """Progress: shown as the job's output until it ends. Raises: TooLarge."""
+        """Takes a progress update, which is the job's output until it ends. Raises: TooLarge."""
         if size > job.limit:
             raise TooLarge("the progress", size, job.limit)
-        if _is_of(job, worker):
+        if job.is_held_by(worker):
             job.output = output
             job.updates.append(output)
         elif job.answers and job.worker == worker:
             job.late += 1
 
     def add_stream(self, job: Job, worker: str, piece: Any, size: int = 0) -> None:
-        """A piece of a stream. Raises: TooLarge."""
+        """Takes a piece of a stream. Raises: TooLarge."""
         if size > STREAM_LIMIT:
             raise TooLarge("a piece of the stream", size, STREAM_LIMIT)
-        if _is_of(job, worker):
+        if job.is_held_by(worker):
             job.stream.append(piece)
 
     def finish(self, job: Job, worker: str, result: Mapping[str, Any], size: int = 0) -> None:
-        """A worker's result. That of a job which ended or went to another worker meanwhile is dropped.
+        """Takes a worker's result; drops it if the job has ended or another worker has it now.
 
         Raises: TooLarge; the job is then COMPLETED without an output, as on the platform.
         """
-        mine = _is_of(job, worker)
+        mine = job.is_held_by(worker)
         if not mine and job.worker == worker and not job.answers:
             job.let_go = job.let_go or time.monotonic()
         if size > job.limit:
@@ -261,10 +164,10 @@ class JobQueue:
             self._end(job, Status.FAILED if job.error else Status.COMPLETED)
 
     def lost(self, worker: str) -> None:
-        """A worker died: its jobs go back to the front of the queue, or fail."""
+        """Puts a dead worker's jobs back at the front of the queue; those that had `LIVES` workers fail."""
         self._to_stop.pop(worker, None)
-        for job in reversed(self.holds(worker)):  # the oldest comes to the very front
-            if job.lives < self._lives:
+        for job in reversed(self.holds(worker)):  # the oldest is put in last, and so comes first
+            if job.lives < LIVES:
                 self._clear(job)
                 self._waiting.appendleft(job.id)
                 self._changed.set()
@@ -273,28 +176,28 @@ class JobQueue:
                 self._end(job, Status.FAILED)
 
     def holds(self, worker: str) -> list[Job]:
-        """The jobs that a worker has."""
-        return [job for job in self if _is_of(job, worker)]
+        """The jobs that a worker works on."""
+        return [job for job in self if job.is_held_by(worker)]
 
     async def to_stop(
         self, worker: str, wait: float, over: Callable[[], bool] = lambda: False
     ) -> list[str]:
-        """Ids of jobs that a worker should stop; waits for one, for so many seconds or until `over`."""
+        """Ids of the jobs that a worker should stop; waits for one up to `wait` seconds, or until `over`."""
         deadline, signals = time.monotonic() + wait, self._to_stop[worker]
         while True:
             now = time.monotonic()
-            found = [job_id for job_id, since in signals.items() if since <= now]
-            if found or now >= deadline or over():
+            ids = [job_id for job_id, since in signals.items() if since <= now]
+            if ids or now >= deadline or over():
                 break
             await asyncio.sleep(0.02)
-        for job_id in found:
+        for job_id in ids:
             del signals[job_id]
-        return found
+        return ids
 
     # --- time -----------------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Ends what took too long, forgets what is old. Called a few times a second."""
+        """Times out jobs that took too long, and forgets old answers. Called a few times a second."""
         now = time.monotonic()
         for job in list(self):
             if job.status.final:
@@ -310,7 +213,7 @@ class JobQueue:
                     self._end(job, Status.TIMED_OUT, stop=True)
 
     def _clear(self, job: Job) -> None:
-        """What a try left in a job that gets another."""
+        """Removes what a dead worker left in a job that gets another."""
         job.status, job.worker, job.started = Status.IN_QUEUE, None, None
         job.output, job.stream, job.updates = None, [], []
 
@@ -326,12 +229,8 @@ class JobQueue:
         elif stop and job.worker and job.started is not None:
             self._to_stop[job.worker][job.id] = job.started + SETTLED
         if status not in (Status.COMPLETED, Status.FAILED):
-            job.output = None  # a progress update is no answer
+            job.output = None  # it is a progress update
         job.status, job.ended = status, time.monotonic()
         job.done.set()
         for call in self.on_final:
             call(job)
-
-
-def _is_of(job: Job, worker: str) -> bool:
-    return job.status is Status.IN_PROGRESS and job.worker == worker

@@ -9,23 +9,24 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 
 from emulator.bodies import Json, parse
-from emulator.jobs import Job, JobQueue, TooLarge
+from emulator.job import Job, TooLarge
+from emulator.jobs import JobQueue
 from emulator.workers import WorkerPool
 
 log = logging.getLogger(__name__)
 
 TAKE_WAIT = 1.5
-"""Seconds for which a question for jobs is held open: a worker that is to end waits for its answer."""
+"""Seconds for which a question for jobs is held open. A worker that is to end waits for the answer."""
 
 STOP_WAIT = 10.0
-"""The same of the question what to stop, which is answered when its worker was asked to end. It is longer,
-because the SDK is deaf for a second after an empty answer."""
+"""Seconds for which the question what to stop is held open, unless its worker is asked to end. They are more,
+because the SDK does not ask again for a second after an empty answer."""
 
 
 def wire_environment(address: str, endpoint: str, key: str) -> dict[str, str]:
     """The variables that make a worker's SDK talk to this server.
 
-    `$ID` and `$RUNPOD_POD_ID` are for the SDK to fill in, which wants a `?` in each URL, too.
+    The SDK fills in `$ID` and `$RUNPOD_POD_ID`, and needs a `?` in each URL.
     """
     base = f"{address}/v2/{endpoint}"
     return {
@@ -67,11 +68,11 @@ class WorkerApi:
 
     async def _take(self, worker: str, most: int) -> list[Job]:
         self._pool.heard_of(worker)
-        # One that gets no more jobs waits, too: the SDK asks again at once.
+        # A worker that gets no more jobs waits as well: its SDK would ask again at once.
         return await self._queue.take(worker, most, TAKE_WAIT, lambda: self._pool.takes(worker))
 
     async def stop(self, worker: str) -> Response:
-        """Ids of jobs that the worker should stop."""
+        """Answers with the ids of the jobs that the worker should stop."""
         ids = await self._queue.to_stop(worker, STOP_WAIT, lambda: self._pool.ends(worker))
         return Json({"jobsToStop": ids})
 
@@ -97,13 +98,13 @@ class WorkerApi:
         return await self._receive(job_id, request, use)
 
     async def ping(self, worker: str) -> Response:
-        """A sign of life. We need none: a worker's process is ours."""
+        """Answers a sign of life. None is needed: the emulator sees the worker's process."""
         return Json({"status": "ok"})
 
     async def _receive(
         self, job_id: str, request: Request, use: Callable[[Job, Mapping[str, Any], int], None]
     ) -> Response:
-        """Passes what a worker posted to `use`. What is refused is told: the SDK's own log says only 400."""
+        """Passes what a worker posted to `use`. Logs why a post is refused: the SDK logs only a 400."""
         body = await request.body()
         job = self._queue.find(job_id)
         if job is None:

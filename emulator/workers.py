@@ -1,4 +1,4 @@
-"""Worker processes: started, scaled, replaced when they die, and never left behind."""
+"""Worker processes: the pool starts, scales and replaces them, and leaves none behind."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from emulator.jobs import JobQueue
 log = logging.getLogger(__name__)
 
 GRACE, LAST_GRACE = 30.0, 5.0
-"""Seconds between asking a worker to end and ending it: while the others work on, and when all is over."""
+"""Seconds between asking a worker to end and killing it: while the others go on, and when the pool ends."""
 
 POLL = 0.1
 
 RESTART_PAUSE = 1.0
-"""Seconds after a worker that could not start: it is not tried in a tight loop."""
+"""Seconds before another worker is started after one that ended before it asked for a job."""
 
 
 @dataclass
 class Worker:
-    """One worker process, in a session of its own, so that all that it started ends with it."""
+    """One worker process, in a session of its own, so that the processes that it started end with it."""
 
     id: str
     process: asyncio.subprocess.Process
     ready: bool = False
-    """Whether it asked for a job."""
+    """Whether it has asked for a job."""
     stopping: bool = False
     """Whether it gets no more jobs."""
     asked: bool = False
@@ -44,31 +44,31 @@ class Worker:
     def alive(self) -> bool:
         """Whether the process runs.
 
-        Not `process.wait()`: that also waits for whoever else holds the process's output, and the SDK's
-        heartbeat outlives its worker.
+        `process.wait()` will not do: it also waits for other processes that hold the worker's output, and the
+        SDK's heartbeat outlives its worker.
         """
         return self.process.returncode is None
 
     def ask_to_end(self) -> None:
-        """SIGTERM to the process alone: it ends what it does, and itself."""
+        """Sends SIGTERM to the process alone, which then finishes its jobs and ends."""
         self.stopping = self.asked = True
         with suppress(ProcessLookupError):
             self.process.terminate()
 
     def kill(self) -> None:
-        """SIGKILL to the process and all that it started."""
+        """Sends SIGKILL to the process and all that it started."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How many workers there are."""
+    """How many workers there may be, and when the number changes."""
 
     least: int = 1
     most: int = 1
     delay: float = 4.0
-    """Seconds that a job waits before another worker is started; the first is started at once."""
+    """Seconds that a job waits before another worker is started. The first worker is started at once."""
     idle: float = 5.0
     """Seconds after which an idle worker above the least number ends."""
 
@@ -84,7 +84,7 @@ class WorkerPool:
         scale: Scale,
         homes: Path,
     ) -> None:
-        """`environment` is what each worker gets besides RUNPOD_POD_ID and a HOME below `homes`."""
+        """`environment`: the variables of each worker, besides RUNPOD_POD_ID and a HOME below `homes`."""
         self._command, self._environment = list(command), dict(environment)
         self._queue, self._scale, self._homes = queue, scale, homes
         self.workers: dict[str, Worker] = {}
@@ -96,7 +96,7 @@ class WorkerPool:
         self._outputs: set[asyncio.Task[None]] = set()
 
     async def run(self, over: asyncio.Event) -> None:
-        """Starts, watches and scales until it is over; then ends all workers and what they started.
+        """Starts, watches and scales workers until `over` is set; then ends them and what they started.
 
         Raises: OSError if the command cannot be started.
         """
@@ -112,27 +112,27 @@ class WorkerPool:
         finally:
             await self._end_all()
 
-    def heard_of(self, worker: str) -> None:
-        """A worker asked for a job: it has started."""
-        if found := self.workers.get(worker):
-            found.ready = True
+    def heard_of(self, name: str) -> None:
+        """Notes that a worker asked for a job: it has started."""
+        if worker := self.workers.get(name):
+            worker.ready = True
 
-    def takes(self, worker: str) -> bool:
+    def takes(self, name: str) -> bool:
         """Whether a worker gets jobs."""
-        found = self.workers.get(worker)
-        return found is not None and found.alive and not found.stopping
+        worker = self.workers.get(name)
+        return worker is not None and worker.alive and not worker.stopping
 
-    def ends(self, worker: str) -> bool:
-        """Whether a worker was asked to end, or did."""
-        found = self.workers.get(worker)
-        return found is None or found.asked
+    def ends(self, name: str) -> bool:
+        """Whether a worker was asked to end, or has ended."""
+        worker = self.workers.get(name)
+        return worker is None or worker.asked
 
-    def stop(self, worker: str) -> None:
-        """Lets a worker end its jobs and itself; it gets no more, and another takes its place."""
-        found = self.workers.get(worker)
-        if found and not found.stopping:
-            found.stopping = True
-            _keep(self._ends, self._end(found))
+    def stop(self, name: str) -> None:
+        """Lets a worker finish its jobs and end; it gets no more jobs, and another takes its place."""
+        worker = self.workers.get(name)
+        if worker and not worker.stopping:
+            worker.stopping = True
+            _keep(self._ends, self._end(worker))
 
     async def _start(self) -> None:
         name = f"w{self._number}"
@@ -153,7 +153,7 @@ class WorkerPool:
         _keep(self._outputs, self._show(worker))
 
     async def _show(self, worker: Worker) -> None:
-        """Each line that it prints, with its name before it."""
+        """Logs each line that a worker prints, with the worker's name before it."""
         assert worker.process.stdout is not None  # noqa: S101 - for the type checker; PIPE was asked for
         while True:
             try:
@@ -165,9 +165,9 @@ class WorkerPool:
             log.info("[%s] %s", worker.id, line.decode(errors="replace").rstrip())
 
     def _bury(self) -> None:
-        """Takes workers that ended off the list; their jobs go back to the queue."""
-        for worker in [one for one in self.workers.values() if not one.alive]:
-            worker.kill()  # what it left behind
+        """Forgets the workers that ended, and puts their jobs back into the queue."""
+        for worker in [worker for worker in self.workers.values() if not worker.alive]:
+            worker.kill()  # the processes that it left behind
             del self.workers[worker.id]
             self._queue.lost(worker.id)
             if worker.stopping:
@@ -179,18 +179,18 @@ class WorkerPool:
                 self._not_before = time.monotonic() + RESTART_PAUSE
 
     def _wants_another(self) -> bool:
-        """Whether to start a worker. One that is ending counts: it still has the device's memory."""
+        """Whether to start a worker. A worker that is ending counts: it still has the device's memory."""
         count, scale = len(self.workers), self._scale
         if count >= scale.most or time.monotonic() < self._not_before:
             return False
         if count < scale.least:
             return True
-        starting = any(not one.ready for one in self.workers.values())
+        starting = any(not worker.ready for worker in self.workers.values())
         return not starting and self._queue.waited > (scale.delay if count else 0)
 
     def _scale_down(self) -> None:
         now = time.monotonic()
-        serving = [one for one in self.workers.values() if not one.stopping]
+        serving = [worker for worker in self.workers.values() if not worker.stopping]
         spare = len(serving) - self._scale.least
         for worker in serving:
             if self._queue.holds(worker.id) or not worker.ready:
@@ -202,7 +202,10 @@ class WorkerPool:
                 spare -= 1
 
     async def _end(self, worker: Worker) -> None:
-        """Not only when it has no more jobs: one whose answer could not be posted never ends for us."""
+        """Asks a worker to end, and kills it if it goes on without a job.
+
+        It is asked while it has jobs, because a job whose answer could not be posted never ends.
+        """
         worker.ask_to_end()
         while not await _ended([worker], GRACE):
             if not self._queue.holds(worker.id):
@@ -210,7 +213,7 @@ class WorkerPool:
                 worker.kill()
 
     async def _end_all(self) -> None:
-        """All workers and what they started, whatever they are doing."""
+        """Ends all workers and what they started, whatever they are doing."""
         for task in self._ends:
             task.cancel()
         workers = list(self.workers.values())
@@ -225,9 +228,9 @@ class WorkerPool:
 
 
 async def _ended(workers: Collection[Worker], seconds: float) -> bool:
-    """Waits until all have ended; False if they did not in so many seconds."""
+    """Waits until all have ended; False if they have not after so many seconds."""
     deadline = time.monotonic() + seconds
-    while any(one.alive for one in workers):
+    while any(worker.alive for worker in workers):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(POLL / 4)
@@ -235,7 +238,7 @@ async def _ended(workers: Collection[Worker], seconds: float) -> bool:
 
 
 def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
-    """Runs it beside us; the set keeps it from being collected."""
+    """Runs a task in the background; the set keeps it from being collected."""
     task = asyncio.create_task(work)
     tasks.add(task)
     task.add_done_callback(tasks.discard)

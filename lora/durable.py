@@ -30,11 +30,10 @@ def part_file(folder: Path, name: str = "") -> Iterator[Path]:
 def published(
     target: Path, part_folder: Path | None = None, *, synced: bool = True
 ) -> Iterator[Path]:
-    """A path to write to, which is renamed to `target` when the block ends.
+    """A path to write to, which is renamed to `target` when the block ends, and removed if the block fails.
 
-    It lies in `part_folder`, which must be of the target's file system, or beside the target. If the block
-    fails, it is removed, and the target is as it was. `synced`: the bytes are on the disk before they have
-    the name. Raises: OSError.
+    It lies in `part_folder`, which must be of the target's file system, or beside the target. `synced`: the
+    bytes are on the disk before they have the name. Raises: OSError.
     """
     with part_file(part_folder or target.parent, target.name) as part:
         yield part

@@ -1,14 +1,14 @@
-"""The tree of errors that a user can be told about.
+"""The tree of errors that are shown to users.
 
     CodedError
     ├── ToolError              TOOL_ERROR            a tool's input does not fit, or its output fails
     └── LoraError
         ├── SourceInvalid      LORA_SOURCE_INVALID   the reference cannot mean anything
         ├── LoraNotFound       LORA_NOT_FOUND        nothing is there
-        ├── AccessDenied       LORA_ACCESS_DENIED    it is there, but not for us
-        ├── DownloadFailed     LORA_DOWNLOAD_FAILED  the way there broke, time and again
+        ├── AccessDenied       LORA_ACCESS_DENIED    the source refuses us
+        ├── DownloadFailed     LORA_DOWNLOAD_FAILED  the transfer broke, time and again
         ├── LoraTooLarge       LORA_TOO_LARGE        over the size that is allowed
-        ├── LoraCorrupt        LORA_CORRUPT          the bytes are no adapter, or not all of them
+        ├── LoraCorrupt        LORA_CORRUPT          the bytes are no adapter, or incomplete
         ├── LoraUnsupported    LORA_UNSUPPORTED      an adapter, in a form that we do not read
         ├── LoraIncompatible   LORA_INCOMPATIBLE     an adapter, for another model
         └── CacheFull          CACHE_FULL            no room on the volume
@@ -25,7 +25,7 @@ from difflib import get_close_matches
 from typing import ClassVar
 
 MAX_SENTENCE = 4000
-"""An answer must be carried: a sentence may repeat what a file or a request says."""
+"""Characters; a sentence may repeat texts of a file or a request, and an answer must not grow too long."""
 
 
 class CodedError(Exception):
@@ -43,7 +43,7 @@ class CodedError(Exception):
 
 
 class ToolError(CodedError):
-    """What was given to a tool does not fit together, or its result cannot be written."""
+    """A tool's inputs do not fit together, or its output cannot be written."""
 
     code = "TOOL_ERROR"
 
@@ -54,7 +54,7 @@ class LoraError(CodedError):
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Lets the sentence of a LoraError that leaves the block begin with a name, unless it says it already."""
+    """Puts a name before the sentence of a LoraError that leaves the block, unless it is in it already."""
     try:
         yield
     except LoraError as error:
@@ -76,7 +76,7 @@ class LoraNotFound(LoraError):
 
 
 class AccessDenied(LoraError):
-    """The other side wants a token, or another one than ours."""
+    """The source wants a token, or another one than ours."""
 
     code = "LORA_ACCESS_DENIED"
 
@@ -118,6 +118,6 @@ class CacheFull(LoraError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A hint that names the known words nearest to `name`; empty if none is near."""
+    """A hint with the known names nearest to `name`; empty if none is near."""
     close = get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(close)}?" if close else ""

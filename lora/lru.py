@@ -1,9 +1,9 @@
-"""What was used lately, as long as it fits into a number of bytes."""
+"""A dictionary that keeps what was used lately, within a number of bytes."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -31,9 +31,6 @@ class ByteLru(Generic[Value]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __iter__(self) -> Iterator[Hashable]:
-        return iter(self._entries)
-
     def get(self, key: Hashable) -> Value | None:
         """The value, which counts as used now; None if it is not there (any more)."""
         entry = self._entries.get(key)
@@ -43,7 +40,7 @@ class ByteLru(Generic[Value]):
         return entry.value
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
-        """Keeps the value if it fits the budget at all, at the cost of what was used least recently."""
+        """Keeps the value if it fits the budget at all; what was used least recently is removed for it."""
         self.pop(key)
         if size > self.budget:
             return
@@ -54,11 +51,11 @@ class ByteLru(Generic[Value]):
             self.size -= oldest.size
 
     def pop(self, key: Hashable) -> None:
-        """Forgets one."""
+        """Forgets one entry."""
         entry = self._entries.pop(key, None)
         self.size -= entry.size if entry else 0
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Forgets all entries."""
         self._entries.clear()
         self.size = 0

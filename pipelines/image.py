@@ -1,4 +1,4 @@
-"""SDXL: which pipeline draws a request, and the drawing itself."""
+"""SDXL, base and refiner, behind one call that draws a request."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any
 
@@ -17,10 +16,11 @@ from torch import nn
 
 from lora.formats.embeddings import TokenEmbedding
 from pipelines.loading import LoadedModels
-from pipelines.preview import LatentColours, Watch
+from pipelines.preview import LatentColours, LatentWatch
+from pipelines.routes import Route
 from pipelines.schedulers import make_scheduler
 from pipelines.tokens import added_tokens
-from schemas import HINT, ImageRequest, InvalidInput
+from schemas import ImageRequest
 
 ENSEMBLE_FRACTION = 0.8
 """Where the refiner takes over in an ensemble if the request does not say: SDXL's own default."""
@@ -34,67 +34,11 @@ ENCODED = (
 """What `encode_prompt` returns, under the names that the pipeline's call takes."""
 
 Preview = Callable[[], Image.Image | None]
-"""Makes a small picture of how far a denoising is; costs nothing unless it is called."""
+"""Makes a small picture of the denoising's present state; costs nothing unless it is called."""
 
 StepCallback = Callable[[int, int, Preview], None]
-"""Called after each denoising step with (steps done, steps in all, a preview; it makes one within the call
-alone, and only where the request has `preview`)."""
-
-
-class Route(Enum):
-    """Which pipelines draw a request."""
-
-    BASE = "base"
-    REFINED = "base, then refiner as image to image (as worker-sdxl)"
-    ENSEMBLE = "base, then refiner, one denoising split in two"
-    REFINER_IMAGE = "refiner alone, on the given picture (as worker-sdxl)"
-    BASE_IMAGE = "base alone, on the given picture"
-
-
-def choose_route(request: ImageRequest, *, has_refiner: bool) -> tuple[Route, list[str]]:
-    """The route of a request, and what the answer must warn of.
-
-    Raises: InvalidInput where `strength` leaves image to image without a step.
-    """
-    warnings: list[str] = []
-    if request.image_url and has_refiner and not request.loras and request.refiner_mode != "none":
-        route = Route.REFINER_IMAGE
-    elif request.image_url:
-        route = Route.BASE_IMAGE
-        if request.loras:
-            warnings.append(
-                "image_url with loras: the base model draws it, since SDXL LoRAs do not fit the refiner"
-            )
-    elif has_refiner and request.refiner_mode != "none":
-        route = Route.ENSEMBLE if request.refiner_mode == "ensemble" else Route.REFINED
-    else:
-        route = Route.BASE
-        if request.high_noise_frac is not None and not has_refiner:
-            warnings.append("high_noise_frac does nothing: this worker has no refiner")
-    if not has_refiner and request.refiner_mode == "ensemble":
-        warnings.append("refiner_mode ensemble does nothing: this worker has no refiner")
-    _check_steps(request, route)
-    return route, warnings
-
-
-def _check_steps(request: ImageRequest, route: Route) -> None:
-    """diffusers does int(steps * strength) steps of image to image, and fails on none; an ensemble
-    that is not split does all steps in the base.
-    """
-    if route is Route.ENSEMBLE and request.high_noise_frac in (0, 1):
-        raise InvalidInput(
-            "high_noise_frac: an ensemble is split between 0 and 1, not at them", HINT
-        )
-    by_route = {
-        Route.REFINED: ("refiner_inference_steps", request.refiner_inference_steps),
-        Route.REFINER_IMAGE: ("refiner_inference_steps", request.refiner_inference_steps),
-        Route.BASE_IMAGE: ("num_inference_steps", request.num_inference_steps),
-    }
-    name, steps = by_route.get(route, ("", 1))
-    if name and int(steps * request.strength) < 1:
-        raise InvalidInput(
-            f"strength: {request.strength} of {steps} {name} is less than one step", HINT
-        )
+"""Called after each denoising step with the steps done, the steps in all, and a preview. The preview works
+within that call only, and returns None unless the request has `preview`."""
 
 
 @dataclass
@@ -295,7 +239,7 @@ class _Drawing:
             conditions = self._encode(pipeline, negative_prompt, guidance_scale)
         begun = time.perf_counter()
         denoised = begun
-        watch = Watch(pipeline.scheduler)
+        watch = LatentWatch(pipeline.scheduler)
 
         def preview() -> Image.Image | None:
             latents = watch.finished()

@@ -1,4 +1,4 @@
-"""Loads the baked weights: from a folder, a single file, or a hub repo that is already on the disk."""
+"""Loads the base weights: from a folder, a single file, or a hub repo that was baked into the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from settings import STOCK_MODEL, Settings
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
-
 AnyPipeline = TypeVar("AnyPipeline", bound=DiffusionPipeline)
 
 
@@ -33,16 +32,16 @@ class LoadedModels:
 
 
 def load_models(settings: Settings) -> LoadedModels:
-    """Loads base, VAE and refiner as the settings say, without asking any network.
+    """Loads base, VAE and refiner as the settings say, without the network.
 
-    Raises: WeightsMissing; WeightsIncomplete, which names the file, if one is cut or not there.
+    Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
     device = torch.device(_device(settings.device))
     dtype = DTYPES[_dtype(settings.dtype, device)]
     vae = None
     if settings.vae_source:
-        where = find_weights(settings.vae_source)
-        vae = AutoencoderKL.from_pretrained(where, dtype=dtype, local_files_only=True)
+        path = find_weights(settings.vae_source)
+        vae = AutoencoderKL.from_pretrained(path, dtype=dtype, local_files_only=True)
     base = _load(StableDiffusionXLPipeline, settings.model, dtype, vae)
     refiner = None
     if settings.refiner_source:
@@ -58,18 +57,18 @@ def load_models(settings: Settings) -> LoadedModels:
 def _load(
     pipeline: type[AnyPipeline], source: str, dtype: torch.dtype, vae: AutoencoderKL | None
 ) -> AnyPipeline:
-    where = find_weights(source)
+    path = find_weights(source)
     parts = {"vae": vae} if vae is not None else {}
-    if where.is_file():
-        # A single checkpoint holds no configs; SDXL's own are baked beside it.
+    if path.is_file():
+        # A single checkpoint holds no configs; SDXL's own are baked into the image.
         config = str(find_weights(STOCK_MODEL))
         return pipeline.from_single_file(
-            str(where), config=config, dtype=dtype, local_files_only=True, **parts
+            str(path), config=config, dtype=dtype, local_files_only=True, **parts
         )
-    check(where)
-    half = any(where.glob("*/*.fp16.safetensors"))
+    check(path)
+    half = any(path.glob("*/*.fp16.safetensors"))
     return pipeline.from_pretrained(
-        where,
+        path,
         dtype=dtype,
         variant="fp16" if half else None,
         use_safetensors=True,

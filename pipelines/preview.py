@@ -1,8 +1,8 @@
-"""What a denoising has come to, as a small picture: a linear map of the latents, without the VAE.
+"""Previews of a picture that is being denoised, by a linear map from latents to RGB instead of the VAE.
 
-A step of the sampler sees noisy latents and the network's output; together they say what the network
-takes the finished latents to be (x0), and that is what is shown. Latents of Stable Diffusion are close to a
-small picture in another colour space: the map from one to the other is fitted to the VAE at hand.
+A sampler's step gets noisy latents and the network's output. From both follows the network's estimate of the
+finished latents (x0), which the preview shows. Stable Diffusion's latents are close to a small picture in
+another colour space; the map between the two spaces is fitted to the VAE of the loaded model.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 
 PICTURES, SIDE, PATCHES = 4, 256, 16
-"""What the map is fitted on: pictures, their side in pixels, patches of colour along it."""
+"""The pictures that the map is fitted on: how many, their side in pixels, patches of colour along a side."""
 
-LARGEST = 192
-"""Pixels of a preview's longer side, at most."""
+MAX_PREVIEW = 192
+"""Largest length of a preview's longer side, in pixels."""
 
 
 @dataclass(frozen=True)
 class LatentColours:
-    """RGB as a linear function of the latents, as the denoising has them."""
+    """RGB as a linear function of the latents that the denoising works on."""
 
     matrix: Tensor
     """[3, channels + 1], float32; the last column is the constant."""
@@ -37,8 +37,8 @@ class LatentColours:
     def fit(cls, vae: Any) -> LatentColours:
         """The least squares fit between pictures of soft patches of colour and what `vae` encodes them to.
 
-        The pictures are the same every time. Computes in float32, and leaves the VAE in the precision that
-        it had.
+        The pictures are the same every time. The fit runs in float32; afterwards the VAE has its former
+        precision again.
         """
         chance = torch.Generator().manual_seed(0)
         patches = torch.rand(PICTURES, 3, PATCHES, PATCHES, generator=chance) * 2 - 1
@@ -48,8 +48,8 @@ class LatentColours:
         latents = _channels_last(_scaled(encoded, vae.config))
         small = _channels_last(functional.adaptive_avg_pool2d(pictures, encoded.shape[-1]))
         ones = torch.ones(len(latents), 1)
-        found = torch.linalg.lstsq(torch.cat([latents, ones], dim=1), small).solution
-        return cls(found.t())
+        solution = torch.linalg.lstsq(torch.cat([latents, ones], dim=1), small).solution
+        return cls(solution.t())
 
     def picture(self, latents: Tensor) -> Image.Image:
         """Latents [channels, height, width] as RGB, one pixel each; smaller if they are large."""
@@ -58,7 +58,7 @@ class LatentColours:
         pixels = ((values + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8)
         height, width = latents.shape[1:]
         image = Image.fromarray(pixels.t().reshape(height, width, 3).contiguous().numpy())
-        image.thumbnail((LARGEST, LARGEST))
+        image.thumbnail((MAX_PREVIEW, MAX_PREVIEW))
         return image
 
 
@@ -91,37 +91,37 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.cpu().permute(0, 2, 3, 1).flatten(0, 2)
 
 
-class Watch:
-    """Sees the steps of a sampler within its block; changes nothing of what they do."""
+class LatentWatch:
+    """Keeps the inputs of the sampler's last step while its `with` block runs, and changes nothing."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
-        self._seen: tuple[Tensor, Any, Tensor] | None = None
+        self._last_step: tuple[Tensor, Any, Tensor] | None = None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> LatentWatch:
         step = self._scheduler.step
 
         @functools.wraps(step)  # pipelines look at its parameters
-        def seen(output: Tensor, timestep: Any, sample: Tensor, *rest: Any, **more: Any) -> Any:
-            self._seen = output, timestep, sample
+        def watched(output: Tensor, timestep: Any, sample: Tensor, *rest: Any, **more: Any) -> Any:
+            self._last_step = output, timestep, sample
             return step(output, timestep, sample, *rest, **more)
 
-        self._scheduler.step = seen
+        self._scheduler.step = watched
         return self
 
     def __exit__(self, *_: object) -> None:
         del self._scheduler.step
 
     def finished(self) -> Tensor | None:
-        """What the network takes the finished latents to be, [batch, channels, height, width], float32;
-        None before the first step.
+        """The estimate of the finished latents, [batch, channels, height, width] in float32; None before the
+        first step.
 
         x0 = (x - sigma * epsilon) / alpha, or alpha * x - sigma * v (arXiv 2202.00512), where x has the
         variance of alpha^2 * x0 + sigma^2; samplers that count in sigmas alone scale it by 1 / alpha.
         """
-        if self._seen is None:
+        if self._last_step is None:
             return None
-        output, timestep, sample = self._seen
+        output, timestep, sample = self._last_step
         config, steps = self._scheduler.config, self._scheduler.alphas_cumprod
         if config.prediction_type == "sample":
             return output.float()

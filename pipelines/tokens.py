@@ -1,9 +1,9 @@
-"""New words for the prompt, for the time of a block: textual inversion without touching the model.
+"""New prompt words while a block runs: textual inversion that leaves the model untouched.
 
-An embedding's vectors get ids beyond the vocabulary, one each. The pipelines' tokenizers are replaced by
-stand-ins that write these ids where the prompt says the word, and two `forward`s of each text encoder
-are shadowed on the instance: the whole encoder's, which hides the new ids, and its token table's, which
-reads the vectors in their place.
+Each vector of an embedding gets an id beyond the vocabulary. While the block runs, stand-ins replace the
+pipelines' tokenizers and write these ids where the prompt has the word. Two `forward` methods of each text
+encoder are shadowed on the instance: the encoder's own, which hides the new ids, and its token table's, which
+returns the new vectors in their place.
 """
 
 from __future__ import annotations
@@ -22,29 +22,27 @@ from lora.errors import LoraIncompatible
 from lora.formats.embeddings import TokenEmbedding
 
 TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-"""Which tokenizer writes what a text encoder reads."""
+"""Text encoder -> its tokenizer, by the names that diffusers gives them."""
 
 
 @contextmanager
 def added_tokens(
     pipelines: Iterable[Any], embeddings: Sequence[TokenEmbedding]
 ) -> Iterator[tuple[str, ...]]:
-    """The words of `embeddings` stand for their vectors in all prompts of these pipelines.
+    """Within the block, the words of `embeddings` stand for their vectors in all prompts of these pipelines.
 
-    A word counts wherever the prompt says it in the same letters, large and small, but for a part of a
-    longer word (`art` is not in `party`); where several begin at one place, the longest. Each text
-    encoder reads its own vectors, as many as it has; one that has none for a word reads the word's
-    letters, as ever. A pipeline with a text encoder of its own (a refiner) reads them, too, if its tokens
-    are as wide.
+    A word is found where the prompt has it in the same case and not as a part of a longer word (`art` is
+    not in `party`); of several that begin at one place, the longest is taken. Each text encoder reads its
+    own vectors, and reads the word as ordinary text if it has none. A pipeline with another text encoder
+    (a refiner) reads the vectors too, if its tokens have the same width.
 
-    Yields warnings. A word that comes twice keeps the vectors that came first, with a warning if the
-    others differ: trainers give the same names (`<s0>`) to all, and a stack with two such files should
-    still draw.
+    Yields warnings. A word that comes twice keeps its first vectors, with a warning if the others differ:
+    trainers give the same names (`<s0>`) to all files, and a stack with two such files should still draw.
 
-    After the block, left by whatever way, and after a failure to enter it, every tokenizer is the object
-    that it was and every module has its own `forward`; no tensor and no config is ever written. Raises:
-    LoraIncompatible if no pipeline can read a word's vectors; ValueError for an embedding without a word
-    (the caller knows the file's name that it stands for: see `word_of`).
+    However the block ends, and after a failure to enter it, every tokenizer is the former object and every
+    module has its own `forward`; no tensor and no config is ever written. Raises: LoraIncompatible if no
+    pipeline can read a word's vectors; ValueError for an embedding without a word (the caller knows the
+    file's name, which is the word then: see `word_of`).
     """
     if not all(one.word for one in embeddings):
         raise ValueError("an embedding without a word")
@@ -73,20 +71,20 @@ def _first_of_each(
     embeddings: Sequence[TokenEmbedding],
 ) -> tuple[dict[str, dict[str, Tensor]], tuple[str, ...]]:
     """Component -> word -> vectors in float32, and the warnings."""
-    found: dict[str, dict[str, Tensor]] = {}
+    first: dict[str, dict[str, Tensor]] = {}
     warnings: dict[str, None] = {}
     for one in embeddings:
         vectors = one.vectors.detach().float()
-        kept = found.setdefault(one.component, {}).setdefault(one.word, vectors)
+        kept = first.setdefault(one.component, {}).setdefault(one.word, vectors)
         if not torch.equal(kept, vectors):
             warnings[
                 f'the word "{one.word}" comes with several LoRAs: the first one\'s is used'
             ] = None
-    return found, tuple(warnings)
+    return first, tuple(warnings)
 
 
 def _fits(encoder: nn.Module | None, words: Mapping[str, Tensor]) -> bool:
-    """Whether the encoder is there and its tokens are as wide as the vectors."""
+    """Whether there is an encoder, and its tokens have the width of the vectors."""
     if encoder is None:
         return False
     width = encoder.get_input_embeddings().embedding_dim  # type: ignore[operator]
@@ -94,7 +92,7 @@ def _fits(encoder: nn.Module | None, words: Mapping[str, Tensor]) -> bool:
 
 
 def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
-    """Sets an attribute of this one object; `undo` puts back what the object itself had, if anything."""
+    """Sets an attribute on the instance; `undo` puts its former value back, or removes the new one."""
     own = vars(owner)
     if name in own:
         undo.callback(own.__setitem__, name, own[name])
@@ -106,9 +104,9 @@ def _replace(undo: ExitStack, owner: object, name: str, value: object) -> None:
 class _Reader:
     """Lets one text encoder read ids beyond its vocabulary.
 
-    CLIP takes its pooled output from the end token, which it looks for in the ids: where the config's
-    eos_token_id is 2, as in SDXL's second encoder, by the largest. So the encoder sees a plain word in
-    place of each new id, and the true ids go to its token table past it.
+    CLIP takes its pooled output at the end token, which it finds in the ids: as the largest id, where the
+    config's eos_token_id is 2, as in SDXL's second encoder. So the encoder gets an ordinary id in place of
+    each new one, and the true ids are handed to its token table directly.
     """
 
     def __init__(self, encoder: Any, words: Mapping[str, Tensor]) -> None:
@@ -125,7 +123,7 @@ class _Reader:
             self.ids[word] = range(next_id, next_id := next_id + len(vectors))
 
     def install(self, undo: ExitStack) -> None:
-        """Shadows both `forward`s, around whatever shadows them already (an offloading hook, say)."""
+        """Shadows both `forward` methods, around whatever shadows them already (an offloading hook, say)."""
         _replace(undo, self._encoder, "forward", self.encode)
         _replace(undo, self._table, "forward", self.look_up)
 
@@ -141,7 +139,9 @@ class _Reader:
     def look_up(self, input_ids: Tensor) -> Tensor:
         """The token table's forward: [..., width], in the table's own precision and on its device."""
         out = self._look_up(input_ids)
-        if self._true_ids is None:  # nobody hides ids from a call that does not come by the encoder
+        if (
+            self._true_ids is None
+        ):  # a call that does not come through the encoder: its ids are the true ones
             return out
         new = self._true_ids.to(out.device).reshape(input_ids.shape) - self._beyond
         vectors = self._vectors.to(out)[new.clamp(min=0)]
@@ -149,32 +149,32 @@ class _Reader:
 
 
 def _bounded(word: str) -> str:
-    """The pattern of a word that no letter or digit continues: `<s0><s1>` is two, `party` is not `art`."""
+    """A pattern for the word alone, without a letter or digit beside it: `party` does not match `art`."""
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
     return f"{before}{re.escape(word)}{after}"
 
 
 class WordTokenizer:
-    """Stands in for a CLIP tokenizer and knows more words; what else it is asked, it asks the original.
+    """A CLIP tokenizer with more words; everything else is passed on to the original.
 
-    It splits the prompt at the words, lets the original make ids of what is between, and joins them,
-    which is what a tokenizer does with words added to it. A copy with the words added would need no
-    class, but copying CLIP's 49,408 tokens takes 475 ms (220 ms through its JSON) for each tokenizer,
-    and a word that is a token already (`cat`) would keep its old id there. Entering a block with four
-    words takes 0.2 ms this way. A prompt without the words goes to the original as it is.
+    It splits the prompt at the words, lets the original tokenize the text between them, and joins the ids,
+    as a tokenizer with added words does. A copy of the tokenizer with the words added would need no class,
+    but copying CLIP's 49,408 tokens takes 475 ms (220 ms through its JSON) for each tokenizer, and a word
+    that is a token already (`cat`) would keep its old id there. Entering a block with four words takes
+    0.2 ms this way. A prompt without the words goes to the original unchanged.
     """
 
     def __init__(self, tokenizer: Any, ids: Mapping[str, Sequence[int]]) -> None:
-        """`ids`: word -> the ids to write for it. The tokenizer is not changed."""
+        """`ids`: word -> its ids. The tokenizer is not changed."""
         self._tokenizer = tokenizer
         self._ids = ids
-        self._word_of = {one: word for word, its in ids.items() for one in its}
+        self._word_of = {number: word for word, numbers in ids.items() for number in numbers}
         longest_first = sorted(ids, key=len, reverse=True)
         self._words = re.compile(f"({'|'.join(map(_bounded, longest_first))})")
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_tokenizer":  # while it is being copied: there is no original to ask yet
+        if name == "_tokenizer":  # during a copy there is no original yet
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
@@ -189,8 +189,7 @@ class WordTokenizer:
     ) -> BatchEncoding:
         """`input_ids` [prompts, length], for the options that diffusers gives.
 
-        Truncation cuts a word of several vectors where the limit is, like any text, and keeps the end
-        token.
+        Truncation cuts at the limit, within a word of several vectors too, and keeps the end token.
         """
         texts = [text] if isinstance(text, str) else text
         if not any(map(self._words.search, texts)):
@@ -220,7 +219,7 @@ class WordTokenizer:
         return [self._tokenizer.bos_token_id, *ids, self._tokenizer.eos_token_id]
 
     def batch_decode(self, ids: Tensor) -> list[str]:
-        """The text of each row, for a warning: a word once, however many of its vectors stand there."""
+        """The text of each row, for a warning; a word with several vectors appears once."""
         return [" ".join(self._texts(row)) for row in ids.tolist()]
 
     def _texts(self, row: list[int]) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""The base weights on the disk: which files they are, where, and whether they are whole. Without torch."""
+"""The base weights on the disk: which files they are, where they lie, whether they are whole.
+
+The image's layer of base weights copies what this imports, so it imports little of ours, and no torch.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ WEIGHTS = ".safetensors"
 
 
 class WeightsMissing(RuntimeError):
-    """The weights that the settings name are not on this machine; the text says what to run."""
+    """Weights that the settings name are not on this machine; the text says what to run."""
 
 
 class WeightsIncomplete(RuntimeError):
@@ -39,28 +42,26 @@ class WeightsIncomplete(RuntimeError):
 def files_to_bake(names: Iterable[str]) -> list[str]:
     """Which files of a diffusers repo a worker needs: configs, tokenizers and one set of weights.
 
-    Half precision where the repo has it; no weights in other formats, and no single-file checkpoint
-    beside the folders.
+    The weights are those in half precision, if the repo has them. Other formats, and a checkpoint of all
+    networks beside their folders, are left out.
     """
-    listed = sorted(names)
-    wanted = [n for n in listed if n.endswith((".json", ".txt")) and "/." not in n]
-    folders = {str(PurePosixPath(n).parent) for n in listed}
-    for folder in sorted(folders):
-        here = [n for n in listed if str(PurePosixPath(n).parent) == folder and n.endswith(WEIGHTS)]
-        known = [
-            n
-            for n in here
-            if PurePosixPath(n).name.startswith(("diffusion_pytorch_model", "model"))
-        ]
-        half = [n for n in known if ".fp16" in PurePosixPath(n).name]
-        wanted += half or known
-    return wanted
+    paths = [PurePosixPath(name) for name in sorted(names)]
+    wanted = [path for path in paths if path.suffix in (".json", ".txt") and "/." not in str(path)]
+    weights = [
+        path
+        for path in paths
+        if path.suffix == WEIGHTS and path.name.startswith(("diffusion_pytorch_model", "model"))
+    ]
+    for folder in sorted({str(path.parent) for path in weights}):
+        here = [path for path in weights if str(path.parent) == folder]
+        wanted += [path for path in here if ".fp16" in path.name] or here
+    return [str(path) for path in wanted]
 
 
 def bake(repo: str, token: str | None, pause: Callable[[float], None] = time.sleep) -> Path:
-    """Downloads what the worker needs of a repo into the Hugging Face cache; tries four times.
+    """Downloads the files that the worker needs of a repo into the Hugging Face cache; tries four times.
 
-    Raises: WeightsMissing if there is no such repo, or after the last try.
+    Raises: WeightsMissing if there is no such repo, or if the last try fails.
     """
     for attempt in range(1, TRIES + 1):
         try:
@@ -85,12 +86,11 @@ def check(folder: Path) -> None:
     """
     index = folder / "model_index.json"
     parts = json.loads(index.read_text()) if index.exists() else {}
-    networks = [n for n, kind in parts.items() if isinstance(kind, list) and _is_network(kind)]
-    for part in [folder / name for name in networks] or [folder]:
-        if not any(part.rglob(f"*{WEIGHTS}")):
-            raise WeightsIncomplete(f"{part.name} holds no {WEIGHTS} file")
-    files = sorted(folder.rglob(f"*{WEIGHTS}"))
-    for file in files:
+    names = [name for name, kind in parts.items() if isinstance(kind, list) and _is_network(kind)]
+    for network in [folder / name for name in names] or [folder]:
+        if not any(network.rglob(f"*{WEIGHTS}")):
+            raise WeightsIncomplete(f"{network.name} holds no {WEIGHTS} file")
+    for file in sorted(folder.rglob(f"*{WEIGHTS}")):
         try:
             read_header(file)
         except CodedError as error:
@@ -98,7 +98,7 @@ def check(folder: Path) -> None:
 
 
 def _is_network(kind: list[str | None]) -> bool:
-    """Whether a part of a pipeline, as (library, class), has weights."""
+    """Whether a part of a pipeline, given as [library, class], has weights."""
     return str(kind[1]).endswith(("Model", "AutoencoderKL", "CLIPTextModelWithProjection"))
 
 
@@ -107,21 +107,20 @@ def repos_to_bake(settings: Settings) -> list[str]:
     sources = [settings.model, settings.refiner_source, settings.vae_source]
     if settings.model.endswith(WEIGHTS):
         sources.append(STOCK_MODEL)  # a single checkpoint is loaded with SDXL's configs
-    return [s for s in sources if s and s != "demo" and not Path(s).exists()]
+    return [
+        source for source in sources if source and source != "demo" and not Path(source).exists()
+    ]
 
 
 def find_weights(source: str) -> Path:
-    """The folder or file that a source means on this machine; asks no network.
-
-    Raises: WeightsMissing.
-    """
+    """The folder or file of a source on this machine; uses no network. Raises: WeightsMissing."""
     if source == "demo":
         return DEMO_MODEL
     path = Path(source)
     if path.exists():
         return path
     try:
-        # Only part of a repo is baked, and without patterns the client asks for all of it.
+        # Without patterns the client looks for all files of the repo, and only some are baked.
         index = ["model_index.json", "config.json"]
         return Path(snapshot_download(source, allow_patterns=index, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:

@@ -42,7 +42,7 @@ def only_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
 def own_fallback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Where LoRAs go if a cache folder cannot be written: not where other programs' are."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("settings.FALLBACK_ROOT", tmp_path_factory.mktemp("fallback"))
+        patch.setattr("lora.volume.opening.FALLBACK_ROOT", tmp_path_factory.mktemp("fallback"))
         yield
 
 
@@ -76,5 +76,5 @@ def demo_worker(tmp_path_factory: pytest.TempPathFactory, own_fallback: None) ->
     for file in (ROOT / "demo" / "loras").glob("*.safetensors"):
         (cache / file.name).write_bytes(file.read_bytes())
     return Worker(
-        Settings(model="demo", device="cpu", lora_cache_dir=cache, lora_allow_private_urls="1")
+        Settings(model="demo", device="cpu", lora_cache_dir=cache, lora_allow_private_urls=True)
     ).setup()

@@ -15,7 +15,7 @@ def main() -> None:
     answers = {}
     for name, values in json.load(sys.stdin).items():
         settings = Settings(
-            model="demo", device="cpu", lora_cache_dir=folder, lora_allow_private_urls="1"
+            model="demo", device="cpu", lora_cache_dir=folder, lora_allow_private_urls=True
         )
         answer = Worker(settings)({"id": name, "input": values})
         answers[name] = answer.get("images") or answer["error"]

@@ -23,7 +23,7 @@ from lora.fetch.web import Web
 LOOPBACK = Web(WebRules(allow_private=True))
 """Asks servers of this machine, too."""
 
-STALL = 60.0
+STALL = 600.0
 """Most seconds that an answer falls silent; it ends with the server, too."""
 
 
@@ -52,6 +52,8 @@ class Reply:
     """Fall silent after so many bytes of the body, and keep the connection."""
     pause: float = 0.0
     """Seconds before the body."""
+    gate: threading.Event | None = None
+    """The body is sent when this is set."""
     drip: float = 0.0
     """Seconds between the bytes of the body, or of `raw`."""
     raw: bytes | None = None
@@ -252,6 +254,8 @@ class LoopbackServer:
         if request.command == "HEAD":
             return
         self._ended.wait(reply.pause)
+        while reply.gate and not reply.gate.wait(0.02) and not self._ended.is_set():
+            pass
         stops = [stop for stop in (reply.cut_after, reply.stall_after) if stop is not None]
         body = answer.body[: min(stops, default=None)]
         if stops:

@@ -100,3 +100,12 @@ def test_the_public_functions_agree_on_the_path(
         assert download_lora(source) == before
         assert before.read_bytes() == ADAPTER
         assert get_lora_cache_path(before.stem) == before
+
+
+def test_loras_are_fetched_without_torch(environment: dict[str, str]) -> None:
+    code = "import sys; sys.modules['torch'] = None; import download_weights, worker.opening"
+    command = [sys.executable, "-c", f"{code}; download_weights.get_lora_cache_path('name')"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert "LoraNotFound" in done.stderr.splitlines()[-1]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import uuid
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +16,8 @@ from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer
 from tests.test_handler import job as same_job
 from tests.test_handler import picture, pipeline_unchanged, pixels
-from worker.stop import seconds_for
+from tests.waiting import PATIENCE
+from worker.stop import Stop, seconds_for
 
 LONG = 400
 """Steps that take longer than any of these tests."""
@@ -54,101 +53,113 @@ def test_many_at_once_are_drawn_one_by_one_without_a_trace(demo_worker: Worker) 
 
 
 def test_a_download_overlaps_the_drawing(demo_worker: Worker, server: LoopbackServer) -> None:
-    url = server.serve("/slow-one.safetensors", as_bytes(kohya(seed=61)), pause=0.6)
-    drawing = threading.Event()
+    gate = threading.Event()
+    url = server.serve("/slow-one.safetensors", as_bytes(kohya(seed=61)), gate=gate)
 
-    async def both() -> tuple[dict[str, Any], dict[str, Any], bool]:
+    async def both() -> tuple[dict[str, Any], dict[str, Any]]:
         first = asyncio.create_task(demo_worker.handle(job(loras=[url])))
         second = await demo_worker.handle(job())
-        drawn_before = not first.done()
-        drawing.set()
-        return await first, second, drawn_before
+        gate.set()  # not before: the other job was drawn without this one's file
+        return await first, second
 
-    slow, quick, overlapped = asyncio.run(both())
-    assert overlapped
+    slow, quick = asyncio.run(both())
     assert slow["loras"][0]["origin"] == "downloaded"
     assert picture(quick)
 
 
 async def cancelled(
-    worker: Worker, one: dict[str, Any], when: Callable[[], bool]
-) -> tuple[dict[str, Any], float]:
-    """The answer of a job that is cancelled as soon as `when` holds, and the seconds that it took to end."""
+    worker: Worker, one: dict[str, Any], when: Callable[[], object]
+) -> dict[str, Any]:
+    """The answer of a job that is cancelled as soon as `when` holds."""
     task = asyncio.create_task(worker.handle(one))
     while not when():
         await asyncio.sleep(0.005)
-    begun = time.perf_counter()
     task.cancel()
-    return await task, time.perf_counter() - begun
+    return await task
 
 
-def test_a_job_that_is_cancelled_in_its_download_ends_at_once(
+def test_a_job_that_is_cancelled_in_its_download_does_not_wait_for_it(
     demo_worker: Worker, server: LoopbackServer
 ) -> None:
-    url = server.serve("/cancelled.safetensors", as_bytes(kohya(seed=62)), pause=1.0)
-    answer, seconds = asyncio.run(
-        cancelled(
-            demo_worker, job(loras=[url]), lambda: bool(server.hits["/cancelled.safetensors"])
-        )
+    gate = threading.Event()
+    url = server.serve("/cancelled.safetensors", as_bytes(kohya(seed=62)), gate=gate)
+    answer = asyncio.run(
+        cancelled(demo_worker, job(loras=[url]), lambda: server.hits["/cancelled.safetensors"])
     )
+    gate.set()
     assert answer == {"error": "CANCELLED: the job was cancelled."}
-    assert seconds < 0.5
     again = demo_worker(job(loras=[url]))  # the download went on, or was shared
     assert server.hits["/cancelled.safetensors"] == 1
     assert picture(again)
 
 
-def test_a_job_that_is_cancelled_while_drawing_ends_at_the_next_step(demo_worker: Worker) -> None:
-    plain = pixels(demo_worker(job()))
-    steps: list[float] = []
-    generate = demo_worker.parts.pipeline.generate
+def held_at_step(
+    worker: Worker, number: int, release: threading.Event, patch: pytest.MonkeyPatch
+) -> list[int]:
+    """Lets every drawing wait at that step until `release` is set; the steps that were reached."""
+    steps: list[int] = []
+    generate = worker.parts.pipeline.generate
 
-    def watched(request: Any, route: Any, given: Any, timings: Any, on_step: Any) -> Any:
+    def held(request: Any, route: Any, given: Any, timings: Any, on_step: Any) -> Any:
         def step(done: int, total: int, preview: Any) -> None:
-            steps.append(time.perf_counter())
+            steps.append(done)
+            if done == number:
+                assert release.wait(PATIENCE)
             on_step(done, total, preview)
 
         return generate(request, route, given, timings, step)
 
-    with pipeline_unchanged(demo_worker), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_worker.parts.pipeline, "generate", watched)
+    patch.setattr(worker.parts.pipeline, "generate", held)
+    return steps
+
+
+def test_a_job_that_is_cancelled_while_drawing_ends_at_the_next_step(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pixels(demo_worker(job()))
+    stopped, cancel = threading.Event(), Stop.cancel
+    monkeypatch.setattr(Stop, "cancel", lambda stop: (cancel(stop), stopped.set()))
+    with pipeline_unchanged(demo_worker), monkeypatch.context() as patch:
+        steps = held_at_step(demo_worker, 3, stopped, patch)
         one = job(num_inference_steps=LONG, loras=["demo-stripes"])
-        answer, seconds = asyncio.run(cancelled(demo_worker, one, lambda: len(steps) >= 3))
+        answer = asyncio.run(cancelled(demo_worker, one, lambda: 3 in steps))
     assert answer == {"error": "CANCELLED: the job was cancelled."}
-    longest = max(b - a for a, b in pairwise(steps))
-    assert seconds < longest + 0.5
-    assert len(steps) < LONG / 2
+    assert steps == [1, 2, 3]
     assert (pixels(demo_worker(job())) == plain).all()
 
 
-def test_a_job_that_is_cancelled_before_its_turn_never_draws(demo_worker: Worker) -> None:
-    async def two() -> tuple[dict[str, Any], float]:
-        first = asyncio.create_task(demo_worker.handle(job(num_inference_steps=LONG)))
-        await asyncio.sleep(0.3)
-        soon = time.monotonic() + 0.1
-        answer, seconds = await cancelled(demo_worker, job(), lambda: time.monotonic() > soon)
-        first.cancel()
-        await first
-        return answer, seconds
+def test_a_job_that_is_cancelled_before_its_turn_never_draws(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    steps = held_at_step(demo_worker, 1, release, monkeypatch)
 
-    answer, seconds = asyncio.run(two())
+    async def two() -> list[dict[str, Any]]:
+        first = asyncio.create_task(demo_worker.handle(job(num_inference_steps=2)))
+        while not steps:
+            await asyncio.sleep(0.005)
+        answer = await cancelled(demo_worker, job(), demo_worker._drawing._work_queue.qsize)
+        release.set()  # not before: the one that draws was not waited for
+        return [answer, await first]
+
+    answer, first = asyncio.run(two())
     assert answer["error"].startswith("CANCELLED: ")
-    assert seconds < 0.5
+    assert picture(first)
+    assert steps == [1, 2]
 
 
 @pytest.mark.parametrize("where", ["in the drawing", "in the download"])
 def test_a_job_whose_time_is_over_says_so(
     demo_worker: Worker, server: LoopbackServer, where: str
 ) -> None:
-    values: dict[str, Any] = {"num_inference_steps": LONG}
+    gate, values = threading.Event(), {"num_inference_steps": LONG}
     if where == "in the download":
-        url = server.serve("/late.safetensors", as_bytes(kohya(seed=63)), pause=3.0)
+        url = server.serve("/late.safetensors", as_bytes(kohya(seed=63)), gate=gate)
         values = {"loras": [url]}
-    begun = time.perf_counter()
     with pipeline_unchanged(demo_worker):
         (answer,) = run(demo_worker, {**job(**values), "policy": {"executionTimeout": 1600}})
+    gate.set()  # not before: the download was not waited for
     assert answer["error"].startswith("DEADLINE_EXCEEDED: the job was not done after 0.8 s.")
-    assert 0.7 < time.perf_counter() - begun < 2.5
 
 
 def test_the_deadline_holds_for_a_plain_call(demo_worker: Worker) -> None:

@@ -8,9 +8,8 @@ import json
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from tests.adapters import as_bytes, kohya, sd15
 from tests.conftest import ROOT
 from tests.lora.engine.test_engine import State
 from tests.server import LoopbackServer
+from tests.waiting import PATIENCE, until
+from worker.opening import open_cache
 
 FAST: dict[str, Any] = {"prompt": "a big red circle on a blue background", "num_inference_steps": 2}
 FAST |= {"seed": 7, "scheduler": "K_EULER"}
@@ -472,22 +473,22 @@ def test_rp_serve_api_answers_jobs(environment: dict[str, str], tmp_path: Path) 
         answer = _post_when_ready(url, job(), process)
         assert answer["status"] == "COMPLETED"
         assert answer["output"]["images"][0].startswith("data:image/png;base64,")
-        bad = requests.post(url, json={"input": {"prompt": "x", "width": 1023}}, timeout=60).json()
+        bad = requests.post(
+            url, json={"input": {"prompt": "x", "width": 1023}}, timeout=PATIENCE
+        ).json()
         assert bad["error"].startswith("INVALID_INPUT: ")
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 def _post_when_ready(url: str, body: Any, process: subprocess.Popen[bytes]) -> Any:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    def answer() -> Any:
         assert process.poll() is None, "the server ended"
-        try:
-            return requests.post(url, json=body, timeout=60).json()
-        except requests.ConnectionError:
-            time.sleep(0.3)
-    raise AssertionError("the server did not come up")
+        with suppress(requests.ConnectionError):
+            return requests.post(url, json=body, timeout=PATIENCE).json()
+
+    return until(answer, pause=0.3)
 
 
 def test_several_loras_download_with_one_progress(
@@ -507,7 +508,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_every_answer(
     demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf = demo_worker.parts.library.cache.shelf
-    monkeypatch.setattr(shelf, "_trouble", "the volume is gone")
+    monkeypatch.setattr(shelf, "trouble", "the volume is gone")
     assert demo_worker(job())["warnings"] == ["the volume is gone"]
 
 
@@ -517,7 +518,7 @@ def preloading(folder: Path, *sources: str) -> Worker:
         device="cpu",
         lora_cache_dir=folder,
         lora_preload=", ".join(sources),
-        lora_allow_private_urls="1",
+        lora_allow_private_urls=True,
     )
     return Worker(settings)
 
@@ -529,12 +530,10 @@ def test_preloaded_loras_are_there_before_the_first_job(
     worker = preloading(tmp_path, url, gone)
     worker.__dict__["parts"] = replace(  # another cache, the same models
         demo_worker.parts,
-        library=LoraLibrary(worker.settings.open_cache(), demo_worker.parts.engine.key_map),
+        library=LoraLibrary(open_cache(worker.settings), demo_worker.parts.engine.key_map),
     )
     worker.setup()
-    deadline = time.monotonic() + 20
-    while "under way" in worker.preloaded.values() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: "under way" not in worker.preloaded.values())
     assert worker.preloaded[url] == "ready"
     assert worker.preloaded[gone.partition("?")[0]].startswith("LORA_NOT_FOUND: ")
     assert "canary" not in str(worker.preloaded)

@@ -5,7 +5,8 @@ import pytest
 
 from lora.engine.stack import LoraUse
 from lora.fetch.sources import Reference
-from schemas import IMAGE_REQUEST, InvalidInput, parse_job
+from schemas import IMAGE_REQUEST, parse_job
+from validation import InvalidInput
 
 
 def parse(**values: Any) -> Any:

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from lora.engine.modes import Mode
 from settings import STOCK_REFINER, STOCK_VAE, Settings, SettingsError
 
 
@@ -38,70 +39,52 @@ def test_every_fault_is_told_at_once() -> None:
     assert "LORA_MAX_FILE_MB: -1 is not a number of at least 1" in text
 
 
-def test_secrets_do_not_show_and_nothing_can_be_changed() -> None:
-    names = [f.metadata["env"] for f in fields(Settings) if f.metadata["secret"]]
-    environ = dict.fromkeys(names, "canary")
-    environ["LORA_AUTH_HEADERS"] = '{"models.example.com": "X-Key: canary"}'
-    settings = Settings.from_env(environ)
-    assert "canary" not in repr(settings)
-    assert "canary" not in repr(settings.open_cache().web.rules)
-    with pytest.raises(FrozenInstanceError):
-        settings.model = "x"  # type: ignore[misc]
-
-
-def test_limits_are_in_bytes() -> None:
-    environ = {"LORA_CACHE_MAX_GB": "1.5", "LORA_MAX_FILE_MB": "10", "LORA_DOWNLOAD_TIMEOUT": "7"}
-    limits = Settings.from_env(environ).open_cache().limits
-    assert (limits.total_bytes, limits.file_bytes, limits.timeout) == (
-        1_500_000_000,
-        10_000_000,
-        7.0,
-    )
-    assert Settings().open_cache().limits.total_bytes is None
-
-
-def test_tokens_belong_to_origins() -> None:
-    environ = {
-        "HF_TOKEN": "hf",
-        "HF_ENDPOINT": "http://10.0.0.7:8080",
-        "CIVITAI_TOKEN": "civ",
-        "LORA_AUTH_HEADERS": '{"Models.example.com": "X-Key: a:b", "http://10.0.0.8": "Cookie: c"}',
-        "LORA_ALLOWED_HOSTS": "*.example.com, huggingface.co",
-    }
-    rules = Settings.from_env(environ).open_cache().web.rules
-    assert rules.tokens == {
-        "http://10.0.0.7:8080": ("Authorization", "Bearer hf"),
-        "https://civitai.com:443": ("Authorization", "Bearer civ"),
-        "https://models.example.com:443": ("X-Key", "a:b"),
-        "http://10.0.0.8:80": ("Cookie", "c"),
-    }
-    assert rules.own == {"http://10.0.0.7:8080"}
-    assert rules.allowed_hosts == ("*.example.com", "huggingface.co")
-    assert not rules.allow_private
-
-
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("env", "text", "fault"),
     [
-        ("canary", "it is no JSON"),
-        ('["canary"]', "no JSON object"),
-        ('{"h.example": "canary"}', "not written as 'Name: value'"),
-        ('{"h.example": 5}', "not written as 'Name: value'"),
-        ('{"ftp://canary": "A: b"}', "no host name"),
-        ('{"h.example": "A: canary\\r\\nB: c"}', "no header may"),
+        ("WORKER_CONCURRENCY", "2.7", "'2.7' is not a whole number"),
+        ("WORKER_CONCURRENCY", "2.0", "'2.0' is not a whole number"),
+        ("WORKER_CONCURRENCY", "two", "'two' is not a whole number"),
+        ("WORKER_CONCURRENCY", "nan", "'nan' is not a whole number"),
+        ("WORKER_CONCURRENCY", "0", "0 is not a number of at least 1"),
+        ("WORKER_DEADLINE", "soon", "'soon' is not a number"),
+        ("WORKER_DEADLINE", "nan", "nan is not a number of at least 0"),
+        ("LORA_WARM_GB", "inf", "inf is not a number of at least 0"),
+        ("LORA_WARM_GB", "-0.5", "-0.5 is not a number of at least 0"),
+        ("LORA_ALLOW_PRIVATE_URLS", "yes", "'yes' is none of 0, 1, false, true"),
+        ("LORA_ALLOW_PRIVATE_URLS", "2", "'2' is none of 0, 1, false, true"),
+        ("WORKER_DTYPE", "float64", "'float64' is none of auto, float16, bfloat16, float32"),
+        ("LORA_MODE", "MERGED", "'MERGED' is none of auto, dynamic, merged"),
+        ("LORA_PRELOAD", "[1]", "it is no JSON list of sources"),
     ],
 )
-def test_bad_auth_headers_are_refused_without_repeating_them(text: str, said: str) -> None:
+def test_a_value_of_another_kind_is_refused(env: str, text: str, fault: str) -> None:
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env({"LORA_AUTH_HEADERS": text})
-    assert said in str(caught.value)
-    assert "canary" not in str(caught.value)
+        Settings.from_env({env: text})
+    assert str(caught.value) == f"{env}: {fault}"
 
 
-def test_a_bad_endpoint_is_refused_at_start() -> None:
-    with pytest.raises(SettingsError) as caught:
-        Settings.from_env({"HF_ENDPOINT": "ftp://x", "CIVITAI_ENDPOINT": "://"})
-    assert str(caught.value).count("is no http(s) URL") == 2
+def test_values_have_their_fields_types() -> None:
+    environ = {"WORKER_CONCURRENCY": "3", "WORKER_DEADLINE": "9", "LORA_CACHE_DIR": "/x"}
+    settings = Settings.from_env({**environ, "LORA_ALLOW_PRIVATE_URLS": "TRUE"})
+    for setting in fields(Settings):
+        value = getattr(settings, setting.name)
+        assert setting.type in {kind.__name__ for kind in type(value).__mro__}, setting.name
+    assert (settings.concurrency, settings.deadline) == (3, 9.0)
+    assert settings.lora_allow_private_urls is True
+
+
+def test_the_modes_are_those_of_the_engine() -> None:
+    (setting,) = (setting for setting in fields(Settings) if setting.name == "lora_mode")
+    assert setting.metadata["options"] == tuple(Mode)
+
+
+def test_secrets_do_not_show_and_nothing_can_be_changed() -> None:
+    names = [f.metadata["env"] for f in fields(Settings) if f.metadata["secret"]]
+    settings = Settings.from_env(dict.fromkeys(names, "canary"))
+    assert "canary" not in repr(settings)
+    with pytest.raises(FrozenInstanceError):
+        settings.model = "x"  # type: ignore[misc]
 
 
 def test_preload_is_a_list_in_either_form() -> None:

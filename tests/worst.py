@@ -12,8 +12,8 @@ import runpod
 from PIL import Image
 
 from handler import Worker
-from settings import Settings
 from worker.logs import set_up
+from worker.opening import read_settings
 
 TOKEN = "hf_" + "SecretSecretSecret"
 
@@ -56,7 +56,7 @@ class WorstPipeline:
 
 def main() -> None:
     set_up(json_lines=True)
-    worker = Worker(Settings.from_env(os.environ)).setup()
+    worker = Worker(read_settings(os.environ)).setup()
     parts = worker.parts
     worker.__dict__["parts"] = replace(parts, pipeline=WorstPipeline(parts.pipeline))
     runpod.serverless.start({"handler": partial(worker.handle)})

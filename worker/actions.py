@@ -1,65 +1,98 @@
-"""What a job may ask for beside pictures: `{"input": {"action": NAME, …}}`."""
+"""The actions that a job may ask for instead of pictures: `{"input": {"action": NAME, …}}`."""
 
 from __future__ import annotations
 
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from lora.fetch.sources import Reference
+from lora.errors import CodedError
+from lora.fetch.sources import Reference, parse, redact_url
+from lora.library.catalog import Catalog, Query, Standing
 from lora.volume.loader import Loaded
-from lora.volume.records import told_of
-from schemas import LORA_ENTRY, NAMES_NO_LORA, InvalidInput, as_entry, faults_of, filled
-from worker.image_job import Parts, unused_keys
-from worker.library_actions import SCHEMAS as LIBRARY_SCHEMAS
-from worker.library_actions import LibraryActions
+from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
+from validation import InvalidInput, faults_of, filled
+from worker.image_job import unused_keys
+from worker.parts import Parts
+from worker.selection import NONE, PRESET, Selection, ready, text_field
 
-VERSION = "0.5"
-"""Of the worker, as `health` tells it."""
+MAX_NAME = 100
+"""Characters of a preset's name."""
 
-_ENTRY = {
+Answer = dict[str, Any]
+
+Fields = dict[str, dict[str, Any]]
+"""Name of a field -> its rule in JSON Schema."""
+
+_NAME = {"type": "string", "minLength": 1}
+
+_FILE: Fields = {"name": {**_NAME, "description": "A file in the cache"}}
+
+_PINNED: Fields = {
+    "pinned": {"type": "boolean", "default": True, "description": "false takes the pin away"}
+}
+
+_ENTRY: Fields = {
     name: LORA_ENTRY["properties"][name]
     for name in ("path", "weight_name", "revision", "sha256", "refresh")
 }
 
-_NAME = {"name": {"type": "string", "minLength": 1, "description": "A file in the cache"}}
-
-SCHEMAS: dict[str, dict[str, Any]] = {
-    "health": {"required": [], "properties": {}},
-    "loras.list": {"required": [], "properties": {}},
-    "loras.prefetch": {
-        "required": ["loras"],
-        "properties": {
-            "loras": {
-                "type": "array",
-                "minItems": 1,
-                "maxItems": 100,
-                "description": "Sources, or objects with `path` as in a request for pictures",
-            }
-        },
-    },
-    "loras.inspect": {"required": ["path"], "properties": _ENTRY},
-    "loras.delete": {"required": ["name"], "properties": _NAME},
-    "loras.pin": {
-        "required": ["name"],
-        "properties": {
-            **_NAME,
-            "pinned": {
-                "type": "boolean",
-                "default": True,
-                "description": "false takes the pin away",
-            },
-        },
-    },
-    **LIBRARY_SCHEMAS,
+_SOURCES: Fields = {
+    "loras": {
+        "type": "array",
+        "minItems": 1,
+        "maxItems": 100,
+        "description": "Sources, or objects with `path` as in a request for pictures",
+    }
 }
-"""Action -> the schema of its other fields."""
 
-Answer = dict[str, Any]
+_LORA: Fields = {"name": {**_NAME, "description": "A LoRA's name, as library.list has it"}}
+
+_PRESET_NAME: Fields = {"name": {**_NAME, "description": "What a job selects it by"}}
+
+
+def _number(default: int, maximum: int, description: str) -> dict[str, Any]:
+    limits = {"type": "integer", "minimum": 1, "maximum": maximum, "default": default}
+    return {**limits, "description": description}
+
+
+_QUERY: Fields = {
+    "state": text_field("discovered, active or failed", enum=[*map(str, Standing), None]),
+    "base": text_field("The family of models, such as SDXL"),
+    "algorithm": text_field("lora, loha, lokr and so on"),
+    "word": text_field("A trigger word"),
+    "text": text_field("Anywhere in the name, the source or the trigger words"),
+    "page": _number(1, 1_000_000, "Which page"),
+    "per_page": _number(100, 1000, "How many on each"),
+}
+
+
+class Action(NamedTuple):
+    """One row of the table of actions."""
+
+    answer: Callable[[Mapping[str, Any]], Answer]
+    """Takes the fields, checked and with their defaults. Raises: CodedError."""
+    fields: Fields
+    """The fields beside `action`."""
+    required: str = ""
+    """The name of the field that must be there, if one must."""
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The fields as JSON Schema."""
+        return {"type": "object", "additionalProperties": False, "properties": self.fields}
+
+
+def version() -> str:
+    """The worker's version."""
+    project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    return str(tomllib.loads(project)["project"]["version"])
 
 
 def action_of(job: object) -> str | None:
@@ -70,32 +103,46 @@ def action_of(job: object) -> str | None:
 
 @dataclass(frozen=True)
 class Actions:
-    """Answers actions. None of them waits for the drawing."""
+    """Answers actions, without waiting for pictures to be drawn."""
 
     parts: Parts
     preloaded: Mapping[str, str]
 
+    @property
+    def table(self) -> dict[str, Action]:
+        """Every action by its name."""
+        library = _LibraryActions(self.parts.catalog, self.parts.selection)
+        preset = {**_PRESET_NAME, **PRESET["properties"]}
+        return {
+            "health": Action(self._health, {}),
+            "loras.list": Action(self._list, {}),
+            "loras.prefetch": Action(self._prefetch, _SOURCES, "loras"),
+            "loras.inspect": Action(self._inspect, _ENTRY, "path"),
+            "loras.delete": Action(self._delete, _FILE, "name"),
+            "loras.pin": Action(self._pin, {**_FILE, **_PINNED}, "name"),
+            "library.scan": Action(library.scan, {}),
+            "library.list": Action(library.page, _QUERY),
+            "library.activate": Action(library.activate, _LORA, "name"),
+            "library.deactivate": Action(library.deactivate, _LORA, "name"),
+            "library.delete": Action(library.delete, _LORA, "name"),
+            "presets.list": Action(library.presets, {}),
+            "presets.set": Action(library.set_preset, preset, "name"),
+            "presets.delete": Action(library.delete_preset, _PRESET_NAME, "name"),
+        }
+
     def answer(self, job: Mapping[str, Any]) -> Answer:
         """The answer of an action. Raises: CodedError."""
-        values = dict(job["input"])
+        values, table = dict(job["input"]), self.table
         name = values.pop("action")
-        known: dict[str, Callable[[Mapping[str, Any]], Answer]] = {
-            "health": self._health,
-            "loras.list": self._list,
-            "loras.prefetch": self._prefetch,
-            "loras.inspect": self._inspect,
-            "loras.delete": self._delete,
-            "loras.pin": self._pin,
-            **LibraryActions(self.parts.catalog, self.parts.selection).known,
-        }
-        if name not in known:
-            raise InvalidInput("action is none of " + ", ".join(known))
-        schema = {"type": "object", "additionalProperties": False, **SCHEMAS[name]}
-        faults = list(faults_of(schema, values, ""))
-        faults += [f"{field} is required" for field in schema["required"] if field not in values]
+        if name not in table:
+            raise InvalidInput("action is none of " + ", ".join(table))
+        action = table[name]
+        faults = list(faults_of(action.schema, values, ""))
+        if action.required and action.required not in values:
+            faults.append(f"{action.required} is required")
         if faults:
             raise InvalidInput("; ".join(faults), "See the README's table of actions.")
-        return known[name](filled(schema, values))
+        return action.answer(filled(action.schema, values))
 
     def _health(self, _: Mapping[str, Any]) -> Answer:
         parts, cache = self.parts, self.parts.library.cache
@@ -104,18 +151,18 @@ class Actions:
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)
             memory = {"free_gb": round(free / 1e9, 2), "total_gb": round(total / 1e9, 2)}
-        files = cache.shelf.files()
+        sizes = [adapter.version.size for adapter in cache.shelf.adapters()]
         free_disk = None
         with suppress(OSError):
             free_disk = round(shutil.disk_usage(cache.shelf.root).free / 1e9, 2)
         return {
-            "version": VERSION,
+            "version": version(),
             "model": parts.pipeline.name,
             "device": str(device),
             "memory": memory,
             "cache": {
-                "files": len(files),
-                "gb": round(sum(file.stat().st_size for file in files) / 1e9, 3),
+                "files": len(sizes),
+                "gb": round(sum(sizes) / 1e9, 3),
                 "free_gb": free_disk,
                 "trouble": cache.shelf.trouble,
             },
@@ -125,9 +172,7 @@ class Actions:
         }
 
     def _list(self, _: Mapping[str, Any]) -> Answer:
-        shelf = self.parts.library.cache.shelf
-        found = [told_of(shelf.root_of(path), path) for path in shelf.files()]
-        return {"loras": [one for one in found if one]}
+        return {"loras": self.parts.library.cache.shelf.describe()}
 
     def _prefetch(self, values: Mapping[str, Any]) -> Answer:
         references, faults = [], []
@@ -137,13 +182,13 @@ class Actions:
             if entry is None:
                 faults.append(f"loras[{index}] {NAMES_NO_LORA}")
                 continue
-            found = list(faults_of(schema, entry, f"loras[{index}]."))
-            faults += found
-            if not found:
+            entry_faults = list(faults_of(schema, entry, f"loras[{index}]."))
+            faults += entry_faults
+            if not entry_faults:
                 references.append(Reference(**filled(schema, entry)))
         if faults:
             raise InvalidInput("; ".join(faults))
-        return {"loras": [_about(one) for one in self.parts.library.load_all(references)]}
+        return {"loras": [_about(loaded) for loaded in self.parts.library.load_all(references)]}
 
     def _inspect(self, values: Mapping[str, Any]) -> Answer:
         loaded = self.parts.library.load(Reference(**values))
@@ -154,7 +199,7 @@ class Actions:
         return {
             **_about(loaded),
             "modules": modules,
-            "words": sorted({one.word for one in loaded.embeddings}),
+            "words": sorted({embedding.word for embedding in loaded.embeddings}),
             "used_keys": file.keys,
             "unused_keys": unused_keys(loaded),
             "warnings": list(loaded.warnings),
@@ -180,3 +225,74 @@ def _about(loaded: Loaded) -> Answer:
         "algorithm": "+".join(loaded.file.algorithms),
         "rank": loaded.file.rank,
     }
+
+
+@dataclass(frozen=True)
+class _LibraryActions:
+    """Answers the actions of the library and of the presets."""
+
+    catalog: Catalog
+    selection: Selection
+
+    def scan(self, _: Mapping[str, Any]) -> Answer:
+        scanned = self.catalog.scan()
+        return {
+            **{str(standing): scanned.standings.get(standing, 0) for standing in Standing},
+            "looked_at": scanned.looked_at,
+            "warnings": list(scanned.warnings),
+        }
+
+    def page(self, values: Mapping[str, Any]) -> Answer:
+        page = self.catalog.page(Query(**values))
+        return {
+            "loras": [item.as_answer() for item in page.items],
+            "total": page.total,
+            "page": values["page"],
+            "pages": page.pages,
+        }
+
+    def activate(self, values: Mapping[str, Any]) -> Answer:
+        return self.catalog.activate(values["name"]).as_answer()
+
+    def deactivate(self, values: Mapping[str, Any]) -> Answer:
+        return self.catalog.deactivate(values["name"]).as_answer()
+
+    def delete(self, values: Mapping[str, Any]) -> Answer:
+        return {"deleted": self.catalog.delete(values["name"])}
+
+    def presets(self, _: Mapping[str, Any]) -> Answer:
+        sound, faults = {}, {}
+        for name in sorted(self.selection.presets.read()):
+            try:
+                preset = self.selection.presets.find(name)
+                ready(name, preset)
+                sound[name] = _shown(preset)
+            except CodedError as error:
+                faults[name] = error.sentence
+        default = self.selection.default_preset or None
+        return {"presets": sound, "faults": faults, "default": default}
+
+    def set_preset(self, values: Mapping[str, Any]) -> Answer:
+        name = values["name"]
+        preset = {field: value for field, value in values.items() if field != "name" and value}
+        if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+            raise InvalidInput(
+                f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
+            )
+        if name.lower() == NONE:
+            raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
+        for use in ready(name, preset).loras:
+            parse(use.lora)  # a source that means nothing is refused now, not in the first job
+        self.selection.presets.set(name, preset)
+        return {"name": name, **_shown(preset)}
+
+    def delete_preset(self, values: Mapping[str, Any]) -> Answer:
+        self.selection.presets.delete(values["name"])
+        return {"deleted": values["name"]}
+
+
+def _shown(preset: Mapping[str, Any]) -> Answer:
+    """A preset without the query of its URLs, which may hold a token."""
+    entries = [dict(as_entry(given) or {}) for given in preset.get("loras", [])]
+    loras = [{**entry, "path": redact_url(str(entry.get("path")))} for entry in entries]
+    return {**filled(PRESET, preset), "loras": loras}

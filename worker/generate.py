@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lora.commands.shared import progress, with_scale, write_file
 from lora.errors import LoraNotFound, ToolError
 from settings import Settings, SettingsError
+from worker.opening import read_settings
 
 if TYPE_CHECKING:
     from lora.tools import OnProgress
@@ -122,7 +123,7 @@ def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _settings() -> Settings:
     try:
-        return Settings.from_env(os.environ)
+        return read_settings(os.environ)
     except SettingsError as error:
         raise ToolError(str(error), "The README lists the environment variables.") from error
 
@@ -181,8 +182,8 @@ def _gathered(
 
 def _local(source: str, place: Path) -> str | None:
     """Puts the user's file or folder into `place`. Returns its name there, or None if there is none."""
-    from lora.fetch.sources import EXTENSIONS
-    from lora.tools.adapters.opening import file_of
+    from lora.formats.endings import EXTENSIONS
+    from lora.formats.opening import file_of
 
     path = Path(source).expanduser()
     if path.is_dir():
@@ -208,10 +209,12 @@ def _put(path: Path, place: Path) -> str:
 
 def _fetched(source: str, settings: Settings, place: Path, on_progress: OnProgress) -> str:
     """Fetches a source into the user's cache, and from there into `place`. Returns its name there."""
-    from lora.fetch.sources import SAFETENSORS, Reference
+    from lora.fetch.sources import Reference
+    from lora.formats.endings import SAFETENSORS
     from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
+    from worker.opening import open_cache
 
-    cache, reference = settings.open_cache(), Reference(source)
+    cache, reference = open_cache(settings), Reference(source)
     entry = cache.get(
         cache.resolve(reference), lambda done, total: on_progress(done, total or 0, reference.shown)
     )

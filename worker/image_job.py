@@ -1,30 +1,23 @@
-"""One job's way from the request to the answer: prepare, draw, answer."""
+"""One image job, from the request to the answer: prepare, draw, answer."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from lora.engine.engine import Block, LoraEngine
+from lora.engine.engine import Block
 from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraUnsupported
 from lora.fetch.sources import Reference
-from lora.library.catalog import Catalog
 from lora.volume.loader import Loaded, LoraLibrary
-from lora.volume.presets import Presets
-from pipelines.image import ImagePipeline, Preview, Route, StepCallback, Timings, choose_route
+from pipelines.image import ImagePipeline, Preview, StepCallback, Timings
+from pipelines.routes import Route, choose_route
 from schemas import ImageRequest, parse_job
-from settings import Settings
 from worker.inputs import load_picture
 from worker.outputs import (
-    Bucket,
     OutputTooLarge,
     deliver,
     encode,
@@ -32,12 +25,10 @@ from worker.outputs import (
     parameters_text,
     requested_bucket,
 )
+from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
-from worker.selection import Chosen, Selection
+from worker.selection import Chosen
 from worker.stop import Stop
-
-Job = Mapping[str, Any]
-Answer = dict[str, Any]
 
 PHASES = (
     "resolve",
@@ -50,49 +41,17 @@ PHASES = (
     "restore",
     "encode",
 )
-"""The answer's timings, in the order in which they happen."""
+"""The phases of `timings` in an answer, in the order in which they happen."""
 
 
 PREVIEW_QUALITY = 70
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What setup makes and every job uses."""
-
-    pipeline: ImagePipeline
-    engine: LoraEngine
-    library: LoraLibrary
-    bucket: Bucket | None
-    settings: Settings
-    drawing: threading.Lock
-    """Held while weights are changed and pictures drawn: one job at a time."""
-
-    @cached_property
-    def catalog(self) -> Catalog:
-        """The volume's LoRAs as a library."""
-        training, cache = self.settings.lora_training_dir, self.library.cache
-        folder = Path(training) if training else None
-        return Catalog(cache, self.engine.key_map, folder, self.settings.model)
-
-    @cached_property
-    def selection(self) -> Selection:
-        """The presets, and what a job gets that asks for no LoRA."""
-        settings, presets = self.settings, Presets(self.library.cache.shelf.root)
-        return Selection(presets, settings.lora_default_preset, settings.default_loras)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What every answer must tell: a volume that cannot be written."""
-        trouble = self.library.cache.shelf.trouble
-        return (trouble,) if trouble else ()
-
-
 class ImageJob:
-    """One job. Its three stages are called in order, each once, by whatever thread."""
+    """One job. Its three stages are called once each, in order, from any thread."""
 
     request: ImageRequest
-    """With what its presets add."""
+    """The job's request, with the additions of its presets."""
     route: Route
     loaded: list[Loaded]
     picture: Image.Image | None = None
@@ -102,10 +61,10 @@ class ImageJob:
         self._parts, self._job, self._progress, self._stop = parts, job, progress, stop
         self._timings = Timings(dict.fromkeys(PHASES, 0.0))
         self.warnings: list[str] = []
-        """What the answer must tell, beyond what the pictures and LoRAs themselves bring."""
+        """Warnings for the answer, besides those of the drawing and of the LoRAs."""
 
     def prepare(self) -> None:
-        """Checks the request, and brings every LoRA and the picture here. Changes no weight.
+        """Checks the request, and fetches and parses every LoRA and the picture. Changes no weight.
 
         Raises: CodedError.
         """
@@ -125,9 +84,9 @@ class ImageJob:
             self.picture = load_picture(request.image_url, library.cache.web)
 
     def draw(self) -> None:
-        """Applies the LoRAs, draws, puts the weights back. Holds the drawing lock.
+        """Applies the LoRAs, draws, and puts the weights back, holding the drawing lock.
 
-        Raises: CodedError; RestoreFailed; whatever the device raises.
+        Raises: CodedError; RestoreFailed; any error of the device.
         """
         with self._parts.drawing:
             self._stop.check()
@@ -161,14 +120,14 @@ class ImageJob:
 
     def _mode(self) -> Mode:
         if self.request.lora_mode is None and any(use.ranged for use in self.request.loras):
-            # The worker's setting is no reason to refuse what only dynamic can do.
+            # Only dynamic mode has ranges, and the worker's setting must not refuse the request.
             return Mode.DYNAMIC
         return Mode(self.request.lora_mode or self._parts.settings.lora_mode)
 
     def _on_step(self, block: Block | None) -> StepCallback:
-        """Tells the LoRAs and the client how far it is; ends a job that is to stop.
+        """After each step: switches LoRAs with a range, reports progress, and ends a job that is to stop.
 
-        A refiner's steps come after the base's.
+        A refiner's steps follow the base model's.
         """
         reached = 0.0
 
@@ -183,7 +142,7 @@ class ImageJob:
         return on_step
 
     def answer(self) -> Answer:
-        """The answer, its pictures encoded and, where a bucket is set, uploaded. Raises: CodedError."""
+        """The answer: pictures encoded and, where a bucket is set, uploaded. Raises: CodedError."""
         self._stop.check()
         limit, fallback = self._parts.settings.max_answer_mb, self.request.output_fallback
         answer = self._answer_in(self.request.output_format)
@@ -241,7 +200,7 @@ def _as_uri(preview: Image.Image | None) -> str | None:
 def _load(
     library: LoraLibrary, request: ImageRequest, timings: Timings, progress: Progress
 ) -> list[Loaded]:
-    """The job's LoRAs. They come in at the same time: each phase counts as long as the slowest takes."""
+    """The job's LoRAs, fetched at the same time; a phase takes as long as for the slowest of them."""
     if not request.loras:
         return []
     loaded = library.load_all([use.lora for use in request.loras], progress.download)
@@ -252,11 +211,11 @@ def _load(
 
 
 MAX_UNUSED = 1000
-"""How many unused tensors an answer lists; the warning has the count."""
+"""Most unused tensors that an answer lists; its warning has the whole count."""
 
 
 def _report(use: LoraUse[Reference], loaded: Loaded, mode: Mode | None) -> dict[str, Any]:
-    """What the answer says of one LoRA."""
+    """One LoRA's entry in the answer."""
     file = loaded.file
     layers = len({layer.target for layer in file.layers if use.scale_of(layer.target)})
     words = sorted({word.word for word in loaded.embeddings}) if use.scale else []
@@ -278,7 +237,7 @@ def _report(use: LoraUse[Reference], loaded: Loaded, mode: Mode | None) -> dict[
 
 
 def unused_keys(loaded: Loaded) -> list[dict[str, str]]:
-    """The tensors that cannot be used, each with its reason; the first `MAX_UNUSED`."""
+    """The first `MAX_UNUSED` tensors that cannot be used, each with its reason."""
     return [
         {"key": unused.key[:200], "reason": unused.reason}
         for unused in loaded.file.unused[:MAX_UNUSED]

@@ -1,4 +1,4 @@
-"""The picture that a request brings along, from an http(s) URL or a data URI."""
+"""Loads a request's picture from an http(s) URL or a data URI."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 from lora.errors import SourceInvalid
 from lora.fetch.sources import redact_url
 from lora.fetch.web import Web
-from schemas import InvalidInput
+from validation import InvalidInput
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What Pillow may read: other formats of its start programs, or are seldom looked at."""
+"""The formats that Pillow may read. Of the others some start programs, and few are well tested."""
 
 MAX_BYTES = 30_000_000
 MAX_PIXELS = 40_000_000
@@ -37,7 +37,7 @@ def load_picture(url: str, web: Web) -> Image.Image:
             raise InvalidInput(f"image_url: the picture is over {MAX_PIXELS / 1e6:g} megapixels")
         upright = ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # SyntaxError is what Pillow raises for broken PNG chunks and EXIF.
+        # Pillow raises SyntaxError for broken PNG chunks and EXIF.
         raise InvalidInput("image_url: what is there is not a whole picture") from error
     if min(upright.size) < MIN_SIDE:
         raise InvalidInput(f"image_url: the picture is smaller than {MIN_SIDE} pixels on a side")

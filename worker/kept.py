@@ -1,4 +1,4 @@
-"""Answers of the last minutes, for a platform that asks again because an answer did not reach it."""
+"""Answers of the last minutes, for a platform that repeats a job because its answer was lost."""
 
 from __future__ import annotations
 
@@ -21,37 +21,36 @@ class _Kept:
 
 
 class KeptAnswers:
-    """Answers by job id and input: as long as they fit, and for ten minutes.
+    """Answers by job id and input, kept for ten minutes as long as they fit.
 
-    A retry has the id and the input of the first try; nobody else's job has both.
+    A retry has the id and the input of the first try; no other job has both.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._guard = threading.Lock()
-        self._known: ByteLru[_Kept] = ByteLru(BYTES)
+        self._answers: ByteLru[_Kept] = ByteLru(BYTES)
 
     def get(self, job: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The answer that this very job had a while ago."""
+        """The answer that this job had in the last minutes."""
         with self._guard:
-            found = self._known.get(str(job.get("id")))
-        if found is None or self._clock() - found.at > SECONDS:
+            kept = self._answers.get(str(job.get("id")))
+        if kept is None or self._clock() - kept.at > SECONDS:
             return None
-        return dict(found.answer) if found.request == job.get("input") else None
+        return dict(kept.answer) if kept.request == job.get("input") else None
 
     def put(self, job: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
-        """Keeps an answer; of what it holds, nothing may be changed any more."""
+        """Keeps an answer, whose values must not be changed any more."""
         kept = _Kept(self._clock(), job.get("input"), dict(answer))
+        size = _characters(kept.request) + _characters(answer)
         with self._guard:
-            self._known.put(
-                str(job.get("id")), kept, _characters(kept.request) + _characters(answer)
-            )
+            self._answers.put(str(job.get("id")), kept, size)
 
 
 def _characters(value: Any) -> int:
-    """About how many bytes a JSON value takes: the length of its texts."""
+    """About the bytes that a JSON value takes: the length of its texts."""
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):
-        return sum(_characters(name) + _characters(one) for name, one in value.items())
+        return sum(_characters(name) + _characters(inner) for name, inner in value.items())
     return sum(map(_characters, value)) if isinstance(value, (list, tuple)) else 8

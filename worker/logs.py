@@ -1,4 +1,4 @@
-"""What the worker logs: JSON lines for the platform, short ones for a person; the job's id in each."""
+"""The worker's log: JSON lines for the platform, short lines for a person, each with its job's id."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import time
 from contextvars import ContextVar
 
 JOB_ID: ContextVar[str] = ContextVar("job_id", default="")
-"""The job that the running code works for; empty outside of one."""
+"""The id of the job that the running code works for; empty outside of a job."""
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object per line: time, level, logger, text, job, and what `extra={"about": {…}}` gives."""
+    """One JSON object per line: time, level, logger, text, job, and the fields of `extra={"about": {…}}`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The record as a line."""

@@ -1,4 +1,4 @@
-"""Pictures -> what the answer carries: data URIs, or URLs where a bucket is set."""
+"""Turns pictures into what the answer holds: data URIs, or URLs if there is a bucket."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
 from lora.fetch.web import Web
-from schemas import InvalidInput
 from settings import Settings
+from validation import InvalidInput
 
 
 class OutputTooLarge(CodedError):
@@ -59,9 +59,9 @@ def encode(picture: Image.Image, file_format: str, quality: int, parameters: str
 
 
 def parameters_text(values: Mapping[str, Any], loras: Sequence[tuple[str, float, str]]) -> str:
-    """The generation parameters in the form that the common web UIs write and read.
+    """The generation parameters in the form that common web UIs write and read.
 
-    Three lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
+    It has three lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
     `loras` are (name, scale, sha256).
     """
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale, _ in loras)
@@ -84,7 +84,7 @@ def parameters_text(values: Mapping[str, Any], loras: Sequence[tuple[str, float,
 
 
 class S3Client(Protocol):
-    """The two calls of boto3's S3 client that are used."""
+    """The two methods of boto3's S3 client that we use."""
 
     def put_object(self, **arguments: Any) -> Any:
         """Stores one object."""
@@ -95,11 +95,11 @@ class S3Client(Protocol):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Where pictures go."""
+    """A bucket that pictures are uploaded to."""
 
     client: S3Client
     name: str
-    """Empty for the month's (`11-26`), as the SDK's own upload has it."""
+    """If empty, the bucket is named for the month (`11-26`), as in the SDK's own upload."""
 
 
 def open_bucket(settings: Settings) -> Bucket | None:
@@ -118,14 +118,14 @@ S3_FIELDS = ("endpointUrl", "accessId", "accessSecret", "bucketName")
 
 
 def requested_bucket(job: Mapping[str, Any], web: Web) -> Bucket | None:
-    """The bucket that a job brings along as `s3Config`, beside its input; None if it brings none.
+    """The bucket that a job names as `s3Config`, beside its input; None if it names none.
 
-    Raises: InvalidInput if it is not whole, or its host may not be asked.
+    Raises: InvalidInput if a field is missing, or the rules forbid the host.
     """
-    given = job.get("s3Config")
-    if not given:
+    config = job.get("s3Config")
+    if not config:
         return None
-    values = [given.get(name) for name in S3_FIELDS] if isinstance(given, Mapping) else []
+    values = [config.get(name) for name in S3_FIELDS] if isinstance(config, Mapping) else []
     if not values or not all(isinstance(value, str) and value for value in values):
         raise InvalidInput(f"s3Config lacks one of {', '.join(S3_FIELDS)}")
     endpoint, key, secret, name = map(str, values)
@@ -141,7 +141,7 @@ def _client(endpoint: str, key: str, secret: str) -> S3Client:
     from botocore.config import Config
     from runpod.serverless.utils.rp_upload import extract_region_from_url
 
-    # boto3's new default checksums are refused by some S3-compatible stores.
+    # Some S3-compatible stores refuse boto3's new default checksums.
     config = Config(
         signature_version="s3v4",
         request_checksum_calculation="when_required",
@@ -159,7 +159,7 @@ def _client(endpoint: str, key: str, secret: str) -> S3Client:
 
 
 def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> list[str]:
-    """Where the answer's reader finds each picture: a data URI, or a URL good for a week.
+    """Each picture's data URI, or if there is a bucket its URL there, which is valid for a week.
 
     Raises: UploadFailed.
     """
@@ -188,11 +188,11 @@ def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> 
 
 
 def sendable(value: Any) -> Any:
-    """A copy of `value` as the SDK can post it: half surrogate pairs, which a file's or a client's text may
-    hold, are U+FFFD; tuples are lists.
+    """A copy of `value` that the SDK can post. Half surrogate pairs, which a file's or a client's text may
+    hold, become U+FFFD; tuples become lists.
 
-    Raises: TypeError, ValueError if strict JSON has no form for it (bytes, an object, NaN): the SDK would
-    post nothing, and the job never end.
+    Raises: TypeError, ValueError if strict JSON cannot express it (bytes, an object, NaN): the SDK would post
+    nothing, and the job would never end.
     """
     if isinstance(value, str):
         if value.isascii():
@@ -205,14 +205,14 @@ def sendable(value: Any) -> Any:
     if isinstance(value, Mapping):
         if not all(isinstance(name, str) for name in value):
             raise TypeError("a name that is not text")
-        return {sendable(name): sendable(one) for name, one in value.items()}
+        return {sendable(name): sendable(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [sendable(one) for one in value]
+        return [sendable(item) for item in value]
     raise TypeError(type(value).__name__)
 
 
 def guard_size(answer: Mapping[str, Any], limit_mb: float) -> None:
-    """Raises OutputTooLarge if the answer as JSON is over the limit; the platform would lose it."""
+    """Raises: OutputTooLarge if the answer as JSON is over the limit, and so the platform would lose it."""
     size = len(json.dumps(answer, allow_nan=False).encode())
     if size > limit_mb * 1e6:
         raise OutputTooLarge(

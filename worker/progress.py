@@ -1,4 +1,4 @@
-"""How far a job is: throttled, in order, and handed to whoever shows it."""
+"""A job's progress: which updates are sent, and what they say."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 from lora.fetch.transfers import Transfer
 
 Send = Callable[[dict[str, Any]], None]
-"""Takes one update, {phase, fraction, text} and perhaps `preview`."""
+"""A function that takes one update: {phase, fraction, text}, and perhaps `preview`."""
 
 INTERVAL = 0.5
 """Least seconds between two updates of one phase."""
 
 
 class Progress:
-    """One job's progress. A new phase is always told; within a phase, at most one update in `INTERVAL`."""
+    """Sends one job's progress: each new phase at once, within a phase one update per `INTERVAL` at most."""
 
     def __init__(self, send: Send, clock: Callable[[], float] = time.monotonic) -> None:
         self._send = send
@@ -24,16 +24,16 @@ class Progress:
         self._phase = ""
         self._last = float("-inf")
 
-    def tell(
+    def report(
         self,
         phase: str,
         fraction: float,
         text: str,
         preview: Callable[[], str | None] | None = None,
     ) -> None:
-        """Reports `fraction` (0 to 1) of a phase, with a few words for a person.
+        """Reports that `fraction` (0 to 1) of a phase is done, with a few words for a person.
 
-        `preview` makes a picture's data URI; it is asked only for an update that is sent.
+        `preview` makes a picture's data URI; it is called only for an update that is sent.
         """
         now = self._clock()
         if phase == self._phase and now - self._last < INTERVAL and fraction < 1.0:
@@ -45,12 +45,12 @@ class Progress:
         self._send(update)
 
     def step(self, done: int, total: int, preview: Callable[[], str | None] | None = None) -> None:
-        """One more denoising step is done."""
-        self.tell("generating", done / max(total, 1), f"step {done}/{total}", preview)
+        """Reports how many denoising steps are done."""
+        self.report("generating", done / max(total, 1), f"step {done}/{total}", preview)
 
     def download(self, now: Transfer) -> None:
-        """More bytes of the job's LoRAs have come in."""
+        """Reports how much of the job's LoRAs is downloaded."""
         share = f"{100 * now.done // now.total}%" if now.total else f"{now.done / 1e6:.0f} MB"
         words = f"downloading {now.files} LoRA{'s' * (now.files > 1)} {share}"
         fraction = now.done / now.total if now.total else 0.0
-        self.tell("downloading", fraction, f"{words}, {now.rate / 1e6:.3g} MB/s")
+        self.report("downloading", fraction, f"{words}, {now.rate / 1e6:.3g} MB/s")

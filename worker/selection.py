@@ -1,4 +1,4 @@
-"""Which LoRAs and prompt a job has, once its presets and the worker's defaults are counted in."""
+"""The LoRAs and the prompt of a job, with what its presets and the worker's defaults add."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora.engine.stack import LoraUse, Mode
+from lora.engine.stack import LoraUse
 from lora.errors import CodedError
 from lora.fetch.sources import Reference
 from lora.volume.presets import Presets
-from schemas import (
-    MAX_LORAS,
-    NOT_MERGED,
-    ImageRequest,
-    InvalidInput,
-    faults_of,
-    filled,
-    parse_loras,
-)
+from schemas import MAX_LORAS, ImageRequest, parse_loras
+from validation import InvalidInput, faults_of, filled
 
 NONE = "none"
-"""What a job selects to have no preset, not even the worker's default."""
+"""A job selects this to have no preset, not even the worker's default."""
+
+STANDS = "unless it stands there already"
+
+
+def text_field(description: str, **more: Any) -> dict[str, Any]:
+    """The schema of a text that may be left out."""
+    return {"type": ["string", "null"], "default": None, "description": description, **more}
+
 
 PRESET: dict[str, Any] = {
     "type": "object",
@@ -30,30 +31,19 @@ PRESET: dict[str, Any] = {
     "properties": {
         "loras": {
             "type": "array",
+            "maxItems": MAX_LORAS,
             "default": [],
             "description": "LoRAs as in a job: sources, or objects with `path`",
         },
-        "prompt_prefix": {
-            "type": ["string", "null"],
-            "default": None,
-            "description": "Stands before the prompt, unless it stands there already",
-        },
-        "prompt_suffix": {
-            "type": ["string", "null"],
-            "default": None,
-            "description": "Stands behind the prompt and a comma, unless it stands there already",
-        },
+        "prompt_prefix": text_field(f"Stands before the prompt, {STANDS}"),
+        "prompt_suffix": text_field(f"Stands behind the prompt and a comma, {STANDS}"),
         "trigger_words": {
             "type": "array",
             "items": {"type": "string"},
             "default": [],
-            "description": "Each is added to the prompt, behind a comma, unless it stands there already",
+            "description": f"Each is added to the prompt, behind a comma, {STANDS}",
         },
-        "description": {
-            "type": ["string", "null"],
-            "default": None,
-            "description": "For people",
-        },
+        "description": text_field("For people"),
     },
 }
 
@@ -65,9 +55,9 @@ class Ready:
     name: str
     loras: tuple[LoraUse[Reference], ...]
     before: tuple[str, ...]
-    """What comes before the prompt."""
+    """Texts that come before the prompt."""
     after: tuple[str, ...]
-    """What comes behind it, each behind a comma."""
+    """Texts that come behind it, each behind a comma."""
 
 
 def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) -> Ready:
@@ -83,12 +73,9 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
     if not faults:
         before = _texts([values["prompt_prefix"]])
         after = _texts((*values["trigger_words"], values["prompt_suffix"]))
-        try:
-            loras = parse_loras(values["loras"])
-        except InvalidInput as error:
-            faults = [error.sentence]
-        if lora_mode == Mode.MERGED and any(use.ranged for use in loras):
-            faults.append(NOT_MERGED)
+        loras, _, broken = parse_loras(values["loras"], lora_mode)
+        words = {f"trigger_words[{n}]": word for n, word in enumerate(values["trigger_words"])}
+        faults = [*faults_of({}, words, ""), *broken]
         if not (values["loras"] or before or after):
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
@@ -98,14 +85,14 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
     return Ready(name, loras, before, after)
 
 
-def _texts(given: Sequence[str | None]) -> tuple[str, ...]:
-    stripped = (" ".join((text or "").split()).strip(",").strip() for text in given)
+def _texts(values: Sequence[str | None]) -> tuple[str, ...]:
+    stripped = (" ".join((text or "").split()).strip(",").strip() for text in values)
     return tuple(text for text in stripped if text)
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """A job's request with what its presets add."""
+    """A job's request with the additions of its presets."""
 
     request: ImageRequest
     presets: tuple[str, ...] = ()
@@ -113,14 +100,14 @@ class Chosen:
     """The prompt that is drawn, if it is not the job's own."""
 
     def as_answer(self) -> dict[str, Any]:
-        """What the answer says of it: nothing, if there is nothing to say."""
+        """The answer's fields about presets and prompt, where they differ from the job's."""
         preset = {"preset": list(self.presets)} if self.presets else {}
         return {**preset, **({} if self.prompt is None else {"prompt": self.prompt})}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The volume's presets, and what a job gets that asks for no LoRA."""
+    """The volume's presets, and the defaults of a job that asks for no LoRA."""
 
     presets: Presets
     default_preset: str = ""
@@ -129,10 +116,10 @@ class Selection:
     """LORA_CONFIG's, as entries of a job's `loras`."""
 
     def choose(self, request: ImageRequest, *, has_loras: bool) -> Chosen:
-        """What the request is with its presets: theirs first, then its own LoRAs.
+        """The request with its presets: their LoRAs first, then its own.
 
-        `has_loras`: whether the job has a list of LoRAs, be it empty. The defaults are for jobs that have
-        neither that nor a selection.
+        `has_loras`: whether the job has a list of LoRAs, which may be empty. Jobs that have neither a list
+        nor a selection get the defaults.
         Raises: LoraNotFound for a preset that is not there; InvalidInput for one that has faults; LoraCorrupt
         if the presets cannot be read.
         """
@@ -145,7 +132,9 @@ class Selection:
     def _by_default(self, request: ImageRequest) -> Chosen:
         loras: tuple[LoraUse[Reference], ...] = ()
         if self.default_loras:
-            loras = parse_loras(list(self.default_loras))
+            loras, _, faults = parse_loras(list(self.default_loras))
+            if faults:
+                raise InvalidInput.of(faults)
         if not self.default_preset:
             return _joined(request, loras, [])
         try:
@@ -179,12 +168,12 @@ def _prompt(prompt: str, chosen: Sequence[Ready]) -> str:
     after: list[str] = [prompt] if prompt else []
     own = prompt.rstrip(" ,")
     for preset in chosen:
-        for texts, place in ((preset.before, before), (preset.after, after)):
+        for texts, side in ((preset.before, before), (preset.after, after)):
             for text in texts:
                 if not _stands_in(text, " ".join((*before, *after))):
-                    place.append(text)
+                    side.append(text)
     if own and len(after) > 1:
-        after[0] = own  # it ends in a comma as it is
+        after[0] = own  # a comma follows anyway
     return " ".join((*before, ", ".join(after))).strip()
 
 

@@ -1,4 +1,4 @@
-"""A job's progress on its way to the platform: in order, and never after the answer."""
+"""Posts a job's progress to the platform: in order, and never after the answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 DRAIN = 2.0
-"""Seconds that the last update may take before the answer goes out without it."""
+"""Seconds that the last update may take; then the answer is sent without it."""
 
 
 class Sender:
-    """Posts one job's updates, one after the other; of those that wait, the newest alone.
+    """Posts one job's updates, one after the other. Of the updates that wait, only the newest is posted.
 
-    The SDK's own `progress_update` starts a thread per update, which may arrive in any order, even after
-    the answer (facts of runpod 1.12). Outside of the platform nothing is sent.
+    The SDK's own `progress_update` starts a thread per update, which may arrive in any order, even after the
+    answer (runpod 1.12). Outside of the platform nothing is posted.
     """
 
     def __init__(self, job: Mapping[str, Any]) -> None:
@@ -31,8 +31,8 @@ class Sender:
         self._task: asyncio.Task[None] | None = None
 
     def send(self, update: dict[str, Any]) -> None:
-        """Takes an update, from any thread, without waiting; one that comes too late is dropped."""
-        with suppress(RuntimeError):  # the loop is closed: a download that outlived its job
+        """Takes an update from any thread, without waiting; drops it if the job has ended."""
+        with suppress(RuntimeError):  # the loop is closed, and a download has outlived its job
             self._loop.call_soon_threadsafe(self._put, update)
 
     def _put(self, update: dict[str, Any]) -> None:
@@ -65,7 +65,9 @@ class Sender:
         from runpod.http_client import AsyncClientSession
         from runpod.serverless.modules.rp_http import send_result
 
-        async with AsyncClientSession() as session:  # its own: the SDK writes the job's id into it
+        async with (
+            AsyncClientSession() as session
+        ):  # not shared: the SDK writes the job's id into it
             while True:
                 await self._wake.wait()
                 self._wake.clear()

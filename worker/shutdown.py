@@ -1,4 +1,4 @@
-"""The worker's end: running jobs end and are posted, and no new one is taken."""
+"""How the worker ends: it finishes and posts the running jobs, and takes no new one."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Answer = TypeVar("Answer")
 
 
 class Shutdown:
-    """Ends the SDK's open questions to the platform as soon as SIGTERM or SIGINT comes.
+    """Ends the SDK's open requests to the platform as soon as SIGTERM or SIGINT comes.
 
-    The SDK asks for jobs, and for jobs to stop, by requests that the platform holds open. At a signal it
-    waits for their answers, up to 90 s, and a job that comes with one is lost (seen in runpod 1.12).
+    The SDK asks for jobs, and for jobs to stop, by requests that the platform holds open. At a signal the SDK
+    waits up to 90 s for their answers, and a job that comes with such an answer is lost (runpod 1.12).
     """
 
     def __init__(self) -> None:
         self._over: asyncio.Event | None = None
 
     def guard(self, scaling: ModuleType) -> None:
-        """Puts itself between the SDK's scaler, `runpod.serverless.modules.rp_scale`, and its questions.
+        """Wraps the functions by which the SDK's scaler, `runpod.serverless.modules.rp_scale`, asks.
 
         The SDK has no setting for this outside of its local tests.
         """
@@ -31,9 +31,9 @@ class Shutdown:
             setattr(scaling, name, self._guarded(getattr(scaling, name)))
 
     def _guarded(self, ask: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answer]]:
-        async def asked(*given: Any) -> Answer:
+        async def asked(*arguments: Any) -> Answer:
             over = self._listen()
-            question = asyncio.ensure_future(ask(*given))
+            question = asyncio.ensure_future(ask(*arguments))
             end = asyncio.ensure_future(over.wait())
             try:
                 await asyncio.wait({question, end}, return_when=asyncio.FIRST_COMPLETED)
@@ -43,13 +43,13 @@ class Shutdown:
                 end.cancel()
                 question.cancel()
                 with suppress(asyncio.CancelledError, Exception):
-                    await question  # its connection is closed now, and not some time
-            raise TimeoutError("the worker ends")  # the SDK asks again, unless it is to end
+                    await question  # so that its connection is closed at once
+            raise TimeoutError("the worker ends")  # the SDK asks again unless it is to end
 
         return asked
 
     def _listen(self) -> asyncio.Event:
-        """From the first question on: by then the SDK has set its own handlers, which are called first."""
+        """Sets signal handlers at the first question. They call the SDK's own, set by then, first."""
         if self._over is None:
             over, loop = asyncio.Event(), asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Ending a job early: because its client cancelled it, or because its time is over."""
+"""Ending a job early: its client cancelled it, or its time is over."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from lora.errors import CodedError
 
 MARGIN = 5.0
-"""Seconds before the platform's own limit at which a job is ended, so that its answer still arrives."""
+"""A job is ended this many seconds before the platform's own limit, so that its answer still arrives."""
 
 
 class Cancelled(CodedError):
@@ -19,22 +19,22 @@ class Cancelled(CodedError):
 
 
 class DeadlineExceeded(CodedError):
-    """The job's time was over before it was done."""
+    """The job was not done in its time."""
 
     code = "DEADLINE_EXCEEDED"
 
 
 class Stop:
-    """One job's end before its time. Set by any thread, looked at by the one that works."""
+    """Tells the thread that works on a job to end it early. Any thread may set it."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        """`seconds`: how long the job may take from now; None for no limit."""
+        """`seconds`: how long the job may take from now on; None for no limit."""
         self._seconds = seconds
         self._deadline = None if seconds is None else time.monotonic() + seconds
         self._cancelled = threading.Event()
 
     def cancel(self) -> None:
-        """The job is not wanted any more."""
+        """Notes that the client no longer wants the job."""
         self._cancelled.set()
 
     @property
@@ -43,13 +43,13 @@ class Stop:
         return None if self._deadline is None else self._deadline - time.monotonic()
 
     def deadline_exceeded(self) -> DeadlineExceeded:
-        """The error that says so."""
+        """The error for a job whose time is over."""
         return DeadlineExceeded(
             f"the job was not done after {self._seconds:g} s", "Ask for fewer steps or pictures."
         )
 
     def check(self) -> None:
-        """Does nothing as long as the job may go on. Raises: Cancelled, DeadlineExceeded."""
+        """Returns if the job may go on. Raises: Cancelled, DeadlineExceeded."""
         if self._cancelled.is_set():
             raise Cancelled("the job was cancelled")
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -57,12 +57,12 @@ class Stop:
 
 
 def seconds_for(job: object, default: float) -> float | None:
-    """How long a job may take: its policy's executionTimeout (ms) less the margin, else the default (0: no
-    limit); the smaller of both.
+    """Seconds that a job may take: the smaller of `default` (0: no limit) and its policy's executionTimeout,
+    which is in milliseconds, less `MARGIN`, or half of it if that is more.
     """
     policy = job.get("policy") if isinstance(job, Mapping) else None
-    given = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
+    timeout = policy.get("executionTimeout") if isinstance(policy, Mapping) else None
     limits = [default] if default > 0 else []
-    if isinstance(given, (int, float)) and not isinstance(given, bool) and given > 0:
-        limits.append(max(given / 1000 - MARGIN, given / 2000))
+    if isinstance(timeout, (int, float)) and not isinstance(timeout, bool) and timeout > 0:
+        limits.append(max(timeout / 1000 - MARGIN, timeout / 2000))
     return min(limits, default=None)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
@@ -16,12 +13,8 @@ from lora.commands.shared import add_json, byte_count, progress, size, table
 from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
 
 if TYPE_CHECKING:
-    from lora.fetch.rules import WebRules
     from lora.tools import OnProgress
     from lora.volume.cache import VolumeCache
-
-FOLDER = "/models/loras"
-"""Where the cache lies if nothing else is said."""
 
 SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
 
@@ -50,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Does the action. Raises: CodedError."""
-    cache = _opened(options.dir, {name: text.strip() for name, text in os.environ.items()})
+    cache = _opened(options.dir)
     actions: dict[str, Callable[[VolumeCache, Namespace], Mapping[str, Any]]] = {
         "list": _list,
         "add": _add,
@@ -62,65 +55,18 @@ def run(options: Namespace) -> Mapping[str, Any]:
     return {"action": options.action, **actions[options.action](cache, options)}
 
 
-def _opened(folder: Path | None, environ: Mapping[str, str]) -> VolumeCache:
-    """The cache, by those environment variables of the worker that concern it. Raises: ToolError."""
-    from lora.fetch.civitai import Civitai
-    from lora.fetch.hub import Hub
-    from lora.fetch.sources import CIVITAI, HUB
-    from lora.fetch.web import Web
-    from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
+def _opened(folder: Path | None) -> VolumeCache:
+    from lora.volume.opening import open_cache
 
     try:
-        web = Web(_web_rules(environ))
-        limits = Limits(
-            file_bytes=int(_number(environ, "LORA_MAX_FILE_MB", 2048) * 1e6),
-            total_bytes=int(_number(environ, "LORA_CACHE_MAX_GB", 0) * 1e9) or None,
-            timeout=_number(environ, "LORA_DOWNLOAD_TIMEOUT", 300),
-            ttl=_number(environ, "LORA_TTL_HOURS", 24) * 3600,
-        )
+        return open_cache(folder)
     except ValueError as error:
         hint = "The README lists the environment variables."
         raise ToolError(f"the environment cannot be used: {error}", hint) from None
-    hub = Hub(environ.get("HF_TOKEN") or None, environ.get("HF_ENDPOINT") or HUB)
-    civitai = Civitai(web, environ.get("CIVITAI_ENDPOINT") or CIVITAI)
-    root = folder or Path(environ.get("LORA_CACHE_DIR") or FOLDER)
-    return VolumeCache(root, limits, web, hub=hub, civitai=civitai, fallback=FALLBACK_ROOT)
-
-
-def _number(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name) or str(default)
-    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", text):
-        raise ValueError(f"{name} is not a number of at least 0")
-    return float(text)
-
-
-def _web_rules(environ: Mapping[str, str]) -> WebRules:
-    """Which hosts may be asked, and with which tokens. Raises: ValueError, without any secret."""
-    from lora.fetch.rules import WebRules, origin_of
-    from lora.fetch.sources import CIVITAI, HUB
-
-    try:
-        headers = json.loads(environ.get("LORA_AUTH_HEADERS") or "{}").items()
-        lines = {origin_of(host): re.split(r":\s*", line, maxsplit=1) for host, line in headers}
-        tokens = {origin: (name, value) for origin, (name, value) in lines.items()}
-    except (ValueError, AttributeError, TypeError):
-        raise ValueError("LORA_AUTH_HEADERS is no JSON object of host -> 'Name: value'") from None
-    own = {origin_of(url) for name in ("HF", "CIVITAI") if (url := environ.get(f"{name}_ENDPOINT"))}
-    for name, public in (("HF", HUB), ("CIVITAI", CIVITAI)):
-        if token := environ.get(f"{name}_TOKEN"):
-            origin = origin_of(environ.get(f"{name}_ENDPOINT") or public)
-            tokens[origin] = ("Authorization", f"Bearer {token}")
-    hosts = tuple(re.findall(r"[^,\s]+", environ.get("LORA_ALLOWED_HOSTS", "")))
-    private = environ.get("LORA_ALLOW_PRIVATE_URLS") == "1"
-    return WebRules(private, hosts, frozenset(own), tokens)
 
 
 def _list(cache: VolumeCache, _: Namespace) -> Mapping[str, Any]:
-    from lora.volume.records import told_of
-
-    shelf = cache.shelf
-    entries = (told_of(shelf.root_of(path), path) for path in shelf.files())
-    return {"root": str(shelf.root), "loras": list(filter(None, entries))}
+    return {"root": str(cache.shelf.root), "loras": cache.shelf.describe()}
 
 
 def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:

@@ -1,9 +1,9 @@
-"""Low-rank parts added in a layer's forward: the weight is not touched.
+"""Low-rank changes that are added in a layer's forward: the weight is not touched.
 
-y = W x + sum of scale * scaling * up (down x). The factors of a whole stack stand side by side along the
-rank, so that N LoRAs cost one pair of products. On a GPU these are in the layer's own precision; on a CPU in
-float32 (thin products in half precision take 5 to 100 times as long there), and the factors stay as the file
-has them: each is widened when its layer is called, a copy that fits the processor's cache.
+y = W x + sum of scale * scaling * up (down x). The factors of a whole stack are concatenated along the rank,
+so that N LoRAs cost one pair of products. On a GPU the products are in the layer's own precision. On a CPU
+they are in float32 (thin products in half precision take 5 to 100 times as long there), and the factors stay
+in the file's precision: each call of their layer widens them, to a copy that fits the processor's cache.
 """
 
 from __future__ import annotations
@@ -21,74 +21,74 @@ from lora.engine.modules import compute_place
 from lora.errors import LoraIncompatible
 from lora.formats.algorithms import LowRank
 
-Place = tuple[torch.device, torch.dtype]
+DeviceAndDtype = tuple[torch.device, torch.dtype]
 
 PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""What torch can join and multiply; narrower kinds are only for storing."""
+"""The dtypes that torch can concatenate and multiply; narrower ones are only for storing."""
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The precision in which a layer of this place and precision gets its two products."""
+    """The precision of the two products for a layer on this device and of this precision."""
     return torch.promote_types(dtype, torch.float32) if device.type == "cpu" else dtype
 
 
 @dataclass
-class Factors:
-    """A stack's part of one layer, ready for its device."""
+class DeviceFactors:
+    """The factors of all of a stack's changes of one layer, on the layer's device."""
 
     down: Tensor
-    """[R, in] or [R, in, kh, kw], R the sum of the ranks."""
+    """[R, in] or [R, in, kh, kw], where R is the sum of the ranks."""
     up: Tensor
     """[R, out], or [out, R, 1, 1] for a convolution."""
     parts: tuple[LowRank, ...]
     """What they were made from, in order."""
     each: tuple[float, ...] = ()
-    """What each part is multiplied by now: the user's scale times its scaling."""
+    """What each part is multiplied by now: the user's scale times its own scaling."""
     scales: Tensor | None = None
-    """[R]: the same for every row of `down`."""
+    """[R]: the same, for every row of `down`."""
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The bytes of the tensors."""
         return sum(t.numel() * t.element_size() for t in (self.down, self.up))
 
 
-class _Change(NamedTuple):
-    factors: Factors
+class _NewScales(NamedTuple):
+    factors: DeviceFactors
     each: tuple[float, ...]
 
 
-def set_scales(changes: Sequence[tuple[Factors, Sequence[float]]]) -> None:
-    """Gives many layers the user's scales, one per part; what has them already is left alone."""
-    by_place: dict[Place, list[_Change]] = {}
-    for factors, scales in changes:
+def set_scales(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> None:
+    """Sets the user's scales, one per part, of many layers; those that have them already are left alone."""
+    by_place: dict[DeviceAndDtype, list[_NewScales]] = {}
+    for factors, scales in layers:
         each = tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))
         if each != factors.each:
-            factors.each = ()  # until the tensor is there
+            factors.each = ()  # until the tensor is set
             device = factors.down.device
             place = device, product_dtype(device, factors.down.dtype)
-            by_place.setdefault(place, []).append(_Change(factors, each))
-    for (device, dtype), found in by_place.items():
-        # One tensor for all of them: hundreds of small ones would take milliseconds.
-        values = torch.tensor([value for change in found for value in change.each])
+            by_place.setdefault(place, []).append(_NewScales(factors, each))
+    for (device, dtype), changes in by_place.items():
+        # One tensor for all layers: hundreds of small ones would take milliseconds.
+        values = torch.tensor([value for change in changes for value in change.each])
         if float(values.abs().max()) > torch.finfo(dtype).max:
             raise LoraIncompatible(
                 f"a layer's scale (scale * alpha / rank) of {float(values.abs().max()):g} overflows "
                 f"{str(dtype).removeprefix('torch.')}",
                 "Lower the scale.",
             )
-        ranks = torch.tensor([part.down.shape[0] for one, _ in found for part in one.parts])
+        ranks = torch.tensor([part.down.shape[0] for one, _ in changes for part in one.parts])
         rows = torch.repeat_interleave(values, ranks).to(device, dtype)
-        sizes = [one.down.shape[0] for one, _ in found]
-        for (one, each), own in zip(found, torch.split(rows, sizes), strict=True):
+        sizes = [one.down.shape[0] for one, _ in changes]
+        for (one, each), own in zip(changes, torch.split(rows, sizes), strict=True):
             one.scales, one.each = own, each
 
 
 class AdaptedForward:
-    """Stands in for one module's `forward` while a stack is applied.
+    """Replaces one module's `forward` while a stack is applied.
 
-    One object per module for ever: torch.compile guards on the object, so that another stack with the
-    same ranks runs the graph that is there.
+    A module always gets the same object: torch.compile guards on the object, so another stack with the
+    same ranks runs the graph that was compiled before.
     """
 
     original: Callable[..., Tensor]
@@ -96,15 +96,15 @@ class AdaptedForward:
     up: Tensor
     scales: Tensor
     uniform: float | None
-    """The scales as one number, where they are one."""
+    """The scale, if it is the same for every row."""
 
     def __init__(self, module: nn.Module) -> None:
         self._convolution = module if isinstance(module, nn.Conv2d) else None
         self._module = module
-        self._factors: Factors | None = None
+        self._factors: DeviceFactors | None = None
 
-    def set(self, original: Callable[..., Tensor], factors: Factors) -> None:
-        """What to compute from now on."""
+    def set(self, original: Callable[..., Tensor], factors: DeviceFactors) -> None:
+        """Sets what is added to the output of `original` from now on."""
         if factors.scales is None:
             raise ValueError("the factors have no scales")
         self.original, self._factors = original, factors
@@ -112,13 +112,13 @@ class AdaptedForward:
         self.uniform = factors.each[0] if len(factors.each) == 1 else None
 
     def clear(self) -> None:
-        """Lets go of the tensors."""
+        """Drops the references to the tensors."""
         self._factors = None
         for name in ("original", "down", "up", "scales"):
             self.__dict__.pop(name, None)
 
     def _follow(self, out: Tensor) -> None:
-        """Goes to where the layer's output is, in its precision: for layers that moved, or are packed."""
+        """Moves the factors to the output's device and precision: for layers that moved, or are packed."""
         if self._factors is not None:
             dtype = _kept_dtype(out.device, out.dtype, self._factors.parts)
             own = [
@@ -127,7 +127,7 @@ class AdaptedForward:
             ]
             self.down, self.up = _joined(self._module, own)
             self.scales = self.scales.to(out.device, product_dtype(out.device, out.dtype))
-            # The next time they are there at once.
+            # Kept, so that the next block has them there at once.
             self._factors.down, self._factors.up = self.down, self.up
             self._factors.scales = self.scales
 
@@ -146,7 +146,7 @@ class AdaptedForward:
         alpha = 1.0
         if torch.compiler.is_compiling() or self.uniform is None:
             inner = inner * self.scales
-        else:  # in eager mode one kernel less; compiled, the number would be a constant of the graph
+        else:  # saves a kernel in eager mode; compiled, the number would be a constant of the graph
             alpha = self.uniform
         if dtype == out.dtype:
             flat.addmm_(inner, up, alpha=alpha)
@@ -162,11 +162,11 @@ class AdaptedForward:
 
 
 @torch.no_grad()
-def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> list[Factors]:
-    """The factors of many layers at once, each given by its module, its name and its parts.
+def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> list[DeviceFactors]:
+    """The factors of many layers at once. `layers`: the module, the name and the parts of each.
 
-    What is in the right place and precision already and stands alone is used as it is, without a copy:
-    on a CPU, nearly everything.
+    Factors that are on the right device and in the right precision already, and are the only ones of their
+    layer, are used without a copy: on a CPU, nearly all.
     Raises: LoraIncompatible with a layer whose factors overflow its precision.
     """
     places = [_kept_place(module, parts) for module, _, parts in layers]
@@ -183,7 +183,7 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
         own = [
             LowRank(placed.get(p.down, place), placed.get(p.up, place), p.scaling) for p in parts
         ]
-        factors = Factors(*_joined(module, own), tuple(parts))
+        factors = DeviceFactors(*_joined(module, own), tuple(parts))
         if not placed.all_finite and not all(
             bool(t.float().isfinite().all()) for t in (factors.down, factors.up)
         ):
@@ -195,22 +195,22 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
     return made
 
 
-def _kept_place(module: nn.Module, parts: Sequence[LowRank]) -> Place:
+def _kept_place(module: nn.Module, parts: Sequence[LowRank]) -> DeviceAndDtype:
     device, dtype = compute_place(module)
     return device, _kept_dtype(device, dtype, parts)
 
 
 def _kept_dtype(device: torch.device, dtype: torch.dtype, parts: Sequence[LowRank]) -> torch.dtype:
-    """What a layer's factors are kept in: what they come in, if they are widened for the products anyway."""
+    """The precision that a layer's factors are kept in: their own, if the products widen them anyway."""
     wide = product_dtype(device, dtype)
     if wide == dtype:
         return dtype
-    found = {tensor.dtype for part in parts for tensor in (part.down, part.up)}
-    return found.pop() if len(found) == 1 and found <= PLAIN else wide
+    own = {tensor.dtype for part in parts for tensor in (part.down, part.up)}
+    return own.pop() if len(own) == 1 and own <= PLAIN else wide
 
 
 def _joined(module: nn.Module, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
-    """down and up of all parts side by side, in the forms that `Factors` has."""
+    """down and up of all parts, concatenated, in the shapes that `DeviceFactors` has."""
     if len(parts) == 1:
         down = parts[0].down if parts[0].down.dim() == 2 else parts[0].down.flatten(1)
     else:
@@ -222,22 +222,22 @@ def _joined(module: nn.Module, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor
 
 
 class _Placed:
-    """Tensors in another place or precision. Those of one file share a storage, which goes as a whole
-    if most of it is wanted.
+    """Moves tensors to another device or precision. Those of one file share a storage, which is moved as a
+    whole if most of it is wanted.
     """
 
-    def __init__(self, wanted: Sequence[tuple[Tensor, Place]]) -> None:
+    def __init__(self, wanted: Sequence[tuple[Tensor, DeviceAndDtype]]) -> None:
         self.all_finite = True
-        """False if a number may have become infinite on the way to a narrower precision."""
-        self._whole: dict[tuple[int, Place], Tensor] = {}
-        self._wanted: dict[tuple[int, Place], int] = defaultdict(int)
+        """False if a number may have become infinite in a narrower precision."""
+        self._whole: dict[tuple[int, DeviceAndDtype], Tensor] = {}
+        self._wanted: dict[tuple[int, DeviceAndDtype], int] = defaultdict(int)
         for tensor, place in wanted:
             if (tensor.device, tensor.dtype) != place:
                 key = tensor.untyped_storage().data_ptr(), place
                 self._wanted[key] += tensor.numel() * tensor.element_size()
 
-    def get(self, tensor: Tensor, place: Place) -> Tensor:
-        """The tensor there, itself if it is there already."""
+    def get(self, tensor: Tensor, place: DeviceAndDtype) -> Tensor:
+        """The tensor on that device in that precision; itself, if it is so already."""
         if (tensor.device, tensor.dtype) == place:
             return tensor
         storage = tensor.untyped_storage()
@@ -250,7 +250,7 @@ class _Placed:
             whole = self._whole[key] = self._moved(empty.set_(storage), place)  # type: ignore[arg-type]
         return whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
-    def _moved(self, tensor: Tensor, place: Place) -> Tensor:
+    def _moved(self, tensor: Tensor, place: DeviceAndDtype) -> Tensor:
         moved = tensor.to(*place)
         if place[1] is torch.float16 and tensor.dtype is not torch.float16 and moved.numel():
             self.all_finite &= all(bool(end.isfinite()) for end in torch.aminmax(moved))

@@ -1,16 +1,16 @@
-"""Applies adapters to a pipeline's modules for the time of a block, and puts every bit back.
+"""Applies adapters to a pipeline's modules for the time of a block, and restores every bit afterwards.
 
-Two ways, with one meaning, W' = W + sum over the stack of scale * delta:
+There are two modes. Both compute W' = W + sum over the stack of scale * delta:
 
 - dynamic: the weight is not touched. The layer's `forward` adds `up @ (down @ x)` to its output; the
   factors of the whole stack are concatenated along the rank, so several LoRAs cost one pair of products.
-  A part without low-rank factors is merged instead, alone.
+  A change without low-rank factors is merged instead, alone.
 - merged: W' is computed in float32, rounded once and written into the weight's own storage. The original
-  was copied aside before and is copied back afterwards; nothing is ever subtracted. A layer whose weight
+  is copied before and copied back afterwards; nothing is ever subtracted. A layer whose weight
   cannot be written (quantised, offloaded) or belongs to several modules is applied dynamically.
 
-What a stack needs is kept ready in a bounded memory, by the files' contents, so that coming back to it
-rebuilds nothing.
+The factors and merged weights of recent stacks are kept, up to a budget, under the hashes of their files. So
+a stack that is used again is not rebuilt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.engine.dynamic import AdaptedForward
-from lora.engine.merging import merge
+from lora.engine.merging import merge, refuse_overflow
 from lora.engine.modes import choose_mode
 from lora.engine.modules import as_matrix, shared_parameters, targets_of, tree, writable
 from lora.engine.originals import Originals
@@ -35,7 +34,7 @@ from lora.engine.plan import Merge, Plan, make_plan
 from lora.engine.prepared import Merged, Prepared
 from lora.engine.stack import Mode, Stack
 from lora.engine.undo import RestoreFailed, Undo
-from lora.errors import LoraIncompatible, LoraUnsupported
+from lora.errors import LoraUnsupported
 from lora.formats.names.keys import KeyMap, Target
 from lora.lru import ByteLru
 
@@ -48,7 +47,7 @@ GB = 1_000_000_000
 
 @dataclass(frozen=True)
 class Budgets:
-    """How many bytes the engine may keep between blocks. What is needed within one is not counted."""
+    """How many bytes the engine may keep between blocks. What a block itself needs is not counted."""
 
     originals: int = 5 * GB
     """Copies of weights that were merged into."""
@@ -57,16 +56,16 @@ class Budgets:
 
 
 class EngineBusy(RuntimeError):
-    """`applied` was entered while another block is open: a mistake of the program, not of a user."""
+    """`applied` was entered while another block is open: a mistake in the program, not of a user."""
 
 
 class LoraEngine:
     """Knows the modules of one pipeline and applies stacks of adapters to them, one stack at a time."""
 
     def __init__(self, components: Mapping[str, nn.Module], budgets: Budgets = Budgets()) -> None:
-        """`components`: name (`unet`, `text_encoder`, ...) -> root module, the one that draws first.
+        """`components`: name (`unet`, `text_encoder`, ...) -> root module; the first one draws.
 
-        Nothing is changed. Raises: ValueError if two modules would share a name.
+        No module is changed. Raises: ValueError if two modules would share a name.
         """
         self._modules = dict(tree(components))
         self._shared = shared_parameters(components)
@@ -84,13 +83,13 @@ class LoraEngine:
     def applied(
         self, stack: Stack, mode: Mode = Mode.DYNAMIC, steps: int | None = None
     ) -> Iterator[Block]:
-        """Applies the stack while the block runs. `steps` helps `Mode.AUTO` to choose.
+        """Applies the stack while the block runs. `Mode.AUTO` chooses by the number of `steps`.
 
-        After the block, left by whatever way, and after a failure to apply, every parameter is bit for
-        bit what it was and every module has its own `forward` again. Raises: EngineBusy if a block is
-        open already, in this thread or another; LoraIncompatible if a weight overflows; LoraUnsupported
-        if a layer cannot be changed in the way that its part needs; RestoreFailed if a weight cannot be
-        put back, be it one of an earlier block.
+        However the block ends, and also if applying fails, every parameter is afterwards bit for bit what it
+        was, and every module has its own `forward` again. Raises: EngineBusy if a block is open already, in
+        this thread or another; LoraIncompatible if a weight overflows; LoraUnsupported if a layer cannot be
+        changed in the way that its algorithm needs; RestoreFailed if a weight of this block, or of an earlier
+        one, cannot be restored.
         """
         with self._alone():
             self.undo.run()
@@ -102,16 +101,16 @@ class LoraEngine:
                 self.undo.run()
 
     def settle(self) -> None:
-        """Tries again to put back what an earlier block could not; does nothing if there is nothing.
+        """Tries again to restore what an earlier block could not restore, if there is anything.
 
-        Raises: RestoreFailed if it still cannot; then the pipeline must not draw. EngineBusy.
+        Raises: RestoreFailed if it fails again: then the pipeline must not draw. EngineBusy.
         """
         if self.undo.pending:
             with self._alone():
                 self.undo.run()
 
     def free(self) -> None:
-        """Drops what is kept ready for later blocks. Raises: EngineBusy if a block is open."""
+        """Drops everything that is kept for later blocks. Raises: EngineBusy if a block is open."""
         with self._alone():
             self.prepared.clear()
             self.originals.forget()
@@ -126,7 +125,7 @@ class LoraEngine:
             self._busy.release()
 
     def choose(self, stack: Stack, mode: Mode, steps: int | None) -> Mode:
-        """The way that a stack will go: `Mode.AUTO` resolved."""
+        """The mode in which a stack will be applied: `Mode.AUTO` resolved."""
         if mode is not Mode.AUTO:
             return mode
         weights = {
@@ -147,14 +146,14 @@ class LoraEngine:
         return self._modules[target.component, target.path]
 
     def forward_of(self, module: nn.Module) -> AdaptedForward:
-        """What stands in for a module's `forward`: one object per module for ever."""
-        found = self._forwards.get(module)
-        if found is None:
-            found = self._forwards[module] = AdaptedForward(module)
-        return found
+        """The replacement for a module's `forward`: always the same object for one module."""
+        forward = self._forwards.get(module)
+        if forward is None:
+            forward = self._forwards[module] = AdaptedForward(module)
+        return forward
 
     def prepare(self, stack: Stack, mode: Mode) -> tuple[Hashable, Prepared]:
-        """What the stack needs, from an earlier time if it was used before, and the key to keep it by."""
+        """What applying the stack needs, reused if it was used before, and the key to keep it under."""
         strengths = tuple(use.strengths for use in stack)
         key: tuple[Hashable, ...] = (mode, *(use.lora.identity for use in stack))
         if mode is Mode.MERGED:  # merged weights are made for one scale, factors for any
@@ -168,12 +167,10 @@ class LoraEngine:
 
 
 class Block:
-    """What is applied while `LoraEngine.applied` is open; only valid there, and in its thread."""
+    """The handle of an open `LoraEngine.applied`; only valid inside of it, and in its thread."""
 
     mode: Mode
     """How the stack was applied: `Mode.AUTO` resolved."""
-    layers: int
-    """How many modules are changed, by all adapters together."""
     seconds: float
     """How long the last switch took."""
 
@@ -181,26 +178,26 @@ class Block:
         self._engine = engine
         self._stack: Stack = ()
         self._now: tuple[bool, ...] = ()
-        """Which of the stack's LoRAs are within their range."""
+        """For each LoRA of the stack, whether the current step is within its range."""
         self._held: set[int] = set()
-        """Which of them ever were."""
+        """The indices of the LoRAs that were within their range at some step."""
         self._forced = 0
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was done in another way than asked for."""
+        """Says where the stack was applied in another way than was asked for."""
         if not self._forced:
             return ()
         return (f"{self._forced} layers are quantised or offloaded: applied dynamically",)
 
     def never_held(self) -> list[int]:
-        """Which LoRAs of the stack, by their place, had a range without a moment so far."""
-        return [place for place in range(len(self._stack)) if place not in self._held]
+        """The indices of the stack's LoRAs whose range has not contained any step so far."""
+        return [index for index in range(len(self._stack)) if index not in self._held]
 
     def switch(self, stack: Stack, mode: Mode | None = None, steps: int | None = None) -> None:
-        """Applies another stack in place of this one; layers that both change are written once.
+        """Applies another stack in place of this one. Layers that both stacks change are written once.
 
-        If it fails, nothing of either stack is applied any more. Raises: as `LoraEngine.applied`.
+        If it fails, neither stack is applied any more. Raises: as `LoraEngine.applied`.
         """
         begun = time.perf_counter()
         asked = mode or self.mode
@@ -212,28 +209,24 @@ class Block:
                 "Use the mode dynamic or auto, or leave out start and end.",
             )
         self._held.clear()
-        self._go(tuple(stack), tuple(use.holds(0.0) for use in stack), asked, steps)
+        self._switch_to(tuple(stack), tuple(use.holds(0.0) for use in stack), asked, steps)
         self.seconds = time.perf_counter() - begun
 
     def at(self, fraction: float) -> None:
-        """Tells how much of the denoising is done, 0 to 1: LoRAs with a range come and go.
+        """Starts and ends LoRAs by their range. `fraction`: how much of the denoising is done, 0 to 1.
 
-        Does nothing, at no cost, where that changes nothing.
+        Costs nothing where no LoRA starts or ends.
         """
         now = tuple(use.holds(fraction) for use in self._stack)
         if now != self._now:
-            self._go(self._stack, now, self.mode, None)
+            self._switch_to(self._stack, now, self.mode, None)
 
-    def _go(
-        self,
-        stack: Stack,
-        now: tuple[bool, ...],
-        mode: Mode,
-        steps: int | None,
+    def _switch_to(
+        self, stack: Stack, now: tuple[bool, ...], mode: Mode, steps: int | None
     ) -> None:
-        """Applies the stack, of which those are there that `now` says."""
+        """Applies those LoRAs of the stack for which `now` is true."""
         engine = self._engine
-        self._stack, self._now = (), ()  # what holds if it fails
+        self._stack, self._now = (), ()  # true if it fails
         uses = [
             use if holds else use.without(engine.drawing)
             for use, holds in zip(stack, now, strict=True)
@@ -245,7 +238,7 @@ class Block:
             engine.undo.run()
             raise
         self._stack, self._now = stack, now
-        self._held.update(place for place, holds in enumerate(now) if holds)
+        self._held.update(index for index, holds in enumerate(now) if holds)
 
     def _apply(self, stack: Stack) -> None:
         engine = self._engine
@@ -256,7 +249,7 @@ class Block:
         for module, forward, factors in ready:
             forward.set(engine.undo.replace_forward(module, forward), factors)
         self._write(stack, plan, prepared)
-        self._forced, self.layers = len(plan.forced), plan.modules
+        self._forced = len(plan.forced)
         engine.prepared.put(key, prepared, prepared.size)
 
     @torch.no_grad()
@@ -266,8 +259,8 @@ class Block:
         written: dict[nn.Parameter, tuple[Merge, Tensor]] = {}
         for weight, entry in plan.merges.items():
             content = tuple(
-                (stack[part.use].lora.identity, part.layer.target, part.scale)
-                for part in entry.parts
+                (stack[planned.use].lora.identity, planned.layer.target, planned.scale)
+                for planned in entry.layers
             )
             if undo.content(weight) == content:
                 continue
@@ -277,16 +270,16 @@ class Block:
             if kept and kept.generation == generation:
                 weight.copy_(kept.values)
             else:
-                parts = [(part.layer.part, part.scale) for part in entry.parts]
+                changes = [(planned.layer.algorithm, planned.scale) for planned in entry.layers]
                 view = as_matrix(entry.module, entry.name, weight.detach())
-                total = merge(view, as_matrix(entry.module, entry.name, original), parts)
+                total = merge(view, as_matrix(entry.module, entry.name, original), changes)
                 written[weight] = entry, total
             undo.note(weight, content)
-        _check_overflow(written)
+        refuse_overflow(written)
         self._keep(plan, prepared)
 
     def _keep(self, plan: Plan, prepared: Prepared) -> None:
-        """Keeps the merged values for the next time, if the budget has room for the whole stack."""
+        """Keeps copies of the merged values for the next time, if the budget has room for the whole stack."""
         engine = self._engine
         size = sum(weight.numel() * weight.element_size() for weight in plan.merges)
         if size + prepared.size - prepared.merged_size > engine.prepared.budget:
@@ -300,20 +293,3 @@ class Block:
         except torch.OutOfMemoryError:
             log.warning("no memory to keep a merged stack ready; LORA_PREPARED_GB may be too large")
             prepared.merged.clear()
-
-
-def _check_overflow(written: Mapping[nn.Parameter, tuple[Merge, Tensor]]) -> None:
-    """Raises: LoraIncompatible with the first layer whose merged weight does not fit its precision."""
-    by_device: dict[torch.device, list[nn.Parameter]] = defaultdict(list)
-    for weight, (_, total) in written.items():
-        by_device[total.device].append(weight)
-    for weights in by_device.values():
-        sums = torch.stack([written[weight][1] for weight in weights])  # one wait for the device
-        for weight, finite in zip(weights, sums.isfinite().tolist(), strict=True):
-            if not finite and not bool(weight.detach().float().isfinite().all()):
-                entry = written[weight][0]
-                raise LoraIncompatible(
-                    f"with these LoRAs the {entry.name} of {entry.target} overflows "
-                    f"{str(weight.dtype).removeprefix('torch.')}",
-                    "Lower the scale.",
-                )

@@ -1,4 +1,4 @@
-"""The ways to apply a stack, and how `auto` chooses from what was measured (docs/benchmarks.md)."""
+"""The modes of applying a stack, and how `auto` chooses, by measurements (docs/benchmarks.md)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Mode(StrEnum):
 
 
 MERGING_PAYS_AFTER = {"cpu": 3, "cuda": 4}
-"""Denoising steps from which on merging is cheaper than what dynamic mode costs per step.
+"""The number of denoising steps from which on merging is cheaper than the extra cost of dynamic steps.
 
 CPU, rank 16, a latent of 48 x 48: merging for the first time and restoring took 7.8 s, a dynamic step 2.8 s
 more than one without LoRA. CUDA is not measured yet.
@@ -32,9 +32,9 @@ SPARE_BYTES = 2_000_000_000
 def choose_mode(
     *, ranged: bool, steps: int | None, needed_bytes: int, device: torch.device
 ) -> Mode:
-    """The mode for `auto`: merged where it pays, dynamic where merging is impossible or too dear.
+    """The mode for `auto`: merged where that pays, dynamic where merging is impossible or costs too much.
 
-    `needed_bytes`: what the originals would take that are not kept yet.
+    `needed_bytes`: the size of the originals that are not kept yet.
     """
     if ranged or (steps is not None and steps < MERGING_PAYS_AFTER.get(device.type, 4)):
         return Mode.DYNAMIC
@@ -45,18 +45,18 @@ def choose_mode(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None if nothing tells.
+    """The bytes that are free on a device; None if that cannot be found out.
 
-    On CUDA what torch keeps for itself counts as free; in the machine's memory what the kernel calls
-    available, or what is left of the container's limit if that is less.
+    On CUDA, memory that torch has reserved and does not use counts as free. On a CPU it is what the kernel
+    calls available, or what is left of the container's limit if that is less.
     """
     if device.type == "cuda":
         import torch
 
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    found = [bytes_ for bytes_ in (_available(), _left_of_limit()) if bytes_ is not None]
-    return min(found, default=None)
+    known = [count for count in (_available(), _left_of_limit()) if count is not None]
+    return min(known, default=None)
 
 
 def _available(path: Path = Path("/proc/meminfo")) -> int | None:
@@ -64,8 +64,8 @@ def _available(path: Path = Path("/proc/meminfo")) -> int | None:
         lines = path.read_text().splitlines()
     except OSError:  # not Linux
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    kilobytes = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(kilobytes[0]) * 1024 if kilobytes else None
 
 
 def _left_of_limit(group: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -1,4 +1,4 @@
-"""What the engine has to know of a module: which parameters it has, and what can be done with them."""
+"""What the engine has to know of a module: its parameters, and how they can be changed."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lora.formats.names.keys import Shape
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(out, in) of a module that multiplies its input's last axis by a matrix, whatever form that has.
+    """(out, in) of a module that multiplies its input's last axis by a matrix, in whatever form.
 
-    Quantised layers, too: of nn.Linear's heirs and of others the features are what counts, for
-    their weight may be packed. None if the module is no such layer.
+    Includes quantised layers, whose weight may be packed: subclasses of nn.Linear and others are measured
+    by their features. None if the module is no such layer.
     """
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features
@@ -26,12 +26,12 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 
 def stored_transposed(module: nn.Module) -> bool:
-    """Whether a module keeps its weight as [in, out]: transformers' Conv1D, in GPT-2 and its like."""
+    """Whether a module stores its weight as [in, out]: transformers' Conv1D, as in GPT-2."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def parameters_of(module: nn.Module) -> dict[str, Shape]:
-    """The module's own parameters and their shapes, a linear weight's as [out, in]."""
+    """The shapes of the module's own parameters, a linear weight's as [out, in]."""
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
@@ -44,11 +44,11 @@ def parameters_of(module: nn.Module) -> dict[str, Shape]:
 
 def targets_of(components: Mapping[str, nn.Module]) -> dict[str, dict[str, dict[str, Shape]]]:
     """Component -> module path -> parameter -> shape, of every module that has parameters of its own."""
-    found: dict[str, dict[str, dict[str, Shape]]] = {}
+    targets: dict[str, dict[str, dict[str, Shape]]] = {}
     for component, root in components.items():
         shapes = {path: parameters_of(module) for path, module in root.named_modules()}
-        found[component] = {path: own for path, own in shapes.items() if own}
-    return found
+        targets[component] = {path: own for path, own in shapes.items() if own}
+    return targets
 
 
 def shared_parameters(components: Mapping[str, nn.Module]) -> frozenset[int]:
@@ -63,9 +63,9 @@ def shared_parameters(components: Mapping[str, nn.Module]) -> frozenset[int]:
 
 
 def writable(module: nn.Module, name: str) -> nn.Parameter | None:
-    """The parameter, if its values lie in memory as plain numbers that can be written.
+    """The parameter, if its values are plain numbers in memory that can be written.
 
-    None for a quantised one (packed, or a tensor of another class) and an offloaded one (on `meta`).
+    None for one that is quantised (packed, or a tensor of another class) or offloaded (on `meta`).
     """
     parameter = module._parameters.get(name)
     if parameter is None or type(parameter.data) is not Tensor or parameter.is_meta:
@@ -75,12 +75,12 @@ def writable(module: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def as_matrix(module: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A parameter's tensor in the form that algorithms see, sharing its memory."""
+    """A parameter's tensor in the shape that algorithms expect, sharing its memory."""
     return tensor.t() if name == "weight" and stored_transposed(module) else tensor
 
 
 def takes_low_rank(module: nn.Module) -> bool:
-    """Whether two plain products, added to the output, are the same as a change of the weight."""
+    """Whether two plain products, added to the output, have the same effect as changing the weight."""
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return False  # nn.MultiheadAttention reads its weight and never calls it
     if isinstance(module, nn.Conv2d):
@@ -89,9 +89,9 @@ def takes_low_rank(module: nn.Module) -> bool:
 
 
 def compute_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where and in what precision the module computes, as far as its weight tells.
+    """The module's device and the precision that it computes in, as far as its weight shows them.
 
-    A packed or offloaded weight does not; then it is seen at the first call.
+    A packed or offloaded weight does not; then they are seen at the first call.
     """
     weight = module._parameters.get("weight")
     if weight is None or weight.is_meta:

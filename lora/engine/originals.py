@@ -1,4 +1,4 @@
-"""The originals of the weights that are written to, and the exact way back."""
+"""Copies of the weights that are written to, and their exact restoration."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lora.lru import ByteLru
 
-Stamp = tuple[StorageWeakRef, int, int, torch.device, torch.dtype]
-"""Storage, offset, version, device and dtype. Not the address: an allocator gives a freed one again."""
+WeightVersion = tuple[StorageWeakRef, int, int, torch.device, torch.dtype]
+"""Storage, offset, version, device and dtype. Not the address: an allocator reuses those that were freed."""
 
 
 @dataclass
 class _Known:
-    """What a weight looked like when we last left it."""
+    """What a weight was when we last saw it."""
 
-    stamp: Stamp | None
+    version: WeightVersion | None
     generation: int
 
 
 class Originals:
-    """Copies of weights, taken before they are written to and put back afterwards; never computed.
+    """Copies of weights, taken before they are written to and copied back afterwards; never computed.
 
-    After a block the copies stay, up to a budget, so that the next one need not take them again. A weight
+    After a block the copies stay, up to a budget, so that the next block need not make them again. A weight
     that someone else has written to, moved or converted since is noticed by its version and storage,
-    and its copy is taken anew. (Writes through `.data` leave no version: call `forget` after them.)
+    and copied anew. (Writes through `.data` do not count as a version: call `forget` after them.)
     """
 
     def __init__(self, budget: int) -> None:
@@ -38,18 +38,18 @@ class Originals:
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
     def generation(self, weight: nn.Parameter) -> int:
-        """How often the weight's own values have been seen to change: what was made from them is stale."""
+        """How often the weight's own values were seen to change. What was made from earlier ones is stale."""
         self._look(weight)
         known: _Known = self._known[weight]
         return known.generation
 
     def missing_bytes(self, weights: list[nn.Parameter]) -> int:
-        """How much memory it would take to write to all of these."""
+        """How many bytes of new copies writing to all of these would take."""
         new = [w for w in weights if w not in self._held and id(w) not in self._kept]
         return sum(w.numel() * w.element_size() for w in new)
 
     def hold(self, weight: nn.Parameter) -> Tensor:
-        """The weight's original, which stays until `restore`. Nothing is changed."""
+        """The weight's original, which is held until `restore`. The weight is not changed."""
         if weight not in self._held:
             self._look(weight)
             kept = self._kept.get(id(weight))
@@ -58,15 +58,15 @@ class Originals:
 
     @torch.no_grad()
     def restore(self, weight: nn.Parameter) -> None:
-        """Writes the original back, into the weight's own storage, if it is held.
+        """Copies the original back into the weight's own storage, if it is held.
 
-        If that fails the original stays held, whatever the error. The budget says which copies are kept.
+        If that fails, whatever the error, the original stays held. Afterwards it is kept within the budget.
         """
         original = self._held.get(weight)
         if original is None:
             return
         weight.copy_(original)
-        self._known[weight].stamp = _stamp(weight)
+        self._known[weight].version = _version(weight)
         del self._held[weight]
         self._kept.put(id(weight), original, original.numel() * original.element_size())
 
@@ -77,18 +77,18 @@ class Originals:
             del self._known[weight]
 
     def _look(self, weight: nn.Parameter) -> None:
-        """Notices whether somebody else has changed a weight that we do not hold."""
+        """Checks whether somebody else has changed a weight that we do not hold."""
         if weight in self._held:
             return
         known: _Known | None = self._known.get(weight, None)  # type: ignore[no-untyped-call]
-        stamp = _stamp(weight)
-        if known is None or stamp is None or known.stamp != stamp:
+        version = _version(weight)
+        if known is None or version is None or known.version != version:
             self._kept.pop(id(weight))
-            self._known[weight] = _Known(stamp, known.generation + 1 if known else 0)
+            self._known[weight] = _Known(version, known.generation + 1 if known else 0)
 
 
-def _stamp(weight: nn.Parameter) -> Stamp | None:
-    if weight.is_inference():  # such tensors do not count their versions
+def _version(weight: nn.Parameter) -> WeightVersion | None:
+    if weight.is_inference():  # inference tensors do not count their versions
         return None
     storage = StorageWeakRef(weight.untyped_storage())  # type: ignore[no-untyped-call]
     return storage, int(weight.storage_offset()), weight._version, weight.device, weight.dtype
@@ -96,7 +96,7 @@ def _stamp(weight: nn.Parameter) -> Stamp | None:
 
 @torch.no_grad()
 def _copy(weight: nn.Parameter) -> Tensor:
-    """On the weight's device, or in the machine's memory where the device has no room."""
+    """A copy on the weight's device, or in the machine's memory if the device has no room."""
     try:
         return weight.detach().clone()
     except torch.OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""What a stack does to which module: decided here, without touching anything."""
+"""Decides what a stack does to each module. Nothing is changed here."""
 
 from __future__ import annotations
 
@@ -12,51 +12,49 @@ from torch import nn
 from lora.engine.modules import takes_low_rank, writable
 from lora.engine.stack import Mode, Stack
 from lora.errors import LoraUnsupported
-from lora.formats.adapter import Layer
+from lora.formats.contents import Layer
 from lora.formats.names.keys import Target
 
 
-class Part(NamedTuple):
-    """One layer of one of the stack's files."""
+class PlannedLayer(NamedTuple):
+    """One layer of one of the stack's files, and its scale."""
 
     layer: Layer
     use: int
-    """Which of the stack's uses it comes from."""
+    """The index in the stack of the use that it comes from."""
     scale: float
 
 
 class Dynamic(NamedTuple):
-    """All that a stack adds to one module's output."""
+    """Everything that a stack adds to one module's output."""
 
     module: nn.Module
     target: Target
-    parts: tuple[Part, ...]
+    layers: tuple[PlannedLayer, ...]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """All that a stack does to one parameter."""
+    """Everything that a stack merges into one parameter."""
 
     module: nn.Module
     name: str
     target: Target
-    parts: list[Part]
+    layers: list[PlannedLayer]
 
 
 @dataclass
 class Plan:
     """What is added in forwards, and what is written into weights."""
 
-    modules: int
-    """How many modules are changed."""
     dynamic: list[Dynamic] = field(default_factory=list)
     merges: dict[nn.Parameter, Merge] = field(default_factory=dict)
-    """By parameter, not by module: what is shared must be rounded once."""
+    """By parameter, not by module: a shared parameter must be rounded once."""
     forced: list[tuple[nn.Module, str]] = field(default_factory=list)
-    """The layers that go dynamic although the stack is merged, since their weight cannot be written."""
+    """The layers that are dynamic although the mode is merged, since their weight cannot be written."""
 
     def is_stale(self) -> bool:
-        """Whether a module has another parameter than when this was made, or it can be written now."""
+        """Whether a module has another parameter than when this was made, or a weight can be written now."""
         merges = self.merges.items()
         return any(writable(m.module, m.name) is not weight for weight, m in merges) or any(
             writable(*layer) is not None for layer in self.forced
@@ -66,11 +64,11 @@ class Plan:
 def make_plan(
     stack: Stack, mode: Mode, find: Callable[[Target], nn.Module], shared: Set[int]
 ) -> Plan:
-    """The plan of a stack, which is dynamic or merged. `shared`: ids of parameters of several modules.
+    """The plan of a stack. `mode`: dynamic or merged. `shared`: ids of parameters of several modules.
 
-    Raises: LoraUnsupported if a layer cannot be changed in the way that its part needs.
+    Raises: LoraUnsupported if a layer cannot be changed in the way that its algorithm needs.
     """
-    parts: dict[tuple[Target, str], list[Part]] = defaultdict(list)
+    by_parameter: dict[tuple[Target, str], list[PlannedLayer]] = defaultdict(list)
     for number, use in enumerate(stack):
         scales: dict[Target, float] = {}
         for layer in use.lora.layers:
@@ -78,21 +76,22 @@ def make_plan(
             if scale is None:
                 scale = scales[layer.target] = use.scale_of(layer.target)
             if scale:
-                parts[layer.target, layer.parameter].append(Part(layer, number, scale))
-    plan = Plan(modules=len({target for target, _ in parts}))
-    for (target, name), found in parts.items():
+                planned = PlannedLayer(layer, number, scale)
+                by_parameter[layer.target, layer.parameter].append(planned)
+    plan = Plan()
+    for (target, name), layers in by_parameter.items():
         module = find(target)
         weight = writable(module, name)
         forward = name == "weight" and takes_low_rank(module)
         if mode is Mode.MERGED and weight is not None and id(weight) not in shared:
             forward = False
-        dynamic = [part for part in found if forward and part.layer.part.is_low_rank]
+        dynamic = [one for one in layers if forward and one.layer.algorithm.is_low_rank]
         if dynamic:
             plan.dynamic.append(Dynamic(module, target, tuple(dynamic)))
             if mode is Mode.MERGED and weight is None:
                 plan.forced.append((module, name))
-        if len(dynamic) < len(found):
-            rest = [part for part in found if part not in dynamic] if dynamic else found
+        if len(dynamic) < len(layers):
+            rest = [one for one in layers if one not in dynamic] if dynamic else layers
             _add_merge(plan, Merge(module, name, target, rest), weight)
     return plan
 
@@ -100,11 +99,11 @@ def make_plan(
 def _add_merge(plan: Plan, merge: Merge, weight: nn.Parameter | None) -> None:
     if weight is None:
         raise LoraUnsupported(
-            f"{merge.target} is quantised or offloaded, and {merge.parts[0].layer.part.name} needs its "
+            f"{merge.target} is quantised or offloaded, and {merge.layers[0].layer.algorithm.name} needs its "
             f"{merge.name} itself",
             "Only LoRA without extras can be applied to such layers.",
         )
     if weight in plan.merges:
-        plan.merges[weight].parts.extend(merge.parts)
+        plan.merges[weight].layers.extend(merge.layers)
     else:
         plan.merges[weight] = merge

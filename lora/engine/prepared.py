@@ -1,4 +1,4 @@
-"""What a stack needs, kept ready for the next time."""
+"""What a stack needs to be applied: its plan, factors and merged weights, kept for the next time."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora.engine.dynamic import AdaptedForward, Factors, make_factors, set_scales
-from lora.engine.plan import Part, Plan
+from lora.engine.dynamic import AdaptedForward, DeviceFactors, make_factors, set_scales
+from lora.engine.plan import Plan, PlannedLayer
 from lora.formats.algorithms import LowRank
 
 
 class Ready(NamedTuple):
-    """A module, what stands in for its `forward`, and with what."""
+    """A module, the replacement for its `forward`, and the factors that this is to add."""
 
     module: nn.Module
     forward: AdaptedForward
-    factors: Factors
+    factors: DeviceFactors
 
 
 @dataclass(frozen=True)
 class Merged:
-    """A weight's merged values, and which of its own values they were made from."""
+    """A weight's merged values, and the generation of the originals that they were made from."""
 
     values: Tensor
     generation: int
@@ -36,25 +36,25 @@ class Prepared:
     plan: Plan
     strengths: tuple[object, ...]
     file_bytes: int
-    """What the plan keeps in memory: the parsed files."""
-    factors: dict[tuple[nn.Module, tuple[int, ...]], Factors] = field(default_factory=dict)
-    """By module and the uses that change it: a scale of 0 leaves one out."""
+    """The bytes of the parsed files, which the plan keeps in memory."""
+    factors: dict[tuple[nn.Module, tuple[int, ...]], DeviceFactors] = field(default_factory=dict)
+    """By module and the indices of the uses that change it: a use with scale 0 does not."""
     merged: dict[nn.Parameter, Merged] = field(default_factory=dict)
     _ready: list[Ready] | None = None
 
     @property
     def merged_size(self) -> int:
-        """Bytes of the merged weights."""
+        """The bytes of the merged weights."""
         return sum(m.values.numel() * m.values.element_size() for m in self.merged.values())
 
     @property
     def size(self) -> int:
-        """Bytes of all of it."""
-        factors = sum(one.size for one in self.factors.values())
+        """The bytes of everything."""
+        factors = sum(factors.size for factors in self.factors.values())
         return self.file_bytes + factors + self.merged_size
 
     def ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        """The plan's dynamic layers, with their factors (made where they are missing) and scales.
+        """The plan's dynamic modules with their factors, which are made where they are missing, and scales.
 
         Raises: LoraIncompatible if a factor or scale overflows.
         """
@@ -63,24 +63,27 @@ class Prepared:
         return self._ready
 
     def _make_ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        layers = self.plan.dynamic
-        keys = [(one.module, tuple(part.use for part in one.parts)) for one in layers]
-        missing = [n for n, key in enumerate(keys) if key not in self.factors]
+        dynamic = self.plan.dynamic
+        keys = [(one.module, tuple(layer.use for layer in one.layers)) for one in dynamic]
+        missing = {
+            key: one for key, one in zip(keys, dynamic, strict=True) if key not in self.factors
+        }
         made = make_factors(
             [
-                (layers[n].module, str(layers[n].target), [_low_rank(p) for p in layers[n].parts])
-                for n in missing
+                (one.module, str(one.target), [_low_rank(layer) for layer in one.layers])
+                for one in missing.values()
             ]
         )
-        self.factors.update(zip((keys[n] for n in missing), made, strict=True))
+        self.factors.update(zip(missing, made, strict=True))
         ready = [Ready(key[0], forward_of(key[0]), self.factors[key]) for key in keys]
-        scales = [[part.scale for part in one.parts] for one in layers]
+        scales = [[layer.scale for layer in one.layers] for one in dynamic]
         set_scales([(one.factors, own) for one, own in zip(ready, scales, strict=True)])
         return ready
 
 
-def _low_rank(part: Part) -> LowRank:
-    found = part.layer.part.low_rank()
-    if found is None:
-        raise TypeError(f"{part.layer.part.name} has no factors")
-    return found
+def _low_rank(planned: PlannedLayer) -> LowRank:
+    algorithm = planned.layer.algorithm
+    factors = algorithm.low_rank()
+    if factors is None:
+        raise TypeError(f"{algorithm.name} has no factors")
+    return factors

@@ -1,7 +1,7 @@
 """What a caller asks for: which adapters, how strongly, in which parts of the model, and when.
 
-`LoraUse` is the one form of it, whatever names the adapter: a reference in a request, a path on a command
-line, a parsed file in the engine. Imports without torch.
+All of this is a `LoraUse`, whatever form the adapter has: a reference in a request, a path on a command line,
+a parsed file in the engine. Imports without torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Other = TypeVar("Other")
 
 @dataclass(frozen=True)
 class LoraUse(Generic[Lora]):
-    """One adapter of a stack, and how strongly: 1 is as trained, 0 nothing, negative the reverse."""
+    """One adapter of a stack and its scale: 1 is as trained, 0 has no effect, negative is the reverse."""
 
     lora: Lora
     """The adapter: a `LoraFile` for the engine, a `Reference` in a request, a path for the tools."""
@@ -37,7 +37,7 @@ class LoraUse(Generic[Lora]):
     `BASE` is also the text encoders' block, as web UIs have it.
     """
     start: float = 0.0
-    """When it begins, as a fraction of the denoising. Text encoders do not denoise: there it always is."""
+    """When it begins, as a fraction of the denoising. In text encoders it always applies."""
     end: float = 1.0
     """When it ends, as a fraction of the denoising."""
 
@@ -47,7 +47,7 @@ class LoraUse(Generic[Lora]):
         return use
 
     def scale_of(self, target: Target) -> float:
-        """The factor of one layer: scale x its component's factor x its block's factor."""
+        """The scale of one layer: scale x its component's factor x its block's factor."""
         factor = self.components.get(target.component, 1.0) * self.blocks.get(target.block, 1.0)
         return self.scale * factor
 
@@ -71,7 +71,7 @@ class LoraUse(Generic[Lora]):
 
     @property
     def strengths(self) -> tuple[object, ...]:
-        """Scale and factors as a key for look-ups, without the adapter and without start and end."""
+        """Scale and factors as a dictionary key, without the adapter and without start and end."""
         return (
             self.scale,
             tuple(sorted(self.components.items())),

@@ -1,4 +1,4 @@
-"""What was changed, and the way back."""
+"""Records what was changed, and restores it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lora.errors import CodedError
 
 
 class RestoreFailed(CodedError):
-    """A weight could not be put back: the pipeline must not draw again. The process should end."""
+    """A weight could not be restored: the pipeline must not draw again, and the process should end."""
 
     code = "INTERNAL"
 
 
 class Undo:
-    """Notes each change before it is made, and puts everything back.
+    """Records each change before it is made, and restores everything.
 
-    What could not be put back stays noted: the next `run` tries again, and nothing counts as an original
-    but what was one.
+    A weight that could not be restored stays recorded: the next `run` tries again, and meanwhile its changed
+    values are not taken for an original.
     """
 
     def __init__(self, originals: Originals) -> None:
@@ -36,29 +36,29 @@ class Undo:
         return bool(self._content or self._forwards)
 
     def replace_forward(self, module: nn.Module, forward: AdaptedForward) -> Callable[..., Tensor]:
-        """Shadows the class's `forward` (or one that an offloading hook put there) on this instance.
+        """Replaces the class's `forward` (or one that an offloading hook has set) on this instance.
 
-        Returns the one that was there before.
+        Returns the `forward` that was there before.
         """
         if module not in self._forwards:
             self._forwards[module] = module.__dict__.get("forward")
             module.__dict__["forward"] = forward
         previous = self._forwards[module]
-        found: Callable[..., Tensor] = (
+        original: Callable[..., Tensor] = (
             type(module).forward.__get__(module) if previous is None else previous
         )
-        return found
+        return original
 
     def content(self, weight: nn.Parameter) -> Hashable:
-        """What the weight holds now, as `note` was told; None if it is the original or unknown."""
+        """What the weight holds, as recorded by `note`; None if that is the original or unknown."""
         return self._content.get(weight)
 
     def note(self, weight: nn.Parameter, content: Hashable) -> None:
-        """What the weight holds from now on; None while it is being written."""
+        """Records what the weight holds from now on; None while it is being written."""
         self._content[weight] = content
 
     def forwards(self, keep: Container[nn.Module] = ()) -> None:
-        """Puts back the forwards of all modules but these."""
+        """Restores the forwards of all modules but these."""
         for module in [m for m in self._forwards if m not in keep]:
             previous = self._forwards.pop(module)
             shadow = module.__dict__.pop("forward", None)
@@ -68,17 +68,17 @@ class Undo:
                 module.__dict__["forward"] = previous
 
     def weights(self, keep: Container[nn.Parameter] = ()) -> None:
-        """Puts back all weights but these, each on its own. Raises: RestoreFailed if one could not be."""
+        """Restores all weights but these, each on its own. Raises: RestoreFailed if one could not be."""
         failed: list[BaseException] = []
         for weight in [w for w in self._content if w not in keep]:
             try:
                 self._originals.restore(weight)
                 del self._content[weight]
-            except BaseException as error:  # noqa: BLE001 - the others must be put back all the same
+            except BaseException as error:  # noqa: BLE001 - the others must be restored all the same
                 failed.append(error)
-        for one in failed:
-            if not isinstance(one, Exception):  # KeyboardInterrupt: whoever sent it wants it back
-                raise one
+        for failure in failed:
+            if not isinstance(failure, Exception):  # a KeyboardInterrupt must end the program
+                raise failure
         if failed:
             raise RestoreFailed(
                 f"{len(failed)} weights could not be restored after a LoRA",
@@ -86,7 +86,7 @@ class Undo:
             ) from failed[0]
 
     def run(self) -> None:
-        """Puts everything back. Raises: RestoreFailed if a weight could not be; the rest is put back."""
+        """Restores everything. Raises: RestoreFailed if a weight could not be; all others are restored."""
         try:
             self.forwards()
         finally:

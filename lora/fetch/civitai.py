@@ -1,4 +1,4 @@
-"""Asks Civitai which file a model or version means.
+"""Asks Civitai which file belongs to a model or version.
 
 Its public API (https://developer.civitai.com): `GET /api/v1/models/ID` lists a model's versions, the newest
 first; `GET /api/v1/model-versions/ID` has a version's files with their hashes and download URLs.
@@ -14,26 +14,28 @@ from typing import Any
 import requests
 
 from lora.errors import AccessDenied, DownloadFailed, LoraCorrupt, LoraNotFound
-from lora.fetch.sources import CIVITAI, PICKLES, SAFETENSORS, CivitaiFile, RemoteFile
+from lora.fetch.sources import CIVITAI, CivitaiFile, RemoteFile
 from lora.fetch.web import Web
+from lora.formats.endings import PICKLES, SAFETENSORS
 
 TIMEOUT = 30.0
 """Seconds that Civitai may take for an answer."""
 
 MAX_ANSWER = 20_000_000
+"""Bytes of an answer that are read."""
 
 
 @dataclass(frozen=True)
 class Civitai:
-    """Civitai, or a server that speaks like it. Its token is among the web's."""
+    """Civitai, or a server with the same API. Its token is among those of the web's rules."""
 
     web: Web
     endpoint: str = CIVITAI
 
     def ask(self, wanted: CivitaiFile) -> RemoteFile:
-        """The file that is meant, of the newest version where none is named.
+        """The wanted file, of the newest version if none is named.
 
-        Raises: LoraNotFound (several candidates are listed), AccessDenied, DownloadFailed.
+        Raises: LoraNotFound (which lists the candidates if there are several), AccessDenied, DownloadFailed.
         """
         model, version_id = wanted.model, wanted.version
         shown = f"civitai:{model}" + (f"@{version_id}" if version_id else "")
@@ -82,8 +84,8 @@ class Civitai:
 
 
 def _remote(version: dict[str, Any], wanted: CivitaiFile, shown: str) -> RemoteFile:
-    """The one file of a version that is meant."""
-    files = [one for one in version.get("files") or [] if isinstance(one, dict)]
+    """The wanted file among those of a version."""
+    files = [file for file in version.get("files") or [] if isinstance(file, dict)]
     chosen = _choose(files, wanted, shown)
     name, url = str(chosen.get("name") or "lora"), chosen.get("downloadUrl")
     if not isinstance(url, str):
@@ -100,27 +102,30 @@ def _remote(version: dict[str, Any], wanted: CivitaiFile, shown: str) -> RemoteF
 
 
 def _choose(files: list[dict[str, Any]], wanted: CivitaiFile, shown: str) -> dict[str, Any]:
-    """By name or by the download URL's query; else the primary model file, .safetensors first."""
-    names = ", ".join(sorted(str(one.get("name")) for one in files)[:10])
+    """The file by its name or by the download URL's query; else the primary model file, preferably
+    .safetensors.
+    """
+    names = ", ".join(sorted(str(file.get("name")) for file in files)[:10])
     if wanted.file_name:
-        found = [one for one in files if one.get("name") == wanted.file_name]
+        matches = [file for file in files if file.get("name") == wanted.file_name]
     else:
-        found = [one for one in files if _fits(one, wanted)]
+        matches = [file for file in files if _matches_query(file, wanted)]
         for endings in ((SAFETENSORS,), PICKLES):
-            kind = [one for one in found if str(one.get("name")).endswith(endings)]
-            if kind:
-                found = [one for one in kind if one.get("primary")] or kind
+            of_kind = [file for file in matches if str(file.get("name")).endswith(endings)]
+            if of_kind:
+                matches = [file for file in of_kind if file.get("primary")] or of_kind
                 break
-    if not found:
+    if not matches:
         raise LoraNotFound(f"{shown} has no such file", f"It has: {names or 'none'}.")
-    if len(found) > 1:
+    if len(matches) > 1:
         raise LoraNotFound(
             f"{shown} has several such files", f"Choose one with weight_name: {names}."
         )
-    return found[0]
+    return matches[0]
 
 
-def _fits(file: dict[str, Any], wanted: CivitaiFile) -> bool:
-    about = {"type": file.get("type"), **(file.get("metadata") or {})}
-    asked = dict(wanted.wanted) or {"type": "Model"}
-    return all(str(about.get(key, value)).lower() == value.lower() for key, value in asked.items())
+def _matches_query(file: dict[str, Any], wanted: CivitaiFile) -> bool:
+    """What Civitai says of the file does not contradict the query; without one, it must be a model."""
+    facts = {"type": file.get("type"), **(file.get("metadata") or {})}
+    query = dict(wanted.wanted) or {"type": "Model"}
+    return all(str(facts.get(key, value)).lower() == value.lower() for key, value in query.items())

@@ -1,4 +1,4 @@
-"""One file from a URL into a part file, through broken connections, servers in trouble and limits."""
+"""Downloads one file into a part file, in spite of broken connections and failing servers, within limits."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from urllib.parse import urlsplit
 import requests
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound, LoraTooLarge
+from lora.fetch.body import Body
 from lora.fetch.sources import RemoteFile
-from lora.fetch.web import Body, Web
+from lora.fetch.web import Web
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int | None], None]
-"""Called with (bytes so far, total or None) while a file comes in."""
+OnBytes = Callable[[int, int | None], None]
+"""Called with (bytes so far, total or None) during a download."""
 
 MAX_PAUSE = 30.0
-"""Most seconds between two tries, unless the server says how long."""
+"""Most seconds between two tries, unless the server asks for more."""
 
 
 @dataclass(frozen=True)
@@ -40,24 +41,24 @@ class Limits:
     file_bytes: int = 2 << 30
     total_bytes: int | None = None
     timeout: float = 300.0
-    """Seconds that one whole download may take, its tries and pauses included."""
+    """Seconds that a whole download may take, with all tries and pauses."""
     stall: float = 30.0
-    """Seconds that a connection may stay silent."""
+    """Seconds that a connection may be silent."""
     tries: int = 4
-    """How often in a row nothing may come."""
+    """How many tries in a row may bring no new byte."""
     pause: float = 0.5
-    """Seconds before the second try; twice as long before each further one, give or take half."""
+    """Seconds before the second try; doubled before each further one, with 50% jitter."""
     lease: float = 10.0
     """Seconds of silence after which another worker's download counts as abandoned."""
     ttl: float = 86_400.0
-    """Seconds for which a branch, a newest version and a URL's content are taken as known."""
+    """Seconds after which a branch, a newest version and a URL's content are asked for again."""
     refusal: float = 60.0
-    """Seconds for which a source that said no (404, 403) is not asked again."""
+    """Seconds for which a source that answered 404 or 403 is not asked again."""
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What came in."""
+    """A complete download."""
 
     sha256: str
     size: int
@@ -66,19 +67,19 @@ class Fetched:
 
 
 class NotModified(Exception):
-    """The server says that what is here is what it has."""
+    """The server answered that the content has not changed (304)."""
 
 
-class _Again(Exception):
-    """A try that failed and may pass: the kind of trouble, and how long the server wants to be left alone."""
+class _TryAgain(Exception):
+    """A try failed, and the next may succeed. `after`: the seconds that the server asks to wait."""
 
-    def __init__(self, kind: str, after: float | None = None) -> None:
-        super().__init__(kind)
-        self.kind, self.after = kind, after
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.after = reason, after
 
 
 class Download:
-    """One source into one part file. What has come in survives a broken connection."""
+    """Downloads one source into one part file. A broken connection is resumed where it broke."""
 
     def __init__(
         self,
@@ -86,60 +87,60 @@ class Download:
         remote: RemoteFile,
         part: Path,
         limits: Limits,
-        progress: Progress = lambda done, total: None,
+        on_bytes: OnBytes = lambda done, total: None,
         *,
         deadline: float,
     ) -> None:
-        """`deadline`: when it must be done, by time.monotonic()."""
+        """`deadline`: by time.monotonic()."""
         self._web, self._remote, self._part = web, remote, part
-        self._limits, self._progress = limits, progress
+        self._limits, self._on_bytes = limits, on_bytes
         self._deadline = deadline
         self._done = 0
         self._digest = hashlib.sha256()
         self._validator: str | None = None
-        """What the server calls the content of which `_done` bytes are here; None: no going on with it."""
+        """The ETag or date of the content of which `_done` bytes are here; None if it cannot be resumed."""
         self._total: int | None = None
         self._etag: str | None = None
         self._modified: str | None = None
 
-    def run(self, make_room: Callable[[int], None], known: Mapping[str, str] = {}) -> Fetched:
-        """Fetches the file, in several tries if need be. `make_room` is told how many bytes are still to
-        come, as soon as that is known.
+    def run(self, make_room: Callable[[int], None], conditions: Mapping[str, str] = {}) -> Fetched:
+        """Downloads the file, in several tries if need be.
 
-        `known`: conditional headers; with them it may raise NotModified. Raises: LoraNotFound, AccessDenied,
-        DownloadFailed, LoraTooLarge, SourceInvalid; OSError if the part cannot be written.
+        `make_room` is called with the number of bytes that are still to come, once that is known.
+        `conditions`: conditional headers; with them it may raise NotModified. Raises: LoraNotFound,
+        AccessDenied, DownloadFailed, LoraTooLarge, SourceInvalid; OSError if the part cannot be written.
         """
         failures = 0
         with self._part.open("wb", buffering=0) as stream:
             while True:
                 before = self._done
                 try:
-                    self._try(stream, make_room, known)
+                    self._try(stream, make_room, conditions)
                     os.fsync(stream.fileno())
                     return Fetched(self._digest.hexdigest(), self._done, self._etag, self._modified)
-                except _Again as trouble:
+                except _TryAgain as failure:
                     failures = 1 if self._done > before else failures + 1
-                    self._wait(trouble, failures)
+                    self._wait(failure, failures)
 
-    def _wait(self, trouble: _Again, failures: int) -> None:
-        """Until the next try. Raises: DownloadFailed if there is to be none."""
+    def _wait(self, failure: _TryAgain, failures: int) -> None:
+        """Waits before the next try. Raises: DownloadFailed if this was the last."""
         shown = self._remote.shown
-        log.warning("%s: %s (after %.1f MB)", shown, trouble.kind, self._done / 1e6)
+        log.warning("%s: %s (after %.1f MB)", shown, failure.reason, self._done / 1e6)
         pause = pause_after(failures, self._limits)
-        if trouble.after is not None:
-            pause = max(pause, trouble.after)
+        if failure.after is not None:
+            pause = max(pause, failure.after)
         left = self._deadline - time.monotonic()
         if failures >= self._limits.tries or pause > left:
             hint = "Try again later."
-            if trouble.after is not None:
-                hint = f"The server asks to wait {trouble.after:.0f} s."
-            raise DownloadFailed(f"{shown} could not be downloaded ({trouble.kind})", hint)
+            if failure.after is not None:
+                hint = f"The server asks to wait {failure.after:.0f} s."
+            raise DownloadFailed(f"{shown} could not be downloaded ({failure.reason})", hint)
         time.sleep(pause)
 
     def _try(
-        self, stream: io.FileIO, make_room: Callable[[int], None], known: Mapping[str, str]
+        self, stream: io.FileIO, make_room: Callable[[int], None], conditions: Mapping[str, str]
     ) -> None:
-        headers = dict(known)
+        headers = dict(conditions)
         if self._done and self._validator:
             headers = {"Range": f"bytes={self._done}-", "If-Range": self._validator}
         limits = self._limits
@@ -157,29 +158,29 @@ class Download:
                         self._check_size(self._done + len(piece))
                         sink.put(piece)
                         self._done += len(piece)
-                        self._progress(self._done, self._total)
+                        self._on_bytes(self._done, self._total)
         except (requests.TooManyRedirects, requests.exceptions.ContentDecodingError) as error:
             raise DownloadFailed(
-                f"{self._remote.shown} could not be downloaded ({_kind(error)})"
+                f"{self._remote.shown} could not be downloaded ({_reason(error)})"
             ) from None
         except requests.RequestException as error:
-            # Only the kind of error: its text holds the whole URL, tokens and all.
-            raise _Again(_kind(error)) from None
+            # Not the error's own text, which holds the whole URL, tokens and all.
+            raise _TryAgain(_reason(error)) from None
         if self._total is not None and self._done != self._total:
-            self._validator = None  # more or less than the server told: begin anew
-            raise _Again("the body has another length than was told")
+            self._validator = None  # another length than announced: the next try starts anew
+            raise _TryAgain("the body has another length than announced")
 
     def _begin(self, stream: io.FileIO, body: Body) -> None:
-        """Goes on where the last try broke off, if the server does so too; else from the start."""
+        """Resumes where the last try broke off, if the server does so too; else starts anew."""
         span = re.fullmatch(
             r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", body.headers.get("Content-Range", "")
         )
-        goes_on = body.status == 206 and not body.encoding and span is not None
-        if goes_on and span and int(span[1]) == self._done and int(span[3]) == self._total:
+        resumes = body.status == 206 and not body.encoding and span is not None
+        if resumes and span and int(span[1]) == self._done and int(span[3]) == self._total:
             return
         if body.status == 206:
             self._validator = None
-            raise _Again("the server sent another part than was asked for")
+            raise _TryAgain("the server sent another part than was asked for")
         self._done, self._digest = 0, hashlib.sha256()
         stream.seek(0)
         stream.truncate()
@@ -189,7 +190,7 @@ class Download:
         self._validator = None if body.encoding or not self._total else strong or self._modified
 
     def _check_status(self, body: Body) -> None:
-        """Raises: what an answer other than the content means."""
+        """Raises: NotModified, or the error that the status means, unless the content follows."""
         status, shown = body.status, self._remote.shown
         if status in (200, 206):
             if urlsplit(body.url).path.rstrip("/").endswith("/login"):
@@ -203,9 +204,9 @@ class Download:
             raise AccessDenied(f"{shown} refuses access (HTTP {status})", "It may need a token.")
         if status == 416 and self._done:
             self._done, self._validator = 0, None
-            raise _Again("the server has less than it had")
+            raise _TryAgain("the server has less than it had")
         if status in (408, 425, 429) or status >= 500:
-            raise _Again(f"HTTP {status}", _seconds(body.headers.get("Retry-After", "")))
+            raise _TryAgain(f"HTTP {status}", _seconds(body.headers.get("Retry-After", "")))
         raise DownloadFailed(f"{shown} answered HTTP {status}")
 
     def _check_size(self, size: int) -> None:
@@ -217,12 +218,12 @@ class Download:
 
 
 def pause_after(failures: int, limits: Limits) -> float:
-    """Seconds to wait before the next try: twice as long each time, with jitter."""
+    """Seconds to wait before the next try: doubled each time, with jitter."""
     return min(MAX_PAUSE, limits.pause * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
 
 
 class _Sink:
-    """Writes and hashes in a thread of its own, while the next piece comes in."""
+    """Writes and hashes pieces in a thread of its own, while the next piece is received."""
 
     def __init__(self, stream: io.FileIO, digest: Any) -> None:
         self._stream, self._digest = stream, digest
@@ -238,7 +239,7 @@ class _Sink:
     def _work(self) -> None:
         while (piece := self._pieces.get()) is not None:
             if self._error:
-                continue  # drained, so that `put` never waits for ever
+                continue  # the queue is emptied, so that `put` never blocks for ever
             try:
                 self._digest.update(piece)
                 view = memoryview(piece)
@@ -259,7 +260,7 @@ class _Sink:
 
 
 def _seconds(text: str) -> float | None:
-    """A Retry-After: seconds, or a date."""
+    """The seconds of a Retry-After header, which holds a number or a date; None if it is neither."""
     if text.isascii() and text.isdigit():
         return float(text)
     try:
@@ -268,7 +269,7 @@ def _seconds(text: str) -> float | None:
         return None
 
 
-def _kind(error: requests.RequestException) -> str:
+def _reason(error: requests.RequestException) -> str:
     if isinstance(error, requests.TooManyRedirects):
         return "it redirects in circles"
     if isinstance(error, requests.Timeout):

@@ -1,4 +1,4 @@
-"""Asks the Hugging Face hub which file of a repo is meant, and which commit that is."""
+"""Asks the Hugging Face hub which file of a repo is the adapter, and at which commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
-from lora.fetch.sources import HUB, PICKLES, SAFETENSORS, HubFile, RemoteFile
+from lora.fetch.sources import HUB, HubFile, RemoteFile
+from lora.formats.endings import PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
 
 TIMEOUT = 30.0
@@ -26,19 +27,19 @@ TIMEOUT = 30.0
 
 @dataclass(frozen=True)
 class Hub:
-    """The Hugging Face hub, or a server that speaks like it."""
+    """The Hugging Face hub, or a server with the same API."""
 
     token: str | None = field(default=None, repr=False)
     endpoint: str = HUB
 
     def ask(self, hub_file: HubFile) -> RemoteFile:
-        """The file that is meant, at its commit.
+        """The adapter's file, at a fixed commit.
 
-        Raises: LoraNotFound (no such repo, revision or file; several candidates are listed),
-        AccessDenied (gated or private), DownloadFailed (the hub does not answer).
+        Raises: LoraNotFound (no such repo, revision or file, or several candidates, which it lists);
+        AccessDenied (gated or private); DownloadFailed (the hub does not answer).
         """
         shown = hub_file.repo + (f"/{hub_file.file_name}" if hub_file.file_name else "")
-        # token=False keeps the client from looking for a token of its own on this machine.
+        # token=False keeps the client from using a token that it finds on this machine.
         api = HfApi(endpoint=self.endpoint, token=self.token or False)
         try:
             info = api.model_info(
@@ -53,8 +54,8 @@ class Hub:
             raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
         except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
             if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-                words = f"the hub refuses access to {shown}"
-                raise AccessDenied(words, "Check HF_TOKEN.") from error
+                sentence = f"the hub refuses access to {shown}"
+                raise AccessDenied(sentence, "Check HF_TOKEN.") from error
             raise DownloadFailed(
                 f"the hub did not answer for {shown}", "Try again later."
             ) from error
@@ -80,7 +81,7 @@ class Hub:
 
 
 def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
-    """The repo's file that is meant: a .safetensors one rather than a pickle."""
+    """The named file; else the repo's one adapter file, a .safetensors one rather than a pickle."""
     if hub_file.file_name:
         if hub_file.file_name in files:
             return files[hub_file.file_name]
@@ -89,14 +90,14 @@ def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
             f"{hub_file.repo} has no file {hub_file.file_name}", f"Adapter files there: {listed}."
         )
     for endings in ((SAFETENSORS,), PICKLES):
-        found = _adapters(files, endings)
+        candidates = _adapters(files, endings)
         for name in (stem + ending for stem in STEMS for ending in endings):
-            if name in found:
+            if name in candidates:
                 return files[name]
-        if len(found) == 1:
-            return files[found[0]]
-        if found:
-            listed = ", ".join(found[:10])
+        if len(candidates) == 1:
+            return files[candidates[0]]
+        if candidates:
+            listed = ", ".join(candidates[:10])
             raise LoraNotFound(
                 f"{hub_file.repo} has several adapter files",
                 f"Choose one with weight_name: {listed}.",

@@ -1,8 +1,10 @@
-"""Where requests to strangers' URLs may lead, and which token belongs where."""
+"""Which hosts may be asked for URLs that strangers write, and which token belongs to which host."""
 
 from __future__ import annotations
 
 import ipaddress
+import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,15 +14,16 @@ from lora.errors import SourceInvalid
 
 PORTS = {"http": 80, "https": 443}
 
-PLATFORM = tuple(map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24")))
-"""Addresses that look public (the second to some versions of Python) and answer a cloud's own machines:
-Azure's and Oracle's."""
+_NETWORKS = ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, _NETWORKS))
+"""Networks that Python, or some version of it, takes for public: Azure's and Oracle's services for their own
+machines, relays of 6to4, examples in documents."""
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is one of the open internet; an address within an address counts as that."""
+    """Whether an IP address is on the open internet; one that embeds an IPv4 address counts as that one."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
@@ -30,7 +33,7 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
-    if any(ip in network for network in PLATFORM):
+    if any(ip in network for network in NOT_PUBLIC):
         return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
@@ -40,16 +43,16 @@ class WebRules:
     """Where requests may lead, and with which tokens."""
 
     allow_private: bool = False
-    """Whether addresses within the own network may be asked."""
+    """Whether addresses of the worker's own network may be asked."""
     allowed_hosts: tuple[str, ...] = ()
-    """If any: only these hosts, redirects too. `*.example.com` means every host below example.com."""
+    """If there are any, only these hosts, after redirects too. `*.example.com`: all below example.com."""
     own: frozenset[str] = frozenset()
-    """Origins that the operator named as servers to use: neither rule holds for them."""
+    """Origins of servers that the operator set up: both rules above do not hold for them."""
     tokens: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     """Origin -> (header's name, its value)."""
 
     def check(self, host: str, addresses: Sequence[str]) -> None:
-        """Raises: SourceInvalid if the host may not be asked, given all the addresses that it has."""
+        """Raises: SourceInvalid if the host must not be asked; `addresses` are all that it has."""
         allowed = self.allowed_hosts
         if allowed and not any(fnmatchcase(host, pattern.lower()) for pattern in allowed):
             raise SourceInvalid(
@@ -72,3 +75,29 @@ def origin_of(url: str) -> str:
     if parts.scheme not in PORTS or not parts.hostname:
         raise ValueError("it is no http(s) URL")
     return f"{parts.scheme}://{parts.hostname}:{parts.port or PORTS[parts.scheme]}"
+
+
+def auth_headers(text: str) -> dict[str, tuple[str, str]]:
+    """Origin -> (header's name, its value), from JSON such as `{"host": "Authorization: Bearer ..."}`.
+
+    An empty text has none. Raises: ValueError that repeats nothing of the text.
+    """
+    try:
+        by_host = json.loads(text or "{}")
+    except ValueError:
+        raise ValueError("it is no JSON") from None
+    if not isinstance(by_host, dict):
+        raise ValueError("it is no JSON object of host -> header")
+    headers = {}
+    for host, header in by_host.items():
+        name, colon, value = str(header).partition(":")
+        value = value.strip()
+        if not isinstance(header, str) or not colon or not re.fullmatch(r"[A-Za-z0-9-]+", name):
+            raise ValueError("a header is not written as 'Name: value'")
+        if not value.isprintable() or not value.isascii():
+            raise ValueError("a header's value holds a character that no header may")
+        try:
+            headers[origin_of(host)] = name, value
+        except ValueError:
+            raise ValueError("a key is no host name") from None
+    return headers

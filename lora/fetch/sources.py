@@ -9,8 +9,9 @@
     https://civitai.com/models/MODEL…              the same, as Civitai's pages and downloads link it
     name.safetensors, name, folder/name            a file that is already in the cache
 
-A name that exists in the cache wins over reading it as a hub repo. This reads forms alone: no network, no
-disk. `lora.fetch.hub` and `lora.fetch.civitai` ask where a file is, `lora.volume.cache` fetches it.
+A name that exists in the cache takes precedence over a hub repo of that name. This module only looks at the
+text: no network, no disk. `lora.fetch.hub` and `lora.fetch.civitai` ask where a file is, `lora.volume.cache`
+fetches it.
 """
 
 from __future__ import annotations
@@ -21,14 +22,7 @@ from pathlib import PurePosixPath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from lora.errors import SourceInvalid
-
-SAFETENSORS = ".safetensors"
-
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-"""Formats of torch.save: read without running anything in them, and kept as .safetensors."""
-
-EXTENSIONS = (SAFETENSORS, *PICKLES)
-"""File types that are read; the order is the order of preference."""
+from lora.formats.endings import EXTENSIONS
 
 HUB, CIVITAI = "https://huggingface.co", "https://civitai.com"
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
@@ -40,7 +34,7 @@ GRAMMAR_HINT = (
 )
 
 SIGNING = re.compile(r"(x-amz|x-goog)-.*|token|api_key", re.IGNORECASE)
-"""Parts of a URL's query that say who asks and until when, not which file is meant."""
+"""Parameters of a URL's query that authorize a request and do not identify the file."""
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REVISION = r"refs/(?:convert/\w+|pr/\d+)|[\w.-]+"
@@ -55,14 +49,14 @@ _CIVITAI_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Reference:
-    """One LoRA as a request names it. `scale` is not part of it: it changes nothing about the file."""
+    """One LoRA as a request names it. `scale` is no part of it: it does not change which file it is."""
 
     path: str
     weight_name: str | None = None
     revision: str | None = None
     sha256: str | None = None
     refresh: bool = False
-    """Ask the source anew, whatever the cache knows."""
+    """Ask the source again, whatever the cache holds."""
 
     @property
     def shown(self) -> str:
@@ -72,7 +66,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class CachedName:
-    """A file that must already be in the cache, by its path relative to it, with or without extension."""
+    """A file that must already be in the cache: its path there, with or without extension."""
 
     name: str
     sha256: str | None = None
@@ -80,24 +74,24 @@ class CachedName:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to be fetched: where from, and what is known of it beforehand. Holds no token of ours."""
+    """A file to be fetched: its URL, and what is known of it before. Holds no token of ours."""
 
     url: str = field(repr=False)
     identity: str = field(repr=False)
-    """What two requests for the same file have in common; the cache's name is made from its hash."""
+    """The same for any two requests for one file; its name in the cache contains a hash of this."""
     shown: str
     file_name: str
     sha256: str | None = None
     size: int | None = None
     fixed: bool = False
-    """Whether the identity names one content for ever (a commit, a version), and need not be asked again."""
+    """Whether the content can never change (a commit, a version), so that it need not be asked for again."""
     config_url: str | None = field(default=None, repr=False)
-    """Where the adapter_config.json of a PEFT adapter is."""
+    """The URL of a PEFT adapter's adapter_config.json."""
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A hub repo, and perhaps the file in it, before the hub was asked."""
+    """A hub repo, and the file in it if it is named, before the hub was asked."""
 
     repo: str
     file_name: str | None = None
@@ -112,25 +106,25 @@ class CivitaiFile:
     version: int | None
     file_name: str | None = None
     wanted: tuple[tuple[str, str], ...] = ()
-    """What a download URL's query says of the file: (type | format | size | fp, value)."""
+    """What a download URL's query says of the file: pairs of (type | format | size | fp, value)."""
 
 
-Place = RemoteFile | HubFile | CivitaiFile | CachedName
+Location = RemoteFile | HubFile | CivitaiFile | CachedName
 
 
-def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Place:
-    """Reads a reference by its form alone. `hub` and `civitai` are the URLs of the servers in use.
+def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Location:
+    """The location that a reference's text means. `hub` and `civitai` are the URLs of the servers in use.
 
-    `user/repo` comes back as a HubFile though a cached file may have that path: the caller looks into
-    its cache first. Raises: SourceInvalid.
+    `user/repo` gives a HubFile, although a cached file may have that path: the caller looks into its cache
+    first. Raises: SourceInvalid.
     """
     path = reference.path.strip()
     if path.startswith("hf://"):
         path = path.removeprefix("hf://").removeprefix("models/")
-        found = _hub_name(path, reference, whole=True)
-        if found is None:
+        hub_file = _hub_name(path, reference, whole=True)
+        if hub_file is None:
             raise SourceInvalid("hf:// is not followed by user/repo", GRAMMAR_HINT)
-        return found
+        return hub_file
     if "://" in path:
         return _parse_url(path, reference, hub, civitai)
     if match := _CIVITAI_NAME.fullmatch(path):
@@ -139,15 +133,15 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Place
         return CivitaiFile(
             int(match["model"]), int(version) if version else None, reference.weight_name
         )
-    # What is no plain name may be a URL gone wrong, with a token in it: it is not repeated.
+    # Anything but a plain name may be a misspelt URL with a token in it, so the error does not repeat it.
     plain = path.isprintable() and not set(path) & set("?#:\\") and len(path.encode()) <= 240
     if not path or not plain or path.startswith("//"):
         raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
     parts = PurePosixPath(path).parts
     if path.startswith(("/", "~")) or ".." in parts:
         raise SourceInvalid(f"{path!r} leads out of the LoRA cache", GRAMMAR_HINT)
-    if found := _hub_name(path, reference, whole=False):
-        return found
+    if hub_file := _hub_name(path, reference, whole=False):
+        return hub_file
     if "@" in path:
         raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
     _only_for_repos(reference, reference.weight_name, reference.revision)
@@ -155,9 +149,9 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Place
 
 
 def _hub_name(path: str, reference: Reference, *, whole: bool) -> HubFile | None:
-    """`user/repo[@revision][/file]`; None for what may rather be the name of a cached file.
+    """`user/repo[@revision][/file]`; None for what is more likely the name of a cached file.
 
-    `whole`: the form says that it is the hub's, so any file name will do.
+    `whole`: the text began with hf://, so the file may have any name.
     """
     match = _HUB_NAME.fullmatch(path)
     if match is None or ".." in PurePosixPath(path).parts:
@@ -173,15 +167,16 @@ def _hub_name(path: str, reference: Reference, *, whole: bool) -> HubFile | None
     return HubFile(match["repo"], file or reference.weight_name, revision or reference.revision)
 
 
-def _only_for_repos(reference: Reference, *given: str | None) -> None:
-    if any(given):
+def _only_for_repos(reference: Reference, *values: str | None) -> None:
+    """Raises: SourceInvalid if one of these fields is set, where it has no meaning."""
+    if any(values):
         raise SourceInvalid(
             f"weight_name and revision say nothing of {reference.shown}",
             "They choose a file and a version of a Hugging Face repo (user/repo).",
         )
 
 
-def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Place:
+def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Location:
     try:
         parts = urlsplit(path)
         host, _ = parts.hostname, parts.port
@@ -191,13 +186,13 @@ def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Place
         raise SourceInvalid(
             f"{reference.shown!r} is not an http(s) URL with a host name", GRAMMAR_HINT
         )
-    found: HubFile | CivitaiFile | None = None
+    location: HubFile | CivitaiFile | None = None
     if host in HUB_HOSTS or parts.netloc == urlsplit(hub).netloc:
-        found = _hub_url(parts, reference)
+        location = _hub_url(parts, reference)
     elif host in CIVITAI_HOSTS or parts.netloc == urlsplit(civitai).netloc:
-        found = _civitai_url(parts, reference)
-    if found:
-        return found
+        location = _civitai_url(parts, reference)
+    if location:
+        return location
     _only_for_repos(reference, reference.weight_name, reference.revision)
     name = PurePosixPath(unquote(parts.path)).name
     return RemoteFile(
@@ -206,7 +201,7 @@ def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Place
 
 
 def _identity(parts: SplitResult) -> str:
-    """The URL without its signature, which differs each time that a store signs the same file's URL."""
+    """The URL without its signature, which differs each time a store signs a URL of the same file."""
     query = parse_qsl(parts.query, keep_blank_values=True)
     if not any(SIGNING.fullmatch(name) for name, _ in query):
         return parts.geturl()
@@ -239,21 +234,21 @@ def _civitai_url(parts: SplitResult, reference: Reference) -> CivitaiFile | None
     query = dict(parse_qsl(parts.query))
     if match := re.fullmatch(r"/api/download/models/(\d{1,18})/?", parts.path, re.ASCII):
         wanted = [(key, query[key]) for key in ("type", "format", "size", "fp") if key in query]
-        found = CivitaiFile(None, int(match[1]), reference.weight_name, tuple(wanted))
+        location = CivitaiFile(None, int(match[1]), reference.weight_name, tuple(wanted))
     elif match := re.fullmatch(r"/models/(\d{1,18})(?:/[^/]*)?/?", parts.path, re.ASCII):
-        version = query.get("modelVersionId", "")
-        known = int(version) if re.fullmatch(r"\d{1,18}", version, re.ASCII) else None
-        found = CivitaiFile(int(match[1]), known, reference.weight_name)
+        digits = query.get("modelVersionId", "")
+        version = int(digits) if re.fullmatch(r"\d{1,18}", digits, re.ASCII) else None
+        location = CivitaiFile(int(match[1]), version, reference.weight_name)
     else:
         return None
     _only_for_repos(reference, reference.revision)
-    return found
+    return location
 
 
 def redact_url(text: str) -> str:
-    """A URL without user, password, query and fragment, which may carry secrets.
+    """A URL without user, password, query and fragment, which may hold secrets.
 
-    Text that is no URL, but may have been meant as one, loses them too.
+    Text that is no URL, but may be a misspelt one, loses them too.
     """
     if _HUB_NAME.fullmatch(text) or _CIVITAI_NAME.fullmatch(text):
         return text

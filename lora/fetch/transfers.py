@@ -1,4 +1,4 @@
-"""Several downloads, told as one."""
+"""The progress of several downloads, reported as one."""
 
 from __future__ import annotations
 
@@ -7,47 +7,47 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from lora.fetch.download import Progress
+from lora.fetch.download import OnBytes
 
 
 class Transfer(NamedTuple):
-    """How far all of them are."""
+    """How far all downloads together are."""
 
     files: int
-    """How many are coming in, or have."""
+    """How many are running or complete."""
     done: int
     """Bytes."""
     total: int | None
-    """Bytes; None as long as one of them does not tell."""
+    """Bytes; None as long as it is unknown for one of them."""
     rate: float
     """Bytes per second, since the first byte."""
 
 
 class Transfers:
-    """Adds up what each download tells, from whatever thread, and tells the sum in order."""
+    """Adds up the progress of each download, from any thread, and reports the sums in order."""
 
     def __init__(
-        self, tell: Callable[[Transfer], None], clock: Callable[[], float] = time.monotonic
+        self, report: Callable[[Transfer], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._tell, self._clock = tell, clock
+        self._report, self._clock = report, clock
         self._guard = threading.Lock()
-        self._known: dict[int, tuple[int, int | None]] = {}
+        self._progress: dict[int, tuple[int, int | None]] = {}
         self._begun: float | None = None
 
-    def of(self, number: int) -> Progress:
-        """What the download of this number calls."""
+    def of(self, number: int) -> OnBytes:
+        """The callback for the download of this number."""
 
-        def progress(done: int, total: int | None) -> None:
+        def on_bytes(done: int, total: int | None) -> None:
             with self._guard:
                 if self._begun is None:
                     self._begun = self._clock()
-                self._known[number] = done, total
-                self._tell(self._sum(self._clock() - self._begun))
+                self._progress[number] = done, total
+                self._report(self._sum(self._clock() - self._begun))
 
-        return progress
+        return on_bytes
 
     def _sum(self, seconds: float) -> Transfer:
-        done = sum(done for done, _ in self._known.values())
-        totals = [total for _, total in self._known.values() if total is not None]
-        total = sum(totals) if len(totals) == len(self._known) else None
-        return Transfer(len(self._known), done, total, done / seconds if seconds > 0 else 0.0)
+        done = sum(done for done, _ in self._progress.values())
+        totals = [total for _, total in self._progress.values() if total is not None]
+        total = sum(totals) if len(totals) == len(self._progress) else None
+        return Transfer(len(self._progress), done, total, done / seconds if seconds > 0 else 0.0)

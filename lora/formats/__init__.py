@@ -1,1 +1,1 @@
-"""What an adapter file says: its header, tensors, names, algorithms and metadata."""
+"""Reads adapter files: their header, tensors, names, algorithms and metadata."""

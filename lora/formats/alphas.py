@@ -1,4 +1,4 @@
-"""The numbers that PEFT and diffusers keep beside the tensors: alphas, and how they scale.
+"""The settings that PEFT and diffusers keep beside the tensors: alphas, and how they scale.
 
 PEFT writes them to `adapter_config.json`; diffusers puts one such config per component into the file's
 metadata, as JSON under `lora_adapter_metadata` with names such as `unet.lora_alpha`.
@@ -17,24 +17,25 @@ import torch
 from torch import Tensor
 
 from lora.errors import LoraCorrupt, LoraUnsupported
+from lora.formats.names.keys import PEFT_PREFIX
 
 RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """The slots whose first dimension is the rank."""
 
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
-"""PEFT's defaults for OFT, and more terms than anyone needs."""
+"""PEFT's defaults for OFT, and the most terms that are read: nobody needs more."""
 
-LARGEST = 1e30
-"""Any number beyond it would be infinite once it is multiplied in float32."""
+MAX_SCALING = 1e30
+"""A larger number would overflow when it is multiplied in float32."""
 
 
 CONFIG_IN_FILE = "lora_adapter_metadata"
-"""Under which name diffusers puts PEFT's config into a file's metadata, one table for all components."""
+"""The key of a file's metadata under which diffusers stores PEFT's config, one table for all components."""
 
 
 @dataclass(frozen=True)
 class Alphas:
-    """One PEFT config per component; the empty name stands for all of them."""
+    """One PEFT config per component; the one with the empty name is for all that have none."""
 
     configs: Mapping[str, PeftConfig]
 
@@ -44,23 +45,23 @@ class Alphas:
 
         Raises: LoraCorrupt if either is there and is not what peft writes; LoraUnsupported.
         """
-        what = CONFIG_IN_FILE
+        source = CONFIG_IN_FILE
         try:
-            found = _by_component(json.loads(metadata.get(what, "{}")))
+            configs = _by_component(json.loads(metadata.get(source, "{}")))
             if config is not None:
-                what = "adapter_config.json"
-                found[""] = json.loads(config)
-            return cls({name: PeftConfig.of(fields) for name, fields in found.items()})
+                source = "adapter_config.json"
+                configs[""] = json.loads(config)
+            return cls({name: PeftConfig.of(fields) for name, fields in configs.items()})
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
-            raise LoraCorrupt(f"the file's {what} is malformed") from error
+            raise LoraCorrupt(f"the file's {source} is malformed") from error
 
     def complete(self, slots: dict[str, Tensor], component: str, name: str) -> None:
-        """Adds to a layer's tensors what the config says of it; `name` is the layer's in the file."""
+        """Adds to a layer's tensors what its config says of it. `name`: the layer's name in the file."""
         config = self.configs.get(component, self.configs.get(""))
         if config is None:
             return
-        # PEFT's patterns do not see what is before the model's own names.
-        name = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
+        # PEFT's patterns are for the model's own names, without a prefix.
+        name = name.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
         if "oft_r" in slots and slots["oft_r"].dim() == 2:
             _complete_oft(slots, config)
         elif "ia3_l" in slots and config.feedforward is not None:
@@ -70,16 +71,16 @@ class Alphas:
 
 
 def _by_component(fields: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
     for name, value in fields.items():
         component, _, option = name.partition(".")
-        found.setdefault(component, {})[option] = value
-    return dict(found)
+        configs.setdefault(component, {})[option] = value
+    return dict(configs)
 
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What of a PEFT config changes the numbers."""
+    """The settings of a PEFT config that change what its tensors do."""
 
     alpha: float | None
     rank: float | None
@@ -89,9 +90,9 @@ class PeftConfig:
     neumann_terms: int
     """0 for the exact transform."""
     oft_limit: float | None
-    """What holds the norm of constrained OFT; None where it is not constrained."""
+    """The limit for the norm of constrained OFT; None where it is not constrained."""
     feedforward: Patterns | None
-    """The modules whose IA3 factors are the inputs'."""
+    """The modules whose IA3 factors belong to the inputs."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
@@ -116,13 +117,13 @@ class PeftConfig:
 
 @dataclass(frozen=True)
 class Patterns:
-    """A table of PEFT's: patterns of module names, each with a number; the first that fits counts.
+    """A table of PEFT's: patterns of module names, each with a number. The first pattern that fits counts.
 
-    A pattern fits a name if the name, or what follows one of its dots, matches it whole.
+    A pattern fits a name if it matches the whole name, or all that follows one of its dots.
     """
 
     plain: Mapping[str, tuple[int, float]]
-    """Patterns that are names -> place in the table, number: hundreds of them are looked up at once."""
+    """Patterns that are plain names -> place in the table and number: one look-up for hundreds of them."""
     others: tuple[tuple[int, re.Pattern[str], float], ...]
 
     @classmethod
@@ -141,23 +142,23 @@ class Patterns:
 
     def find(self, name: str) -> float | None:
         """The number of a module; None if no pattern fits its name."""
-        found, rest = [], name
+        fitting, rest = [], name
         while rest:
             if rest in self.plain:
-                found.append(self.plain[rest])
+                fitting.append(self.plain[rest])
             rest = rest.partition(".")[2]
-        found += [(place, value) for place, pattern, value in self.others if pattern.match(name)]
-        return min(found)[1] if found else None
+        fitting += [(place, value) for place, pattern, value in self.others if pattern.match(name)]
+        return min(fitting)[1] if fitting else None
 
 
 MAX_PATTERNS, MAX_PATTERN, MAX_REPEATS = 100, 300, 2
-"""A file's patterns are a stranger's: within these bounds none can take long."""
+"""Bounds within which no pattern can take long: anyone may have written the file."""
 _SIMPLE = re.compile(r"\^?(?:[\w.|()]|\\[.\w]|\[[^\]\[]*\]|(?:\.|\\d|\\w|\[[^\]\[]*\])[*+])*\$?")
 _REPEATED = re.compile(r"(?<!\\)[*+]")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """The pattern as PEFT uses it. Raises: ValueError for one that could take for ever."""
+    """The pattern as PEFT uses it. Raises: LoraUnsupported for one that could take very long; ValueError."""
     repeats = len(_REPEATED.findall(pattern))
     groups = pattern.count("(") - pattern.count("\\(")
     simple = len(pattern) <= MAX_PATTERN and repeats <= MAX_REPEATS and groups <= 1
@@ -185,7 +186,7 @@ def _modules(wanted: object) -> Patterns | None:
 
 def _finite(value: Any) -> float:
     number = float(value)
-    if not abs(number) <= LARGEST:
+    if not abs(number) <= MAX_SCALING:
         raise ValueError("not a number that can be used")
     return number
 
@@ -202,7 +203,8 @@ def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> 
     elif "lokr_w1" in slots and "lokr_w2" in slots:
         # PEFT scales a LoKr by alpha / r even where both factors are whole; LyCORIS does not.
         whole = config.ranks.find(name) or config.rank
-        slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole if whole else 1.0)
+        if whole and alpha != whole:
+            slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole)
 
 
 def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:
@@ -212,4 +214,5 @@ def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:
         vectors = slots["oft_r"].float()
         limit = config.oft_limit / math.sqrt(max(1, vectors.shape[0]))
         norms = vectors.norm(dim=1, keepdim=True) * math.sqrt(2)  # of the whole skew matrix
-        slots["oft_r"] = torch.where(norms <= limit, vectors, vectors * (limit / norms))
+        if bool((norms > limit).any()):
+            slots["oft_r"] = torch.where(norms <= limit, vectors, vectors * (limit / norms))

@@ -1,8 +1,8 @@
 """Textual inversion inside an adapter: vectors for new words of the prompt.
 
 Layouts: `bundle_emb.WORD.clip_l`, `.clip_g` (OneTrainer, LyCORIS), `bundle_emb.WORD.string_to_param.*` (as
-A1111 saves for one text encoder), and a whole file of `clip_l`, `clip_g` or `emb_params`, whose word is the
-file's name, as in ComfyUI: all its rows together.
+A1111 saves for one text encoder), and a file of just `clip_l`, `clip_g` or `emb_params`, whose word is the
+file's name, as in ComfyUI: it stands for all rows together.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ ENCODERS = {
     "emb_params": "text_encoder",
     "string_to_param": "text_encoder",
 }
-"""How a file calls a text encoder -> the component."""
+"""A text encoder's name in a file -> the component."""
 
 BUNDLE = "bundle_emb."
 
 
 @dataclass(frozen=True, eq=False)
 class TokenEmbedding:
-    """What one text encoder is to read where the prompt says `word`."""
+    """What one text encoder reads where the prompt has `word`."""
 
     word: str
-    """Empty where the file's name is the word."""
+    """Empty if the file's name is the word."""
     component: str
     vectors: Tensor
     """[tokens, width]."""
 
 
 def is_embedding(key: str) -> bool:
-    """Whether a key has the form of an embedding's."""
+    """Whether a key has the form of an embedding's key."""
     return key.startswith(BUNDLE) or key in ENCODERS
 
 
 def word_of(stem: str) -> str:
-    """The word that a file of embeddings stands for: its name, without what the cache adds to it."""
+    """The word of a file of embeddings: the file's name, without the hash that the cache adds to it."""
     name, _, digest = stem.rpartition("-")
     cached = len(digest) == 16 and all(letter in "0123456789abcdef" for letter in digest)
     return name if name and cached else stem
 
 
 def read_embedding(key: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding | str:
-    """The embedding that a key of that form is, or the reason why it cannot be used."""
+    """The embedding under a key of that form, or the reason why it cannot be used."""
     word, kind = "", key
     if key.startswith(BUNDLE):
         stem, _, kind = key.removeprefix(BUNDLE).rpartition(".")

@@ -1,4 +1,4 @@
-"""Which family of models an adapter was made for, told from its keys, shapes and metadata alone."""
+"""Finds the family of models that an adapter was made for, by its keys, shapes and metadata alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lora.formats.header import Header
 
 CROSS_ATTENTION_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
-"""How many values per token the cross attention of each UNet reads."""
+"""How many values per token a UNet's cross attention reads -> its family."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def _reads(width: int) -> Callable[[Header], bool]:
     return lambda header: cross_attention_width(header) == width
 
 
-# The first that holds wins: names that only one family has come before widths, which several share.
+# The first that holds wins. Names that only one family has come before widths, which families may share.
 CONDITIONS: tuple[Condition, ...] = (
     Condition("Flux", _some_key_has("double_blocks", "single_transformer_blocks", "single_blocks")),
     Condition("Qwen-Image", _some_key_has("img_mlp", "img_mod", "txt_mod")),
@@ -63,7 +63,7 @@ def family_of(base: str) -> str | None:
 
 
 def identify(header: Header) -> str | None:
-    """The family that the file was made for, as people call it; None if nothing tells."""
+    """The family that the file was made for, by its usual name; None if that cannot be told."""
     for condition in CONDITIONS:
         if condition.holds(header):
             return condition.family

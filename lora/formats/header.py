@@ -19,7 +19,7 @@ MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""
 
 MAX_DIMENSIONS, MAX_NUMBERS = 64, 1 << 60
-"""Beyond them torch cannot even describe a tensor, be it an empty one."""
+"""The largest that torch can describe, even for an empty tensor."""
 
 DTYPE_BYTES: Mapping[str, int] = {
     **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
@@ -35,23 +35,24 @@ class TensorInfo(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Where its bytes begin, from the file's first byte."""
+    """The offset of its first byte in the file."""
     end: int
 
 
 @dataclass(frozen=True)
 class Header:
-    """Names, shapes and metadata of a whole file."""
+    """Names, shapes and metadata of a file that is whole."""
 
     tensors: Mapping[str, TensorInfo]
+    """In the order of their bytes."""
     metadata: Mapping[str, str]
 
 
 def read_header(path: Path) -> Header:
     """Reads a file's header and checks that the file is whole.
 
-    Every tensor's byte range must fit its dtype and shape, lie within the file, and the last must end
-    where the file ends; so a truncated download, a web page or another format never passes.
+    Every tensor's byte range must fit its dtype and shape and lie within the file, and the last one must end
+    where the file ends. So a truncated download, a web page or a file of another format is refused.
 
     Raises: LoraCorrupt, saying what the file looks like instead; LoraUnsupported for a pickle.
     """
@@ -77,9 +78,10 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
         raise LoraCorrupt("the file's metadata is not a JSON object")
     try:
         "".join((*fields, *map(str, metadata), *map(str, metadata.values()))).encode()
-    except UnicodeEncodeError as error:  # half a surrogate pair could not be told to anyone
+    except UnicodeEncodeError as error:  # half a surrogate pair, which no answer could hold
         raise LoraCorrupt("the header's names are no Unicode text") from error
-    tensors = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
+    infos = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
+    tensors = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
     end_of_data = _end_of_data(tensors, data_start) - data_start
     if end_of_data != size - data_start:
         missing = end_of_data - (size - data_start)
@@ -95,7 +97,7 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
 
 
 def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
-    """One entry of the header. Raises: LoraCorrupt if it is malformed or contradicts itself."""
+    """Checks one entry of the header. Raises: LoraCorrupt if it is malformed or contradicts itself."""
     try:
         dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
         whole = len(shape) <= MAX_DIMENSIONS and {*map(type, shape), type(start), type(end)} == {
@@ -117,8 +119,8 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
 
 
 def _end_of_data(tensors: Mapping[str, TensorInfo], start: int) -> int:
-    """Where the last tensor ends. Raises: LoraCorrupt if they overlap or leave a gap."""
-    for info in sorted(tensors.values(), key=lambda one: (one.start, one.end)):
+    """Returns where the last tensor ends. Raises: LoraCorrupt if tensors overlap or leave a gap."""
+    for info in tensors.values():
         if info.start != start:
             raise LoraCorrupt("the file's tensors overlap, or there is a gap between them")
         start = info.end
@@ -126,7 +128,7 @@ def _end_of_data(tensors: Mapping[str, TensorInfo], start: int) -> int:
 
 
 def _not_safetensors(head: bytes, size: int) -> LoraError:
-    """The error for a file that is no .safetensors, by what its first bytes look like."""
+    """The error for a file that is not .safetensors, by what its first bytes look like."""
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return LoraUnsupported(
             "the file is a Python pickle or a zip archive", "Convert it to .safetensors."

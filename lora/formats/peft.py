@@ -1,4 +1,4 @@
-"""The files of a folder that PEFT saved: the tensors, and beside them the numbers that scale them."""
+"""The files of a folder that PEFT saved: the tensors, and beside them the config that scales them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lora.errors import LoraCorrupt
 PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 
 STEMS = ("pytorch_lora_weights", PEFT_STEM)
-"""Which file of a folder or repo is meant when none is named, in this order."""
+"""The files of a folder or repo that are meant when none is named, in order of preference."""
 
 CONFIG_BYTES = 10_000_000
 """No adapter's config is larger."""
 
 
 def config_beside(path: Path) -> str | None:
-    """The text of the config that belongs to a file of tensors; None where there is none.
+    """The text of the config that belongs to a file of tensors; None if there is none.
 
-    Raises: LoraCorrupt if it cannot be a config, or not be read.
+    Raises: LoraCorrupt if it cannot be a config, or cannot be read.
     """
     beside = path.with_name(PEFT_CONFIG)
     if path.stem != PEFT_STEM or not beside.is_file():

@@ -1,4 +1,4 @@
-"""Files of torch.save (.pt, .pth, .bin, .ckpt) as .safetensors. Nothing in them is ever run."""
+"""Converts files of torch.save (.pt, .pth, .bin, .ckpt) to .safetensors. No code in them is ever run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 from lora.errors import LoraCorrupt, LoraTooLarge, LoraUnsupported
 
 WRAPPERS = ("state_dict", "module", "model")
-"""Keys under which trainers put the tensors, beside an optimiser's state and the like."""
+"""Keys under which trainers put the tensors, where the file also holds an optimiser's state and the like."""
 
 MAX_TEXT = 1_000_000
-"""Characters of a value that is kept as metadata."""
+"""How many characters of a value are kept as metadata."""
 
 
 def looks_like_pickle(path: Path) -> bool:
-    """Whether the first bytes are those of a file of torch.save, old form or new.
+    """Whether the first bytes are those of a file of torch.save, in its old or new form.
 
-    A .safetensors file begins with its header's length, whose first bytes may be any; the last four of the
-    eight are zero, and a brace follows.
+    A .safetensors file begins with its header's length in eight bytes. The first of them may be any, but the
+    last four are zero, and a brace follows.
     """
     with path.open("rb") as stream:
         head = stream.read(9)
@@ -33,10 +33,10 @@ def looks_like_pickle(path: Path) -> bool:
 def convert(source: Path, target: Path, limit: int) -> None:
     """Writes the tensors of `source`, at most `limit` bytes unpacked, to `target`.
 
-    Plain numbers become tensors, as alpha often is one; text becomes metadata. Raises: LoraUnsupported for
-    what is more than tensors and plain values, LoraTooLarge, LoraCorrupt.
+    Plain numbers become tensors, since alpha often is one; text becomes metadata. Raises: LoraUnsupported if
+    there is more than tensors and plain values, LoraTooLarge, LoraCorrupt.
     """
-    # Not at the top: the cache, and whatever fetches without a model, does without torch.
+    # Not at the top: the cache, and whatever fetches without a model, works without torch.
     import torch
     from safetensors.torch import save_file
 
@@ -49,7 +49,7 @@ def convert(source: Path, target: Path, limit: int) -> None:
                     f"the pickle unpacks to {unpacked / 1e6:.0f} MB",
                     "The limit is LORA_MAX_FILE_MB.",
                 )
-        found = torch.load(source, map_location="cpu", weights_only=True)
+        content = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise LoraUnsupported(
             "the pickle holds more than tensors, and pickles are never run",
@@ -59,7 +59,7 @@ def convert(source: Path, target: Path, limit: int) -> None:
         raise LoraCorrupt("the file is a broken pickle") from error
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {}
-    for name, value in _leaves(found):
+    for name, value in _leaves(content):
         if isinstance(value, torch.Tensor):
             tensors[name] = value.detach().to_dense().clone(memory_format=torch.contiguous_format)
         elif isinstance(value, (bool, int, float)):
@@ -71,18 +71,18 @@ def convert(source: Path, target: Path, limit: int) -> None:
     save_file(tensors, target, metadata={**metadata, "format": "pt"})
 
 
-def _leaves(found: Any) -> Iterator[tuple[str, Any]]:
-    """(name, value) of the file's tensors and of what stands beside them.
+def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
+    """(name, value) of the file's tensors and of the values beside them.
 
     Raises: LoraUnsupported if it is no table of named tensors.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise LoraUnsupported("the pickle is no table of named tensors")
     for wrapper in WRAPPERS:
-        if isinstance(found.get(wrapper), Mapping):
-            found = found[wrapper]
+        if isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
             break
-    for name, value in found.items():
+    for name, value in content.items():
         if isinstance(value, Mapping):
             yield str(name), json.dumps(value, default=lambda _: "…", skipkeys=True)
         else:

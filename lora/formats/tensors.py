@@ -1,7 +1,7 @@
-"""The tensors of a .safetensors file: read or mapped, and checked for NaN and infinity on the way.
+"""Reads or maps the tensors of a .safetensors file, and checks them for NaN and infinity.
 
-A file of hundreds of megabytes is to be there in milliseconds, so nothing is copied that need not be: the
-tensors are views of one buffer. They are never written to.
+A file of hundreds of megabytes must load in milliseconds, so nothing is copied without need: the tensors are
+views of one buffer. They are never written to.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 READ_BYTES, THREADS = 8 << 20, 2
-"""How a file that is not mapped comes into memory."""
+"""How a file that is not mapped is read into memory: in pieces of this size, by so many threads."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Run:
     infos: list[TensorInfo]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each with its name: views, so that a change of dtype or device takes one step for all."""
+        """Each tensor with its name, as a view: so one operation changes the dtype or device of all."""
         size, start = self.whole.element_size(), self.infos[0].start
         for name, info in zip(self.names, self.infos, strict=True):
             strides: list[int] = []
@@ -70,10 +70,10 @@ class Run:
 def read_runs(path: Path, header: Header, *, mapped: bool) -> list[Run]:
     """Every tensor of the file, on the CPU.
 
-    `mapped`: the file's pages are used as they lie in the page cache, without a copy. Only for a file on
-    a local disk that no one changes in place: its bytes would change under us, or the process would die.
+    `mapped`: the tensors use the pages of the page cache, without a copy. Only for a file on a local disk
+    that no one changes in place: a change would alter the tensors, or kill the process.
 
-    Raises: LoraCorrupt if the file is not as its header says any more, or a tensor holds NaN or infinity.
+    Raises: LoraCorrupt if the file no longer is as its header says, or a tensor holds NaN or infinity.
     """
     try:
         buffer = _map(path) if mapped else _read(path)
@@ -89,12 +89,12 @@ def read_runs(path: Path, header: Header, *, mapped: bool) -> list[Run]:
 
 def _map(path: Path) -> mmap.mmap:
     with path.open("rb") as stream:
-        # A private, writable mapping: torch wants a writable buffer, and no write could reach the file.
+        # Private and writable: torch requires a writable buffer, and no write can reach the file.
         return mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
 def _read(path: Path) -> mmap.mmap:
-    """The file's bytes in memory of our own."""
+    """The file's bytes, read into our own memory."""
     with path.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         memory = mmap.mmap(-1, size)
@@ -119,7 +119,7 @@ def _read(path: Path) -> mmap.mmap:
 def _runs(header: Header, buffer: mmap.mmap) -> Iterator[Run]:
     names: list[str] = []
     infos: list[TensorInfo] = []
-    for name, info in sorted(header.tensors.items(), key=lambda item: item[1].start):
+    for name, info in header.tensors.items():
         if infos and (infos[-1].dtype, infos[-1].end) != (info.dtype, info.start):
             yield Run(_whole(buffer, infos), names, infos)
             names, infos = [], []
@@ -132,7 +132,7 @@ def _whole(buffer: mmap.mmap, infos: list[TensorInfo]) -> Tensor:
     dtype, start, end = DTYPES[infos[0].dtype], infos[0].start, infos[-1].end
     if start == end:
         return torch.empty(0, dtype=dtype)
-    if start % dtype.itemsize:  # the format allows it, processors do not like it
+    if start % dtype.itemsize:  # unaligned: the format allows it, processors handle it badly
         return torch.frombuffer(bytearray(buffer[start:end]), dtype=dtype)
     count = (end - start) // dtype.itemsize
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=start)
@@ -144,8 +144,8 @@ SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _check_finite(run: Run) -> None:
     """Raises: LoraCorrupt with the first tensor of the run that holds NaN or infinity.
 
-    A sum that is finite says that all are, and takes a fiftieth of the time of `torch.isfinite`. One that
-    is not may be an overflow: then each tensor is looked at.
+    If the sum is finite, all numbers are; it takes a fiftieth of the time of `torch.isfinite`. If it is not,
+    the sum may have overflowed: then each tensor is checked.
     """
     if not run.whole.dtype.is_floating_point:
         return

@@ -1,8 +1,8 @@
 """The volume's LoRAs as a library: what is there, what was checked, what failed and why.
 
-The files on the disk are the truth; beside each lies its state. Whoever scans, activates or deletes at the
-same time, on however many workers, each state is whole and belongs to one version of its adapter, and no
-lock is needed for that. A state keeps no job from using a LoRA: it tells what a job would be told.
+The files on the disk are the truth; beside each lies its state. Many workers may scan, activate and delete
+at the same time without a lock: each state is whole and belongs to one version of its adapter. A state keeps
+no job from using a LoRA: it says what a job would be told.
 """
 
 from __future__ import annotations
@@ -18,25 +18,18 @@ from lora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.formats.names.keys import KeyMap
 from lora.library.activation import Activation
 from lora.library.checks import header_of, refuse_half_a_folder
-from lora.library.files import STATE, TRAINING_STATE, Adapter, adapter_at, adapters_in
 from lora.library.query import TRAINING, Item, Page, Query, Scanned
-from lora.library.states import (
-    Standing,
-    State,
-    put,
-    put_if_unknown,
-    state_of,
-    unknown,
-)
+from lora.library.states import Standing, State, put, put_if_unknown, state_of, unknown
 from lora.library.summary import summarise
+from lora.volume.adapters import STATE, TRAINING_STATE, StoredAdapter, adapters_in, delete
 from lora.volume.cache import VolumeCache
-from lora.volume.records import Record, pin_path, read_as, record_path
-from lora.volume.shelf import Shelf
+from lora.volume.folders import Folders
+from lora.volume.records import Record, read_as, record_path, write_errors_as
 
 __all__ = ["TRAINING", "Catalog", "Item", "Page", "Query", "Scanned", "Standing"]
 
 ORPHAN_SECONDS = 86_400.0
-"""How old the state of an adapter that is gone must be to be removed: nobody is about to put it back."""
+"""How old the state of an adapter that is gone must be to be removed: by then nobody puts it back."""
 
 
 class Catalog:
@@ -45,33 +38,25 @@ class Catalog:
     def __init__(
         self, cache: VolumeCache, key_map: KeyMap, training: Path | None = None, model: str = ""
     ) -> None:
-        """`model`: what the worker's base model is called, to compare a PEFT config's with."""
+        """`model`: the name of the worker's base model, with which a PEFT config's is compared."""
         self._shelf = cache.shelf
         self._activation = Activation(cache, key_map, model)
         self._training = (
-            Shelf(training, None, stale_after=2 * cache.limits.timeout) if training else None
+            Folders(training, None, stale_after=2 * cache.limits.timeout) if training else None
         )
-        self._known: dict[str, Item] = {}
+        self._items_before: dict[str, Item] = {}
 
     # --- looking ---------------------------------------------------------------------------------
 
     def page(self, query: Query) -> Page:
-        """The adapters that fit, as they lie on the disk now. Changes nothing."""
+        """The adapters that fit the query, as they lie on the disk now. Changes nothing."""
         return query.page_of(self._items())
 
-    def find(self, name: str) -> Item:
-        """One adapter, by its name in lists or as a job would name it.
-
-        Raises: LoraNotFound, with the nearest names; SourceInvalid if the name leads out of the folders.
-        """
-        adapter = self._find(name)
-        return Item(self._name(adapter), adapter, state_of(adapter))
-
     def scan(self) -> Scanned:
-        """Looks at the header of each adapter that is new or changed, and writes down its state.
+        """Reads the header of each adapter that is new or changed, and writes down its state.
 
-        `failed` is what already the header shows: not whole, or half of a PEFT folder. What was activated
-        stays so. A state that cannot be written is told in the warnings.
+        `failed` is an adapter whose header shows a fault: not whole, or half of a PEFT folder. An activated
+        one stays active. The warnings say how many states cannot be written.
         """
         standings, troubles, looked_at = Counter[str](), Counter[str](), 0
         warnings = self._prepare_training()
@@ -92,69 +77,63 @@ class Catalog:
         return Scanned(standings, looked_at, tuple(warnings))
 
     def _prepare_training(self) -> list[str]:
-        """Sweeps what dead workers left in the training folder; a warning if there is no such folder."""
+        """Removes leftovers of dead workers in the training folder; a warning if there is no such folder."""
         if self._training is None:
             return []
         if not self._training.root.is_dir():
             return ["the training folder (LORA_TRAINING_DIR) is not there"]
-        with suppress(OSError):  # read-only: each state that cannot be written says so
+        with suppress(OSError):  # read-only: the warnings count the states that cannot be written
             self._training.prepare()
         return []
 
     def _items(self) -> Iterator[Item]:
-        """Every adapter. Nothing is read of those that are, with their states, as they were the last time."""
-        now: dict[str, Item] = {}
+        """Every adapter. Where neither the adapter nor its state changed, no file is read again."""
+        items: dict[str, Item] = {}
         for adapter in self._adapters():
             name = self._name(adapter)
-            item = self._known.get(name)
+            item = self._items_before.get(name)
             if item is None or item.adapter != adapter:
                 state = state_of(adapter) if adapter.state_version else unknown(adapter)
                 item = Item(name, adapter, state)
-            now[name] = item
+            items[name] = item
             yield item
-        self._known = now
+        self._items_before = items
 
-    def _adapters(self) -> Iterator[Adapter]:
+    def _adapters(self) -> Iterator[StoredAdapter]:
         seen = set[str]()
         for root in self._shelf.roots:
             for adapter in adapters_in(root):
-                if adapter.path not in seen:  # a job gets the volume's, too
+                if adapter.path not in seen:  # of two, a job gets the volume's
                     seen.add(adapter.path)
                     yield adapter
         if self._training:
             yield from adapters_in(self._training.root, skip=TRAINING_STATE)
 
-    def _name(self, adapter: Adapter) -> str:
+    def _name(self, adapter: StoredAdapter) -> str:
         return f"{TRAINING}{adapter.path}" if self._is_training(adapter) else adapter.path
 
-    def _is_training(self, adapter: Adapter) -> bool:
+    def _is_training(self, adapter: StoredAdapter) -> bool:
         return self._training is not None and adapter.root == self._training.root
 
-    def _find(self, name: str) -> Adapter:
+    def _find(self, name: str) -> StoredAdapter:
+        """The adapter of this name in lists or jobs. Raises: LoraNotFound, SourceInvalid."""
         path = name.removeprefix(TRAINING)
         shelf = self._shelf if path == name else self._training
-        if shelf and path.isprintable() and ".." not in PurePosixPath(path).parts:
-            existing = shelf.existing(path)
-            if existing:
-                root = shelf.root_of(existing)
-                found = adapter_at(root, str(existing.relative_to(root)))
-            else:  # a PEFT folder without weights
-                places = [] if path.startswith("/") else shelf.roots
-                found = next((one for root in places if (one := adapter_at(root, path))), None)
-            if found:
-                return found
+        sound = path.isprintable() and ".." not in PurePosixPath(path).parts
+        if shelf and sound and (adapter := shelf.adapter(path)):
+            return adapter
         names = [self._name(adapter) for adapter in self._adapters()]
         hint = nearest(name, names) or f"The library has {len(names)} LoRAs."
         raise LoraNotFound(f"the library has no LoRA {name!r}", hint)
 
-    def _glance(self, adapter: Adapter) -> State:
-        """The state that the header alone shows. Raises: OSError."""
+    def _glance(self, adapter: StoredAdapter) -> State:
+        """The state as far as the header shows it. Raises: OSError."""
         state = replace(unknown(adapter), at=time.time())
         if self._is_training(adapter):
             state = replace(state, source=self._name(adapter))
         elif adapter.weights:
             record = read_as(Record, record_path(adapter.root / adapter.weights))
-            if record and (record.size, record.mtime_ns) == adapter.stamp[:2]:
+            if record and (record.size, record.mtime_ns) == adapter.version[:2]:
                 state = replace(state, source=record.source, sha256=record.sha256)
         try:
             refuse_half_a_folder(adapter)
@@ -164,7 +143,7 @@ class Catalog:
         return replace(state, **asdict(summarise(header))) if header else state
 
     def _remove_orphans(self) -> None:
-        """The states of adapters that were evicted or removed by hand."""
+        """Removes the states of adapters that were removed by hand."""
         roots = (*self._shelf.roots, *([self._training.root] if self._training else []))
         for path in [path for root in roots for path in root.rglob(f"*{STATE}")]:
             gone = not path.with_name(path.name.removesuffix(STATE)).exists()
@@ -177,17 +156,17 @@ class Catalog:
     def activate(self, name: str) -> Item:
         """Checks all that a load needs, and writes down the outcome: `active`, or `failed` with its reason.
 
-        The weights are whole and hold no NaN, and every layer fits the worker's model; a PEFT folder has its
-        config, whose base model is the worker's, or a folder that exists, or not told. An adapter of the
-        training folder is published in the cache's folder then, for jobs to name (`file`).
+        `active`: the weights are whole and hold no NaN, and every layer fits the worker's model; a PEFT
+        folder has its config, whose base model is the worker's, or a folder that exists, or not named. An
+        adapter of the training folder is published in the cache's folder then, for jobs to name (`file`).
 
-        Raises: LoraNotFound, SourceInvalid; CacheFull if nothing can be written, LoraCorrupt if it changes
-        meanwhile: then nothing is decided.
+        Raises: LoraNotFound, SourceInvalid; CacheFull if nothing can be written, LoraCorrupt if the adapter
+        changes meanwhile: then nothing is decided.
         """
         adapter = self._find(name)
-        called = self._name(adapter)
+        full_name = self._name(adapter)
         try:
-            state = self._activation.of(adapter, called, publish=self._is_training(adapter))
+            state = self._activation.of(adapter, full_name, publish=self._is_training(adapter))
         except CacheFull:
             raise
         except LoraError as error:
@@ -195,12 +174,12 @@ class Catalog:
             with suppress(OSError):
                 state = self._glance(adapter)
             state = replace(state, state=Standing.FAILED, reason=error.sentence)
-        if self._find(called).stamp != adapter.stamp:
-            raise LoraCorrupt(f"{called} was changed while it was checked", "Try again.")
+        if self._find(full_name).version != adapter.version:
+            raise LoraCorrupt(f"{full_name} was changed while it was checked", "Try again.")
         return self._decided(adapter, state)
 
     def deactivate(self, name: str) -> Item:
-        """Takes an adapter's state back to `discovered`; its file stays, and so does a published copy.
+        """Sets an adapter's state back to `discovered`; its file stays, and so does a published copy.
 
         Raises: LoraNotFound, SourceInvalid, CacheFull.
         """
@@ -214,29 +193,13 @@ class Catalog:
         A job that has it read already is not disturbed. Raises: LoraNotFound, SourceInvalid, CacheFull.
         """
         adapter = self._find(name)
-        # The state first: what is written after that belongs to what comes after. Weights before their
-        # config, so that nobody reads them without it.
-        gone = [adapter.state_path]
-        if adapter.weights:
-            weights = adapter.root / adapter.weights
-            gone += [weights, record_path(weights), pin_path(weights)]
-        if adapter.config:
-            gone.append(adapter.root / adapter.config)
-        try:
-            for path in gone:
-                path.unlink(missing_ok=True)
-        except OSError as error:
-            raise CacheFull(f"{name} cannot be deleted ({error.strerror})") from error
-        if adapter.is_folder:
-            with suppress(OSError):  # something else is in it
-                (adapter.root / adapter.path).rmdir()
+        with write_errors_as(f"{name} cannot be deleted"):
+            delete(adapter)
         return self._name(adapter)
 
-    def _decided(self, adapter: Adapter, state: State) -> Item:
+    def _decided(self, adapter: StoredAdapter, state: State) -> Item:
         name = self._name(adapter)
-        try:
+        hint = "The volume may be full or read-only."
+        with write_errors_as(f"the state of {name} cannot be written", hint):
             put(adapter, state)
-        except OSError as error:
-            words = f"the state of {name} cannot be written ({error.strerror})"
-            raise CacheFull(words, "The volume may be full or read-only.") from error
         return Item(name, adapter, state)

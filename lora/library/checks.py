@@ -1,4 +1,4 @@
-"""What speaks against an adapter, each as one sentence."""
+"""Checks of an adapter; each refusal is one sentence."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from lora.errors import LoraCorrupt, LoraIncompatible, LoraNotFound, LoraUnsupported
-from lora.fetch.sources import SAFETENSORS, redact_url
-from lora.formats.adapter import MAX_SHOWN, LoraFile
+from lora.fetch.sources import redact_url
+from lora.formats.adapter import LoraFile
 from lora.formats.alphas import Alphas
+from lora.formats.contents import MAX_SHOWN
+from lora.formats.endings import SAFETENSORS
 from lora.formats.header import Header, read_header
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.formats.pickles import looks_like_pickle
-from lora.library.files import Adapter
+from lora.volume.adapters import StoredAdapter
 
 
-def refuse_half_a_folder(adapter: Adapter) -> None:
+def refuse_half_a_folder(adapter: StoredAdapter) -> None:
     """Raises: LoraNotFound if a PEFT folder lacks its weights or its config."""
     if adapter.weights is None:
         raise LoraNotFound(
@@ -32,7 +34,7 @@ def refuse_half_a_folder(adapter: Adapter) -> None:
 
 
 def header_of(path: Path) -> Header | None:
-    """The header of an adapter that is whole; None for a pickle, as far as that can be told unread.
+    """The header of a whole adapter; None for a pickle, of which only the ending is checked.
 
     Raises: LoraCorrupt, LoraUnsupported; OSError.
     """
@@ -49,7 +51,7 @@ def check_config(config: str | None, model: str) -> None:
     """Raises: LoraIncompatible if a PEFT config names a base model that is neither the worker's nor a folder
     that exists; LoraCorrupt or LoraUnsupported if it is no config that can be read.
 
-    Where no base model is named, the weights' names and shapes have to tell.
+    Where no base model is named, the weights' names and shapes decide later.
     """
     if config is not None:
         _refuse_other_base(config, model)
@@ -76,11 +78,11 @@ def _refuse_other_base(config: str, model: str) -> None:
     )
 
 
-def _same_model(one: str, other: str) -> bool:
-    """Whether both mean the same repo, or a folder that is called as the repo."""
-    if one.startswith("/") or other.startswith("/"):
-        return _last(one) == _last(other)
-    return one.strip("/").casefold() == other.strip("/").casefold()
+def _same_model(base: str, model: str) -> bool:
+    """Whether both mean the same repo, or a folder with the repo's name."""
+    if base.startswith("/") or model.startswith("/"):
+        return _last(base) == _last(model)
+    return base.strip("/").casefold() == model.strip("/").casefold()
 
 
 def _last(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the library answers: one adapter, a page of a list, the outcome of a scan."""
+"""The library's answers: one adapter, a page of a list, the outcome of a scan."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from lora.library.files import Adapter
 from lora.library.states import State, as_answer
+from lora.volume.adapters import StoredAdapter
 
 TRAINING = "training:"
-"""Begins the names of what lies in the training folder; no job's name of a cached file can."""
+"""Begins the names of adapters in the training folder; a cached file's name in a job never begins so."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,17 @@ class Item:
     """One adapter of the library, and what is known of it."""
 
     name: str
-    adapter: Adapter
+    adapter: StoredAdapter
     state: State
 
     @cached_property
     def texts(self) -> str:
-        """What a search looks through, in lower case."""
+        """The text that a search looks through, in lower case."""
         return "\n".join((self.name, self.state.source or "", *self.state.words)).casefold()
 
     @property
     def file(self) -> str | None:
-        """What a job names it by; None for a training folder's that was not published."""
+        """Its name for jobs; None for an adapter of the training folder that was not published."""
         return self.state.file if self.name.startswith(TRAINING) else self.name
 
     def as_answer(self) -> dict[str, Any]:
@@ -38,19 +38,19 @@ class Item:
             "name": self.name,
             **as_answer(self.state),
             "file": self.file,
-            "bytes": self.adapter.stamp.size,
+            "bytes": self.adapter.version.size,
             "pinned": self.adapter.pinned,
         }
 
 
 @dataclass(frozen=True)
 class Query:
-    """What a list is narrowed to. None: not by this. Upper and lower case are the same."""
+    """The filters of a list; None filters nothing. Upper and lower case are the same."""
 
     state: str | None = None
     base: str | None = None
     algorithm: str | None = None
-    """One of those that occur in the file."""
+    """One of the algorithms that occur in the file."""
     word: str | None = None
     """A trigger word, whole."""
     text: str | None = None
@@ -59,7 +59,7 @@ class Query:
     per_page: int = 100
 
     def fits(self, item: Item) -> bool:
-        """Whether an adapter is one of those."""
+        """Whether an adapter passes all filters."""
         state = item.state
         return (
             self.state in (None, state.state)
@@ -70,11 +70,11 @@ class Query:
         )
 
     def page_of(self, items: Iterable[Item]) -> Page:
-        """The page of those that fit, in the order of their names."""
-        found = sorted((one for one in items if self.fits(one)), key=lambda one: one.name)
+        """The page of the adapters that fit, in the order of their names."""
+        fitting = sorted(filter(self.fits, items), key=lambda item: item.name)
         start = (self.page - 1) * self.per_page
-        pages = -(-len(found) // self.per_page)
-        return Page(tuple(found[start : start + self.per_page]), len(found), pages)
+        pages = -(-len(fitting) // self.per_page)
+        return Page(tuple(fitting[start : start + self.per_page]), len(fitting), pages)
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,14 @@ class Page:
 
 @dataclass(frozen=True)
 class Scanned:
-    """What a scan found."""
+    """The outcome of a scan."""
 
     standings: Mapping[str, int]
-    """How many adapters stand how."""
+    """How many adapters have each standing."""
     looked_at: int
     """How many were new, or changed since the last scan."""
     warnings: tuple[str, ...]
 
 
-def _is_one(wanted: str | None, there: Iterable[str]) -> bool:
-    return wanted is None or wanted.casefold() in [one.casefold() for one in there]
+def _is_one(wanted: str | None, values: Iterable[str]) -> bool:
+    return wanted is None or wanted.casefold() in [value.casefold() for value in values]

@@ -1,4 +1,4 @@
-"""What an adapter's header alone tells of it: algorithm, rank, base model, trigger words."""
+"""What can be read from an adapter's header alone: algorithm, rank, base model, trigger words."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from lora.formats.header import Header
 from lora.formats.names.keys import slot_of
 
 MAX_WORDS, MAX_WORD, MAX_TAGS = 20, 100, 5
-"""How many words are kept, how long each may be, and how many of them may be mere tags."""
+"""How many words are kept, how long each may be, and how many of them may be tags of images."""
 
 MAX_DOTS = 3
-"""So many parts has the longest suffix of a key (`lora_linear_layer.up.weight`)."""
+"""The longest suffix of a key has so many parts (`lora_linear_layer.up.weight`)."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a header tells, whatever model is loaded."""
+    """What a header says, whatever model is loaded."""
 
     algorithm: str | None
-    """Those that occur, the most frequent first, joined by a plus sign; None if none is known."""
+    """The algorithms that occur, the most frequent first, joined by plus signs; None if none is known."""
     rank: int | None
     """The most frequent one; None if there is none."""
     base: str | None
@@ -43,8 +43,8 @@ def summarise(header: Header) -> Summary:
     algorithms: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
     for slots in modules.values():
-        found, _ = recipes(frozenset(slots))
-        algorithms.update("dora" if one.magnitude else one.algorithm.name for one in found)
+        matches, _ = recipes(frozenset(slots))
+        algorithms.update("dora" if match.magnitude else match.algorithm.name for match in matches)
         shape = next((slots[name] for name in RANKED if name in slots), ())
         ranks.update(shape[:1])
     if any(is_embedding(key) for key in header.tensors):
@@ -56,6 +56,9 @@ def summarise(header: Header) -> Summary:
         words=trigger_words(header),
         layers=len(modules),
     )
+
+
+_slot_of = lru_cache(maxsize=1024)(slot_of)  # a file has thousands of keys, and few suffixes
 
 
 def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
@@ -71,11 +74,6 @@ def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
                 modules.setdefault(".".join(parts[:count]), {})[slot] = info.shape
                 break
     return modules
-
-
-@lru_cache(maxsize=1024)  # a file has thousands of keys, and a handful of suffixes
-def _slot_of(suffix: str) -> str:
-    return slot_of(suffix)
 
 
 def trigger_words(header: Header) -> tuple[str, ...]:
@@ -101,7 +99,7 @@ def _words(header: Header) -> Iterator[str]:
 
 
 def _tag_table(header: Header) -> Mapping[str, Mapping[str, int]]:
-    """Folder -> tag -> how often; empty if it is not what kohya's trainer writes."""
+    """Folder -> tag -> count; empty if the metadata is not what kohya's trainer writes."""
     try:
         table = json.loads(header.metadata.get("ss_tag_frequency", "{}"))
         return {

@@ -19,8 +19,8 @@ from lora.formats.algorithms.lora import LoRA
 from lora.formats.algorithms.oft import OFT, PeftOFT
 from lora.formats.names.keys import Shape
 from lora.tools import EMBEDDINGS, OnProgress, ignore_progress
-from lora.tools.adapters.inputs import open_adapter
 from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors import cutting
 from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, Module, Report

@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora.errors import LoraIncompatible, LoraUnsupported
-from lora.formats.adapter import Layer, LoraFile, UnusedKey, load
+from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, DoRA
+from lora.formats.contents import Layer, UnusedKey
 from lora.formats.families import family_of, identify
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
+from lora.formats.opening import Opened, opened
 from lora.tools.adapters.hashes import HASH_FIELDS, Hashes, hashes_of
 from lora.tools.adapters.metadata import MAX_WORD, clean, named_bases, training_facts, trigger_words
-from lora.tools.adapters.opening import Opened, opened
 from lora.tools.adapters.own_names import own_key_map
 from lora.tools.describe_names import block_of, kind_of, layout_of
 from lora.tools.factors.lowrank import delta_norm
@@ -161,7 +162,7 @@ def _counted(names: Iterable[str]) -> dict[str, int]:
 
 
 def _algorithms(file: LoraFile) -> dict[str, int]:
-    layers = {(one.target, one.part.name) for one in file.layers}
+    layers = {(one.target, one.algorithm.name) for one in file.layers}
     words = ["textual inversion"] * len(file.embeddings)
     return _counted([*(name for _, name in layers), *words])
 
@@ -187,7 +188,7 @@ def _warnings(
     model_hash = header.metadata.get("sshs_model_hash", "").lower()
     if model_hash and hashes.model_hash and model_hash != hashes.model_hash:
         yield "sshs_model_hash is not the tensors' hash: they were changed after training"
-    if not file.scaled and any(layer.part.rank for layer in file.layers):
+    if not file.scaled and any(layer.algorithm.rank for layer in file.layers):
         yield "the file says nothing of alpha: it counts as the rank"
     by_shapes = bases.get(BY_SHAPES)
     for name, base in bases.items():
@@ -204,7 +205,7 @@ def _components(file: LoraFile) -> dict[str, Component]:
 
 
 def _component(layers: list[Layer]) -> Component:
-    inner = (_inner(layer.part) for layer in layers)
+    inner = (_inner(layer.algorithm) for layer in layers)
     ranked = [(algorithm, rank) for algorithm in inner if (rank := algorithm.rank)]
     alphas = [_alpha(algorithm) for algorithm, _ in ranked]
     return Component(
@@ -240,7 +241,7 @@ def _norms(file: LoraFile) -> tuple[tuple[BlockNorm, ...], int]:
     without = 0
     for layer in file.layers:
         target = layer.target
-        norm = delta_norm(layer.part, target.parameters[layer.parameter])
+        norm = delta_norm(layer.algorithm, target.parameters[layer.parameter])
         if norm is None:
             without += 1
         else:

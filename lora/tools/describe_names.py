@@ -1,11 +1,14 @@
-"""What a module's name tells a person: which tool wrote it, which block it is in, what kind of layer it is.
+"""Describes a module by its name: which tool wrote it, its block, and its kind of layer. No torch.
 
-Names are matched by pattern here, since this is only told; what is applied goes by `names.keys`. No torch.
+Names are matched by patterns here, since this is only shown to people; adapters are applied by `names.keys`.
 """
 
 from __future__ import annotations
 
 import re
+
+from lora.formats.names import sgm
+from lora.formats.names.sgm import WHOLE, layers
 
 SEPARATOR = r"[._]"
 
@@ -35,11 +38,11 @@ BARE = "module names without a prefix"
 
 
 def layout_of(key: str) -> str:
-    """The tool, or the convention, that names tensors so."""
+    """The tool or the convention that a key's form belongs to."""
     return next((name for name, pattern in LAYOUTS if re.match(pattern, key)), BARE)
 
 
-KINDS: tuple[tuple[str, str], ...] = (
+LAYER_KINDS: tuple[tuple[str, str], ...] = (
     ("norm", r"norm\w*$"),
     ("cross attention", r"attn2|cross_attn"),
     ("self attention", r"attn1|self_attn|attn|attention\.self"),
@@ -60,50 +63,32 @@ KINDS: tuple[tuple[str, str], ...] = (
 
 
 def kind_of(path: str) -> str:
-    """What kind of layer a module is."""
-    return next((kind for kind, pattern in KINDS if re.search(pattern, path)), "other")
+    """A module's kind of layer."""
+    return next((kind for kind, pattern in LAYER_KINDS if re.search(pattern, path)), "other")
 
 
-_SIDED = re.compile(rf"(input|output)_blocks{SEPARATOR}(\d+)")
-_DIFFUSERS = re.compile(
-    rf"(down|up)_blocks{SEPARATOR}(\d+){SEPARATOR}(resnets|attentions|downsamplers|upsamplers)"
-    rf"{SEPARATOR}(\d+)"
-)
-_MIDDLE = re.compile(r"mid(dle)?_block")
 _NUMBERED = re.compile(
     rf"(?:^|{SEPARATOR})((?:single_|double_|joint_)?(?:transformer_)?(?:blocks|layers)){SEPARATOR}(\d+)"
 )
+_UNET_LAYER = re.compile(r"(?:(?:down|up)_blocks_\d+|mid_block)_[a-z]+_\d+")
 
 RESNETS = 2
 """Per down block, in the UNets of SD 1.5, SD 2 and SDXL."""
+
+_SGM = {path.replace(".", "_"): name for path, name in (*WHOLE.items(), *layers(RESNETS).items())}
 
 
 def block_of(component: str, path: str) -> str:
     """The row of a component's chart that a module belongs to.
 
-    A UNet's: IN00 to IN11, MID, OUT00 to OUT11 and BASE, as `names.blocks` has them. A transformer's:
+    For a UNet: IN00 to IN11, MID, OUT00 to OUT11 and BASE, as in `names.blocks`. For a transformer:
     `blocks 07`. A text encoder is one row.
     """
     if component.startswith("text_encoder"):
         return "all"
     if component == "unet":
-        return _unet_block(path)
-    found = _NUMBERED.search(path)
-    return f"{found[1]} {int(found[2]):02}" if found else "BASE"
-
-
-def _unet_block(path: str) -> str:
-    if path == "conv_in":
-        return "IN00"
-    if found := _SIDED.search(path):
-        return f"{'IN' if found[1] == 'input' else 'OUT'}{int(found[2]):02}"
-    if _MIDDLE.search(path):
-        return "MID"
-    found = _DIFFUSERS.search(path)
-    if not found:
-        return "BASE"
-    side, number, kind, index = found[1], int(found[2]), found[3], int(found[4])
-    start = number * (RESNETS + 1)
-    if side == "down":
-        return f"IN{start + (RESNETS + 1 if kind == 'downsamplers' else 1 + index):02}"
-    return f"OUT{start + (RESNETS if kind == 'upsamplers' else index):02}"
+        path = path.replace(".", "_")
+        layer = _UNET_LAYER.search(path)
+        return sgm.block_of(_SGM.get(layer[0] if layer else path, path))
+    match = _NUMBERED.search(path)
+    return f"{match[1]} {int(match[2]):02}" if match else "BASE"

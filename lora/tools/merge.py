@@ -23,13 +23,14 @@ from torch import Tensor
 from lora.engine.merging import merge as merge_changes
 from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.formats.adapter import LoraFile, UnusedKey, load
+from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm
+from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap
+from lora.formats.opening import opened
 from lora.tools import OnProgress, dtype_name, ignore_progress, read_ahead
 from lora.tools.adapters.hashes import HASH_FIELDS
 from lora.tools.adapters.metadata import parse_json
-from lora.tools.adapters.opening import opened
 from lora.tools.models.checkpoints import Checkpoint, Place, Stored, file_sha256
 from lora.tools.models.outputs import FileToWrite, Output
 from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
@@ -166,7 +167,7 @@ def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Chang
         for layer in file.layers:
             if scale := use.scale_of(layer.target):
                 place = Place(layer.target.component, layer.target.path, layer.parameter)
-                changes[place].append((layer.part, scale))
+                changes[place].append((layer.algorithm, scale))
     return changes
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap
 from lora.tools import OnProgress, ignore_progress
-from lora.tools.adapters.inputs import open_adapter
 from lora.tools.adapters.parts import Part
+from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors import cutting
 from lora.tools.factors.cutting import Cut, CutLayer, Module, Report

@@ -1,7 +1,7 @@
-"""Who downloads, where many workers share a folder: a file that one of them makes and keeps alive.
+"""A file by which one of many workers that share a folder says that it does a job, and that it is alive.
 
-It only saves bandwidth. Two workers that both believe to hold it download the same file twice, and each
-publishes a whole one; on a file system that lies about exclusive creation, nothing else happens.
+A lease saves bandwidth, no more: where two workers believe that they hold it, both download the same file,
+and each publishes a whole one. That is all that happens on a file system without exclusive creation.
 """
 
 from __future__ import annotations
@@ -12,45 +12,71 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from typing import TypeVar
+
+from lora.durable import part_file
 
 log = logging.getLogger(__name__)
 
 BEATS = 5
-"""Signs of life within the time after which silence counts as death."""
+"""Signs of life within the silence that counts as death."""
+
+Found = TypeVar("Found")
 
 
 def process_name(pid: int | str = "self") -> str:
-    """What no other process that is or was has: this machine's boot, the pid's namespace, pid and start time.
+    """A name that no other process has or had: this machine's boot, the pid's namespace, pid and start time.
 
     Raises: FileNotFoundError or ProcessLookupError if there is no such process, or it is dead and its parent
-    did not take note yet; OSError if it may not be looked at, or there is no /proc.
+    has not noticed yet; OSError if it may not be looked at, or there is no /proc.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    space = Path(f"/proc/{pid}/ns/pid").readlink()
+    namespace = Path(f"/proc/{pid}/ns/pid").readlink()
     number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
     # man proc_pid_stat: field 3 is the state, 22 the start in ticks since boot
     state, *others = rest.rpartition(")")[2].split()
     if state in ("Z", "X"):
         raise ProcessLookupError
-    return f"{boot}/{space}/{number}/{others[18]}"
+    return f"{boot}/{namespace}/{number}/{others[18]}"
 
 
 @dataclass
 class Lease:
-    """The right to download one file, while the `with` block runs."""
+    """The right to download or change one file, while the `with` block runs."""
 
     path: Path
     silence: float
-    """Seconds without a sign of life after which others take it over."""
+    """Seconds without a sign of life after which others take the lease over."""
     _name: str = field(default="", init=False)
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
 
+    def wait(
+        self, look: Callable[[], Found | None], deadline: float, poll: float, too_late: Exception
+    ) -> Found | None:
+        """Waits until the lease is ours (None), or until `look` finds what its owner was to make.
+
+        A dead owner's lease is taken over; where it cannot be removed, nobody can have it, and all waiters go
+        on. `poll`: seconds between two tries. Raises: `too_late` after `deadline`, by time.monotonic().
+        """
+        watch = LeaseWatch(self.path, self.silence)
+        while not self.take():
+            if found := look():
+                return found
+            if watch.is_dead():
+                if not watch.remove():
+                    break
+            elif time.monotonic() > deadline:
+                raise too_late
+            else:
+                time.sleep(poll)
+        return None
+
     def take(self) -> bool:
-        """Whether it is ours now. True, too, where the folder takes no lease: then nobody can have one."""
+        """Whether the lease is ours now. True, too, where the folder allows none: then nobody can have it."""
         try:
             owner = process_name()
         except OSError:
@@ -76,12 +102,7 @@ class Lease:
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stop.set()
         with suppress(OSError):
             if self._is_ours():
@@ -91,7 +112,7 @@ class Lease:
         return self.path.read_text().startswith(f"{self._name} ")
 
     def _beat(self) -> None:
-        """Writes a number that grows. Not the file's time: network file systems show it late."""
+        """Writes a growing number: network file systems show the file's time late."""
         number = 0
         while not self._stop.wait(self.silence / BEATS):
             number += 1
@@ -102,8 +123,8 @@ class Lease:
                     stream.write(f"{self._name} {number}\n")
 
 
-class Watch:
-    """Looks at another's lease, and tells when it is dead."""
+class LeaseWatch:
+    """Watches a lease that another worker holds, and notices when that worker is dead."""
 
     def __init__(self, path: Path, silence: float) -> None:
         self._path, self._silence = path, silence
@@ -111,7 +132,7 @@ class Watch:
         self._since = time.monotonic()
 
     def is_dead(self) -> bool:
-        """Whether its owner is gone, or silent for too long by our own clock. False if there is none."""
+        """Whether its owner is gone, or silent for too long by our own clock. False if there is no lease."""
         try:
             text = self._path.read_text()
         except OSError:
@@ -122,38 +143,36 @@ class Watch:
         return _owner_is_gone(text) or time.monotonic() - self._since > self._silence
 
     def remove(self) -> bool:
-        """Removes the lease that was last seen, and no other: another waiter may have been faster.
+        """Removes the lease that was seen last, and no other: another waiter may have been faster.
 
-        False if the folder does not let it go: then waiting is in vain.
+        False if the folder does not let it be removed: then waiting is in vain.
         """
-        taken = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex}.part")
-        try:
-            if self._path.read_text() != self._seen:
+        with part_file(self._path.parent, self._path.name) as taken:
+            try:
+                if self._path.read_text() != self._seen:
+                    return True
+                self._path.rename(taken)
+            except FileNotFoundError:
                 return True
-            self._path.rename(taken)
-        except FileNotFoundError:
-            return True
-        except OSError as error:
-            log.info("%s stays: %s", self._path.name, error.strerror)
-            return False
-        with suppress(OSError):
-            if taken.read_text() != self._seen:
-                with suppress(OSError):
+            except OSError as error:
+                log.info("%s stays: %s", self._path.name, error.strerror)
+                return False
+            with suppress(OSError):
+                if taken.read_text() != self._seen:
                     os.link(taken, self._path)  # a living one: put back, unless there is a newer
-            taken.unlink()
         return True
 
 
 def _owner_is_gone(text: str) -> bool:
-    """Whether the owner was a process of this machine, and is no more."""
+    """Whether the owner was a process of this machine, and has ended."""
     owner = text.split(" ", maxsplit=1)[0]
     try:
         here = process_name().split("/")
-        boot, space, pid, _ = owner.split("/")
+        boot, namespace, pid, _ = owner.split("/")
         number = int(pid)
     except (OSError, ValueError):  # there is no /proc here, or was none there
         return False
-    if [boot, space] != here[:2]:
+    if [boot, namespace] != here[:2]:
         return False
     try:
         return process_name(number) != owner

@@ -1,4 +1,4 @@
-"""From a reference to a parsed adapter, by way of the cache; what was parsed lately is kept warm."""
+"""From a reference to a parsed adapter, through the cache; files parsed lately are kept in memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from lora.errors import DownloadFailed, LoraCorrupt, LoraError, naming
-from lora.fetch.sources import SAFETENSORS, Reference, RemoteFile
+from lora.fetch.sources import Reference, RemoteFile
 from lora.fetch.transfers import Transfer, Transfers
 from lora.formats.adapter import LoraFile, load
 from lora.formats.embeddings import TokenEmbedding, word_of
+from lora.formats.endings import SAFETENSORS
 from lora.formats.names.keys import KeyMap
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, config_beside
 from lora.lru import ByteLru
-from lora.volume.cache import CacheEntry, Progress, Resolved, VolumeCache
+from lora.volume.cache import CacheEntry, OnBytes, Resolved, VolumeCache
 
 WARM_BYTES = 2_000_000_000
 """How many bytes of parsed files are kept."""
@@ -41,7 +42,7 @@ class Loaded:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What may be otherwise than the adapter's maker, or the request, meant it."""
+        """What may differ from what the adapter's maker, or the request, meant."""
         own = self.entry.warnings
         if self.entry.record.source.endswith(PEFT_STEM + SAFETENSORS) and not self.file.scaled:
             return (*own, f"{self.entry.name} has no {PEFT_CONFIG}, so alpha counts as the rank")
@@ -49,9 +50,9 @@ class Loaded:
 
     @property
     def embeddings(self) -> tuple[TokenEmbedding, ...]:
-        """The file's new words; one that has no name of its own has the file's."""
+        """The file's new words; one without a name of its own gets the file's."""
         word = word_of(self.entry.path.stem)
-        return tuple(replace(one, word=one.word or word) for one in self.file.embeddings)
+        return tuple(replace(new, word=new.word or word) for new in self.file.embeddings)
 
 
 class LoraLibrary:
@@ -63,32 +64,32 @@ class LoraLibrary:
         self._warm: ByteLru[LoraFile] = ByteLru(warm_bytes)
         self._guard = threading.Lock()
 
-    def load(self, reference: Reference, progress: Progress | None = None) -> Loaded:
-        """The adapter that a reference means, from the cache or from where it comes.
+    def load(self, reference: Reference, on_bytes: OnBytes | None = None) -> Loaded:
+        """The adapter that a reference means, from the cache or from its source.
 
         Raises: LoraError, whose sentence names the reference.
         """
         with naming(reference.shown):
-            return self._load(reference, self._resolve(reference), progress)
+            return self._load(reference, self._resolve(reference), on_bytes)
 
     def load_all(
-        self, references: Sequence[Reference], tell: Callable[[Transfer], None] | None = None
+        self, references: Sequence[Reference], report: Callable[[Transfer], None] | None = None
     ) -> list[Loaded]:
-        """The adapters of a job, fetched at the same time. `tell` hears how far all of them are.
+        """The adapters of a job, fetched at the same time. `report` is told how far all of them are.
 
         Nothing is downloaded unless every reference is known to mean something. Raises: LoraError, with
         the faults of all of them.
         """
-        transfers = Transfers(tell or (lambda transfer: None))
+        transfers = Transfers(report or (lambda transfer: None))
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora") as pool:
 
-            def each(work: Callable[..., Result], *given: Sequence[Any]) -> list[Result]:
-                futures = [pool.submit(_named, work, *one) for one in zip(*given, strict=True)]
+            def each(work: Callable[..., Result], *columns: Sequence[Any]) -> list[Result]:
+                futures = [pool.submit(_named, work, *row) for row in zip(*columns, strict=True)]
                 return _results(futures)
 
-            places = each(self._resolve, references)
-            progress = [transfers.of(number) for number in range(len(references))]
-            return each(self._load, references, places, progress)
+            resolved = each(self._resolve, references)
+            listeners = [transfers.of(number) for number in range(len(references))]
+            return each(self._load, references, resolved, listeners)
 
     def _resolve(self, reference: Reference) -> tuple[Resolved, float]:
         """Where it is, and how many seconds it took to find out."""
@@ -96,16 +97,16 @@ class LoraLibrary:
         return self.cache.resolve(reference), time.perf_counter() - begun
 
     def _load(
-        self, reference: Reference, found: tuple[Resolved, float], progress: Progress | None
+        self, reference: Reference, timed: tuple[Resolved, float], on_bytes: OnBytes | None
     ) -> Loaded:
-        place, seconds = found
+        resolved, seconds = timed
         begun = time.perf_counter()
-        entry = self.cache.get(place, progress)
+        entry = self.cache.get(resolved, on_bytes)
         fetched = time.perf_counter()
         try:
             file = self._parse(entry)
         except (FileNotFoundError, LoraCorrupt) as error:
-            entry = self._get_again(place, entry, error, progress)
+            entry = self._get_again(resolved, entry, error, on_bytes)
             fetched = time.perf_counter()
             file = self._parse_for_good(entry)
         return Loaded(
@@ -118,21 +119,21 @@ class LoraLibrary:
         )
 
     def _get_again(
-        self, place: Resolved, entry: CacheEntry, error: Exception, progress: Progress | None
+        self, resolved: Resolved, entry: CacheEntry, error: Exception, on_bytes: OnBytes | None
     ) -> CacheEntry:
-        """The file once more, if what could not be read is gone, or not what was downloaded.
+        """The file once more, if the one that could not be read is gone, or was damaged on the volume.
 
-        Raises: `error` if it is what its source has.
+        Raises: `error` if the source has the same bytes.
         """
-        place, warnings = place._replace(refresh=False), tuple[str, ...]()
-        if isinstance(error, LoraCorrupt):
-            shelf, remote = self.cache.shelf, isinstance(place.place, RemoteFile)
-            if not remote or entry.downloaded or not shelf.is_damaged(entry):
-                raise error
-            shelf.set_aside(entry.path)
-            warnings = (f"{entry.name} was damaged on the volume; it was fetched again",)
-        entry = self.cache.get(place, progress)
-        return replace(entry, warnings=(*warnings, *entry.warnings))
+        resolved = resolved._replace(refresh=False)
+        if not isinstance(error, LoraCorrupt):
+            return self.cache.get(resolved, on_bytes)
+        shelf, is_remote = self.cache.shelf, isinstance(resolved.location, RemoteFile)
+        if not is_remote or entry.downloaded or not shelf.is_damaged(entry):
+            raise error
+        shelf.set_aside(entry.path)
+        warning = f"{entry.name} was damaged on the volume; it was fetched again"
+        return self.cache.get(resolved, on_bytes).warned(warning)
 
     def _parse_for_good(self, entry: CacheEntry) -> LoraFile:
         try:
@@ -143,11 +144,13 @@ class LoraLibrary:
             ) from error
 
     def _parse(self, entry: CacheEntry) -> LoraFile:
-        """The file's parsed form, by its content: a changed file is never mistaken for the old one.
+        """The file's parsed form, kept by its content: a changed file is never mistaken for the old one.
 
-        Raises: LoraError; FileNotFoundError if the file is not the one of the record any more.
+        Raises: LoraError; FileNotFoundError if the file is not the one of its record any more.
         """
-        record, config = entry.record, _config(entry)
+        record, config = entry.record, entry.record.config
+        if config is None:
+            config = config_beside(entry.path)
         key = record.sha256, hashlib.sha256((config or "").encode()).hexdigest()
         with self._guard:
             warm = self._warm.get(key)
@@ -159,20 +162,19 @@ class LoraLibrary:
                     entry.path, self._key_map, record.sha256, config=config, mapped=entry.mappable
                 )
                 stat = entry.path.stat()
-        except FileNotFoundError:
-            raise
         except OSError as error:
-            if error.errno == errno.ESTALE:  # a network file system's word for a file that is gone
+            # ESTALE: a network file system says that the file is gone.
+            if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:
                 raise FileNotFoundError(entry.path) from error
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
-        if (stat.st_size, stat.st_mtime_ns) != (record.size, record.mtime_ns):
+        if not record.fits(stat):
             raise FileNotFoundError(entry.path)
         with self._guard:
             self._warm.put(key, file, record.size)
         return file
 
     def free(self) -> None:
-        """Forgets what is kept warm."""
+        """Forgets the files that are kept in memory."""
         with self._guard:
             self._warm.clear()
 
@@ -186,15 +188,10 @@ def _named(work: Callable[..., Result], reference: Reference, *more: Any) -> Res
 
 
 def _results(futures: Sequence[Future[Result]]) -> list[Result]:
-    """All of them. Raises: the first error, whose sentence has those of the others."""
+    """All results. Raises: the first error, whose sentence has those of the others."""
     errors = [error for future in futures if (error := future.exception())]
     coded = list({str(error): error for error in errors if isinstance(error, LoraError)}.values())
     if len(coded) < 2 or len(coded) < len({str(error) for error in errors}):
         return [future.result() for future in futures]
     first = coded[0]
-    raise type(first)("; ".join(one.sentence for one in coded), first.hint) from first
-
-
-def _config(entry: CacheEntry) -> str | None:
-    """The text of the PEFT config that goes with an adapter. Raises: LoraCorrupt if it cannot be read."""
-    return config_beside(entry.path) if entry.record.config is None else entry.record.config
+    raise type(first)("; ".join(error.sentence for error in coded), first.hint) from first

@@ -2,26 +2,24 @@
 
 `presets.json` in the cache's folder is one JSON object: name -> preset, an object with `loras` as in a job,
 and perhaps `prompt_prefix`, `prompt_suffix`, `trigger_words`, `description`. People may edit it by hand. It
-is read anew each time, so a change shows at once. This reads and writes; what a preset may hold is checked
-by who uses it, as a job is.
+is read anew each time, so a change shows at once. This module reads and writes; `worker.selection` checks
+what a preset holds, as a job is checked.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.durable import replace_durably
+from lora.durable import published
 from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, ToolError, nearest
-from lora.formats.names.blocks import LARGEST
-from lora.volume.lease import Lease, Watch
-from lora.volume.records import INCOMING
+from lora.formats.names.blocks import MAX_SCALE
+from lora.volume.lease import Lease
+from lora.volume.records import INCOMING, write_errors_as
 
 FILE = "presets.json"
 
@@ -29,7 +27,7 @@ MAX_BYTES = 10_000_000
 """Of presets.json, and of a config file."""
 
 SILENCE, PATIENCE, POLL = 10.0, 30.0, 0.02
-"""Seconds after which a silent writer counts as dead; that a change may wait; between two looks."""
+"""Seconds: after which a silent writer counts as dead; that a change waits for others; between two tries."""
 
 Preset = Mapping[str, Any]
 
@@ -44,11 +42,11 @@ class Presets:
 
     @property
     def path(self) -> Path:
-        """Where they are written down."""
+        """The file that holds them."""
         return self.root / FILE
 
     def read(self) -> dict[str, Any]:
-        """Name -> what stands there, be it a preset or not; empty if there is no file.
+        """Name -> value, which may be a preset or not; empty if there is no file.
 
         Raises: LoraCorrupt, with the place, if the file is no JSON object.
         """
@@ -79,7 +77,9 @@ class Presets:
     def delete(self, name: str) -> None:
         """Removes a preset. Raises: LoraNotFound, CacheFull, LoraCorrupt."""
         self.find(name)
-        self._change(lambda presets: {one: what for one, what in presets.items() if one != name})
+        self._change(
+            lambda presets: {key: preset for key, preset in presets.items() if key != name}
+        )
 
     def _read(self) -> tuple[bytes, dict[str, Any]]:
         try:
@@ -102,53 +102,33 @@ class Presets:
         return data, presets
 
     def _change(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Reads, changes and writes while no other worker does, as far as the lease can tell.
+        """Reads, changes and writes while no other worker does, as far as the lease can ensure that.
 
-        Without a true lease, a file that changed meanwhile is seen right before it is replaced.
+        On a file system that gives the lease to everybody, a change by another worker is noticed right
+        before the file is replaced.
         """
-        part = self.root / INCOMING / f"{uuid.uuid4().hex}.part"
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            with self._alone():
-                while True:
+        folder, full = self.root / INCOMING, "The volume may be full, read-only or gone."
+        too_late = CacheFull(f"{FILE} is being changed by other workers", "Try again later.")
+        lease = self.lease(folder / f"{FILE}.lease", SILENCE)
+        with write_errors_as(f"{FILE} cannot be written", full):
+            folder.mkdir(parents=True, exist_ok=True)
+            lease.wait(lambda: None, time.monotonic() + PATIENCE, POLL, too_late)
+            with lease, published(self.path, folder) as part:
+                data = None
+                while data is None or self._read()[0] != data:
                     data, presets = self._read()
                     part.write_text(json.dumps(change(presets), indent=1))
-                    if self._read()[0] == data:
-                        replace_durably(part, self.path)
-                        return
-        except OSError as error:
-            words = f"{FILE} cannot be written ({error.strerror})"
-            raise CacheFull(words, "The volume may be full, read-only or gone.") from error
-        finally:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        path = self.root / INCOMING / f"{FILE}.lease"
-        lease, watch = self.lease(path, SILENCE), Watch(path, SILENCE)
-        deadline = time.monotonic() + PATIENCE
-        while not lease.take():
-            if watch.is_dead():
-                if not watch.remove():
-                    break  # nobody can have it any more
-            elif time.monotonic() > deadline:
-                raise CacheFull(f"{FILE} is being changed by other workers", "Try again later.")
-            else:
-                time.sleep(POLL)
-        with lease:
-            yield
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], ...]:
     """The LoRAs that a config file of LightX2V names, as entries `{"path", "scale"}`; none if it names none.
 
     Its forms (LightX2V's docs, "lora_deploy"): `{"lora_path": PATH or [PATH, …], "strength_model": 1.0}`, and
-    `{"lora_configs": [{"path": PATH, "strength": 1.0}, …]}`. What else the file says is for others.
+    `{"lora_configs": [{"path": PATH, "strength": 1.0}, …]}`. Other fields are ignored.
     Raises: ToolError.
     """
     try:
-        found = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
+        config = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
     except OSError as error:
         raise ToolError(f"{path.name} cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
@@ -156,20 +136,20 @@ def read_config(path: Path) -> tuple[dict[str, Any], ...]:
         raise ToolError(f"{path.name}: {where} is no JSON") from error
     except (ValueError, RecursionError) as error:
         raise ToolError(f"{path.name} is no JSON text") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise ToolError(f"{path.name} is not a JSON object", CONFIG_HINT)
-    paths, configs = found.get("lora_path") or [], found.get("lora_configs") or []
+    paths, configs = config.get("lora_path") or [], config.get("lora_configs") or []
     if paths and configs:
         raise ToolError(f"{path.name} has both lora_path and lora_configs", "Keep one of them.")
     if configs:
         return tuple(_configured(configs, path.name))
-    strength = found.get("strength_model", 1.0)
+    strength = config.get("strength_model", 1.0)
     listed = [paths] if isinstance(paths, str) else paths
     if not isinstance(listed, list):
         raise ToolError(f"{path.name}: lora_path is neither a path nor a list", CONFIG_HINT)
     return tuple(
-        _entry(one, strength, f"{path.name}: lora_path[{index}]", "strength_model")
-        for index, one in enumerate(listed)
+        _entry(source, strength, f"{path.name}: lora_path[{index}]", "strength_model")
+        for index, source in enumerate(listed)
     )
 
 
@@ -179,11 +159,11 @@ CONFIG_HINT = 'Write {"lora_configs": [{"path": "…", "strength": 1.0}]}.'
 def _configured(configs: object, name: str) -> Iterator[dict[str, Any]]:
     if not isinstance(configs, list):
         raise ToolError(f"{name}: lora_configs is not a list", CONFIG_HINT)
-    for index, one in enumerate(configs):
+    for index, config in enumerate(configs):
         where = f"{name}: lora_configs[{index}]"
-        if not isinstance(one, dict):
+        if not isinstance(config, dict):
             raise ToolError(f"{where} is not an object", CONFIG_HINT)
-        yield _entry(one.get("path"), one.get("strength", 1.0), where, "strength")
+        yield _entry(config.get("path"), config.get("strength", 1.0), where, "strength")
 
 
 def _entry(path: object, scale: object, where: str, field: str) -> dict[str, Any]:
@@ -191,8 +171,10 @@ def _entry(path: object, scale: object, where: str, field: str) -> dict[str, Any
         raise ToolError(f"{where} names no LoRA", CONFIG_HINT)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ToolError(f"{where}: {field} is not a number", CONFIG_HINT)
-    if not abs(scale) <= LARGEST:  # NaN, too
-        raise ToolError(f"{where}: {field} is not between {-LARGEST} and {LARGEST}", CONFIG_HINT)
+    if not abs(scale) <= MAX_SCALE:  # NaN, too
+        raise ToolError(
+            f"{where}: {field} is not between {-MAX_SCALE} and {MAX_SCALE}", CONFIG_HINT
+        )
     return {"path": path.strip(), "scale": float(scale)}
 
 
@@ -201,16 +183,16 @@ def cached_names(entries: tuple[dict[str, Any], ...], root: Path) -> tuple[dict[
 
     Raises: ToolError for any other absolute path: a worker serves only what lies in its cache.
     """
-    return tuple({**one, "path": _cached_name(one["path"], root)} for one in entries)
+    return tuple({**entry, "path": _cached_name(entry["path"], root)} for entry in entries)
 
 
 def _cached_name(path: str, root: Path) -> str:
     if not path.startswith(("/", "~", "./", "../")):
         return path
-    place = Path(path).expanduser().resolve()
-    if not place.is_relative_to(root.resolve()):
+    file = Path(path).expanduser().resolve()
+    if not file.is_relative_to(root.resolve()):
         raise ToolError(
             f"{Path(path).name} does not lie in the LoRA cache",
             "Put it into LORA_CACHE_DIR, or name a URL or a repo.",
         )
-    return str(place.relative_to(root.resolve()))
+    return str(file.relative_to(root.resolve()))

@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lora.durable import published
+from lora.errors import CacheFull
+
 log = logging.getLogger(__name__)
 
 INCOMING = ".incoming"
-"""The folder for what is not whole yet, within the cache's root: a rename from there is atomic."""
+"""The folder for unfinished files, within the cache's root: a rename from there is atomic."""
+
+DAMAGED = ".damaged"
+"""The folder of files that were found changed on the volume."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,12 @@ class Record:
 
     @property
     def origin_sha256(self) -> str:
-        """The hash that whoever names the source knows."""
+        """The hash of the file as its source has it."""
         return self.source_sha256 or self.sha256
+
+    def fits(self, status: os.stat_result) -> bool:
+        """Whether the adapter file still has the size and the time that it had when it was hashed."""
+        return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
 
 
 Kind = TypeVar("Kind")
@@ -58,52 +69,30 @@ def record_path(path: Path) -> Path:
 
 
 def pin_path(path: Path) -> Path:
-    """What keeps an adapter file from being evicted, if it is there."""
+    """The file whose presence keeps an adapter file from being evicted."""
     return path.with_name(path.name + ".pin")
 
 
 def read_as(kind: type[Kind], path: Path) -> Kind | None:
     """A dataclass that `write` wrote; None if there is none, or none that can be read.
 
-    What a newer version added is left out.
+    Fields that a newer version added are left out.
     """
     try:
         values = json.loads(path.read_text())
-        known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
-        return kind(**{name: value for name, value in values.items() if name in known})
+        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+        return kind(**{name: value for name, value in values.items() if name in names})
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 
 
-def told_of(root: Path, path: Path) -> dict[str, Any] | None:
-    """An adapter file as lists tell it, times in seconds since 1970; None if it was evicted just now."""
-    beside = record_path(path)
-    record = read_as(Record, beside)
-    try:
-        return {
-            "name": str(path.relative_to(root)),
-            "bytes": path.stat().st_size,
-            "source": record.source if record else None,
-            "sha256": record.sha256 if record else None,
-            "downloaded": record.fetched if record else None,
-            "used": beside.stat().st_mtime if record else None,
-            "pinned": pin_path(path).exists(),
-        }
-    except OSError:
-        return None
-
-
 def write(root: Path, path: Path, value: Any) -> None:
-    """Writes a dataclass, whole or not at all. Raises: OSError."""
+    """Writes a dataclass, whole or not at all, without waiting for the disk. Raises: OSError."""
     folder = root / INCOMING
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"{uuid.uuid4().hex}.part"
-    try:
+    with published(path, folder, synced=False) as part:
         part.write_text(json.dumps(asdict(value), indent=1))
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def touch(path: Path) -> None:
@@ -112,3 +101,12 @@ def touch(path: Path) -> None:
         os.utime(path)
     except OSError as error:  # a read-only volume: only the order of eviction suffers
         log.debug("cannot note the use of %s: %s", path.name, error.strerror)
+
+
+@contextmanager
+def write_errors_as(sentence: str, hint: str = "") -> Iterator[None]:
+    """Turns an OSError of the block into CacheFull, whose sentence is this one with the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise CacheFull(f"{sentence} ({error.strerror})", hint) from error

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from lora.errors import DownloadFailed
+from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Limits, pause_after
 from lora.fetch.hub import Hub
 from lora.fetch.sources import CachedName, CivitaiFile, HubFile, Reference, RemoteFile, parse
 from lora.volume.records import read_as, write
-from lora.volume.refusals import Refusals
 from lora.volume.shelf import Shelf, digest_of
 
 LOOKUPS = ".lookups"
 
 
 class Resolved(NamedTuple):
-    """Where a reference's file is, and how it is to be had."""
+    """Where a reference's file is, and how it is to be fetched."""
 
-    place: RemoteFile | CachedName
+    location: RemoteFile | CachedName
     refresh: bool = False
     warning: str | None = None
 
@@ -37,6 +37,42 @@ class Lookup:
     when: float
 
 
+class Refusals:
+    """Remembers for some seconds which source answered 404 (nothing is there) or 403 (not for us)."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._guard = threading.Lock()
+        self._until: dict[str, tuple[float, LoraError]] = {}
+
+    @contextmanager
+    def remembered(
+        self,
+        key: str,
+        *,
+        ask_anyway: bool = False,
+        kinds: tuple[type[LoraError], ...] = (LoraNotFound, AccessDenied),
+    ) -> Iterator[None]:
+        """Wraps the asking of a source: raises its refusal of a moment ago, and remembers one of now.
+
+        `kinds`: the errors that are remembered.
+        """
+        with self._guard:
+            until, refusal = self._until.get(key, (0.0, None))
+        if isinstance(refusal, kinds) and not ask_anyway and time.monotonic() < until:
+            raise type(refusal)(refusal.sentence, refusal.hint)
+        try:
+            yield
+        except kinds as error:
+            now = time.monotonic()
+            with self._guard:
+                self._until = {k: v for k, v in self._until.items() if v[0] > now}
+                self._until[key] = now + self._seconds, error
+            raise
+        with self._guard:
+            self._until.pop(key, None)
+
+
 class Resolver:
     """Asks each hub once in a while, not once per job."""
 
@@ -47,32 +83,29 @@ class Resolver:
         self._refusals, self._limits = refusals, limits
 
     def resolve(self, reference: Reference) -> Resolved:
-        """Where the reference's file is: in the cache by name, or at a URL.
-
-        Asks the hub or Civitai if it must, downloads nothing. Raises: LoraError.
-        """
-        place = parse(reference, self._hub.endpoint, self._civitai.endpoint)
-        if isinstance(place, HubFile):
+        """As `VolumeCache.resolve` says. Raises: LoraError."""
+        location = parse(reference, self._hub.endpoint, self._civitai.endpoint)
+        if isinstance(location, HubFile):
             plain = not (reference.weight_name or reference.revision or "@" in reference.path)
             if plain and self._shelf.existing(reference.path):
                 return Resolved(CachedName(reference.path, reference.sha256))
-            fixed = re.fullmatch(r"[0-9a-f]{40}", place.revision or "") is not None
-            ask, server = (lambda: self._hub.ask(place)), self._hub.endpoint
-        elif isinstance(place, CivitaiFile):
-            fixed = place.version is not None
-            ask, server = (lambda: self._civitai.ask(place)), self._civitai.endpoint
+            fixed = re.fullmatch(r"[0-9a-f]{40}", location.revision or "") is not None
+            ask, server = (lambda: self._hub.ask(location)), self._hub.endpoint
+        elif isinstance(location, CivitaiFile):
+            fixed = location.version is not None
+            ask, server = (lambda: self._civitai.ask(location)), self._civitai.endpoint
         else:
-            return Resolved(place, reference.refresh)
-        found = self._look_up(f"{server} {place}", ask, fixed, refresh=reference.refresh)
-        remote = found.place
+            return Resolved(location, reference.refresh)
+        resolved = self._look_up(f"{server} {location}", ask, fixed, refresh=reference.refresh)
+        remote = resolved.location
         if reference.sha256 and isinstance(remote, RemoteFile):
-            found = found._replace(place=replace(remote, sha256=reference.sha256))
-        return found
+            resolved = resolved._replace(location=replace(remote, sha256=reference.sha256))
+        return resolved
 
     def _look_up(
         self, key: str, ask: Callable[[], RemoteFile], fixed: bool, *, refresh: bool
     ) -> Resolved:
-        """What a hub says of a reference, from the volume as long as that is fresh."""
+        """What a hub says of a reference; as long as its last answer is fresh, that, from the volume."""
         name = f"{digest_of(key)}.json"
         known, when = None, 0.0
         for root in self._shelf.roots:
@@ -85,16 +118,15 @@ class Resolver:
             return Resolved(known)
         try:
             with self._refusals.remembered(key, ask_anyway=refresh):
-                found = self._patiently(ask)
+                answer = self._patiently(ask)
         except DownloadFailed as error:
             if known is None or refresh:
                 raise
-            words = f"{known.shown} may be out of date: {error.sentence}"
-            return Resolved(known, warning=words)
+            return Resolved(known, warning=f"{known.shown} may be out of date: {error.sentence}")
         with suppress(OSError):  # only the next look-up suffers
             root = self._shelf.prepare()
-            write(root, root / LOOKUPS / name, Lookup(asdict(found), time.time()))
-        return Resolved(found, refresh)
+            write(root, root / LOOKUPS / name, Lookup(asdict(answer), time.time()))
+        return Resolved(answer, refresh)
 
     def _patiently(self, ask: Callable[[], RemoteFile]) -> RemoteFile:
         """Asks again where a hub does not answer, as a download does."""

@@ -1,34 +1,30 @@
-"""Adapter files as they lie in the cache's folders: names, records, and what is whole."""
+"""Adapter files in the cache's folders with their records: what is whole, and what was changed."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import logging
 import os
 import re
 import time
 import uuid
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from lora.errors import LoraCorrupt, LoraError, SourceInvalid
-from lora.fetch.sources import EXTENSIONS, SAFETENSORS, RemoteFile
+from lora.errors import LoraCorrupt, LoraError
+from lora.fetch.sources import RemoteFile
+from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
-from lora.formats.peft import STEMS
-from lora.volume.mounts import on_local_disk
-from lora.volume.records import INCOMING, Record, read_as, record_path, touch, write
-from lora.volume.room import DAMAGED, adapter_files
+from lora.volume.adapters import StoredAdapter
+from lora.volume.folders import Folders
+from lora.volume.records import DAMAGED, Record, read_as, record_path, touch, write
 
 log = logging.getLogger(__name__)
 
 PATIENCE = (0.02, 0.1)
 """Seconds to wait while a record and its file do not fit: a worker may be between its two renames."""
-
-DAMAGED_DAYS = 1.0
-"""How long a damaged file is kept to be looked at."""
 
 
 @dataclass(frozen=True)
@@ -42,147 +38,71 @@ class CacheEntry:
     downloaded: bool
     """True where this call fetched it, False where it was there already."""
     mappable: bool
-    """Whether its bytes may be used as they lie on the disk: a local one, and a file that only the cache
-    writes, by renaming. An operator's file may be changed in place, and a volume's vanish."""
+    """Whether its bytes may be used as they lie on the disk: the disk is local, and only the cache writes
+    the file, by renaming. An operator's file may be changed in place, and a volume's vanish."""
     warnings: tuple[str, ...] = ()
+
+    def warned(self, *warnings: str) -> CacheEntry:
+        """The entry with these warnings before its own."""
+        return replace(self, warnings=(*warnings, *self.warnings))
 
 
 class Damaged(Exception):
     """A file that was downloaded whole has other bytes now; the text is a sentence for a person."""
 
 
-class Shelf:
-    """The volume's folder and, for when that cannot be written, another."""
-
-    def __init__(self, root: Path, fallback: Path | None, stale_after: float) -> None:
-        """`stale_after`: seconds without a write after which an unfinished file is a dead worker's."""
-        self.root, self.fallback = root, fallback
-        self._stale_after = stale_after
-        self._local = {place: on_local_disk(place) for place in self.roots}
-        self._trouble: str | None = None
-
-    @property
-    def roots(self) -> tuple[Path, ...]:
-        """The folders that files are looked for in, in this order."""
-        return (self.root, self.fallback) if self.fallback else (self.root,)
-
-    @property
-    def trouble(self) -> str | None:
-        """Why files go to the fallback, as long as they do."""
-        return self._trouble
-
-    def prepare(self) -> Path:
-        """The folder that is written to: the volume if it can be, else the fallback, and a warning.
-
-        Raises: OSError if nothing can be written.
-        """
-        for root in self.writable():
-            return root
-        raise OSError(errno.EROFS, "neither the volume nor this container's disk can be written")
-
-    def writable(self) -> Iterator[Path]:
-        """The folders that can be written, the volume first. What dead workers left there is removed."""
-        for root in self.roots:
-            try:
-                _probe(root)
-            except OSError as error:
-                self.lost(root, error)
-                continue
-            if root == self.root:
-                self._trouble = None
-            _sweep(root, self._stale_after)
-            yield root
-
-    def lost(self, root: Path, error: OSError) -> None:
-        """Takes note that a folder cannot be written."""
-        words = f"the LoRA cache on the volume cannot be written ({error.strerror})"
-        if root == self.root and self.fallback:
-            words += "; LoRAs are kept on this container's disk"
-            if self._trouble != words:
-                log.warning("%s: %s", root, words)
-            self._trouble = words
-
-    def is_local(self, path: Path) -> bool:
-        """Whether a file of the cache is on a disk of this machine."""
-        return self._local[self.root_of(path)]
-
-    def files(self) -> list[Path]:
-        """Every adapter file in the cache, in the order of their names, the volume's first."""
-        return [path for root in self.roots for path in adapter_files(root)]
-
-    def existing(self, name: str) -> Path | None:
-        """The file of this name; .safetensors before pickles, and what is written to before the other."""
-        stems = (name, *(f"{name}/{stem}" for stem in STEMS))
-        candidates = [name, *(stem + ext for stem in stems for ext in EXTENSIONS)]
-        for root in self.roots:
-            for candidate in candidates:
-                path = root / candidate
-                with suppress(OSError):
-                    if candidate.endswith(EXTENSIONS) and path.is_file():
-                        if not path.resolve().is_relative_to(root.resolve()):
-                            raise SourceInvalid(f"{name!r} leads out of the LoRA cache")
-                        return path
-        return None
-
-    def root_of(self, path: Path) -> Path:
-        """The folder of the cache that a file is in."""
-        return next(root for root in self.roots if path.is_relative_to(root))
+class Shelf(Folders):
+    """The cache's folders, and the record of each file in them."""
 
     def entry(
         self, path: Path, *, downloaded: bool = False, source: str | None = None
     ) -> CacheEntry:
         """The file with its record; its use is noted. Raises: OSError, Damaged, LoraError."""
-        root = self.root_of(path)
-        record = self._record(root, path, source)
-        mappable = record.fetched is not None and self._local[root]
-        return CacheEntry(path, str(path.relative_to(root)), record, downloaded, mappable)
+        record = self._record(path, source)
+        mappable = record.fetched is not None and self.is_local(path)
+        return CacheEntry(path, self.name_of(path), record, downloaded, mappable)
 
-    def _record(self, root: Path, path: Path, source: str | None) -> Record:
+    def _record(self, path: Path, source: str | None) -> Record:
         """The file's record; hashed anew if there is none or the file was changed since.
 
         Raises: Damaged if a downloaded file is not what it was; LoraError; OSError.
         """
         beside = record_path(path)
         for wait in (*PATIENCE, None):
-            stat = path.stat()
+            status = path.stat()
             record = read_as(Record, beside)
-            if record and (record.size, record.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            if record and record.fits(status):
                 touch(beside)
                 return record
             if record is None or record.fetched is None or wait is None:
                 break
             time.sleep(wait)
-        fetched = record is not None and record.fetched is not None
-        trouble: LoraError | None = None
-        sha256 = ""
-        try:
-            read_header(path)
-            sha256 = sha256_of(path)
-        except LoraError as error:
-            trouble = error
+        sha256, fault = _hashed(path)
         now = path.stat()
-        same = (now.st_size, now.st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+        same = (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
         if not same or read_as(Record, beside) != record:
-            return self._record(root, path, source)  # a worker published while it was hashed
-        if record and fetched:
+            return self._record(path, source)  # a worker published while it was hashed
+        if record and record.fetched is not None:
             if record.sha256 != sha256:
-                raise _damaged(path) from trouble
-            record = replace(record, size=stat.st_size, mtime_ns=stat.st_mtime_ns)
-        elif trouble:
-            raise trouble
+                raise Damaged(
+                    f"{path.name} was changed on the volume since it was fetched"
+                ) from fault
+            record = replace(record, size=status.st_size, mtime_ns=status.st_mtime_ns)
+        elif fault:
+            raise fault
         else:
-            record = Record(source or path.name, sha256, stat.st_size, stat.st_mtime_ns, None)
+            record = Record(source or path.name, sha256, status.st_size, status.st_mtime_ns, None)
         with suppress(OSError):  # a read-only volume: the next worker hashes it again
-            write(root, beside, record)
+            write(self.root_of(path), beside, record)
         return record
 
     def kept(self, remote: RemoteFile) -> CacheEntry | None:
-        """The source's file if it is here, and the one that is asked for; the newest, if there are two.
+        """The source's file if it is here and has the hash that is asked for; the newest, if there are two.
 
-        Raises: Damaged if it was changed on the volume; then it is set aside, and is here no more.
+        Raises: Damaged if it was changed on the volume; then it was set aside, and is not here any more.
         """
         name, damaged = file_name(remote), None
-        found: list[CacheEntry] = []
+        entries: list[CacheEntry] = []
         for root in self.roots:
             try:
                 entry = self.entry(root / name, source=remote.shown)
@@ -196,10 +116,23 @@ class Shelf:
             except LoraError as error:
                 log.warning("%s is fetched again: %s", name, error.sentence)
                 continue
-            found.append(entry)
-        if damaged and not found:
+            entries.append(entry)
+        if damaged and not entries:
             raise damaged
-        return max(found, key=lambda one: one.record.asked or 0.0, default=None)
+        return max(entries, key=lambda entry: entry.record.asked or 0.0, default=None)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Every adapter file as lists show it, in the order of their names; times in seconds since 1970."""
+        return [_described(adapter) for adapter in self.adapters()]
+
+    def verify(self) -> dict[str, bool]:
+        """The name of every .safetensors file, and whether it is whole.
+
+        Where it was downloaded, or nobody wrote to it since it was hashed, its bytes must be those of its
+        record. Reads every byte of the cache, and changes nothing.
+        """
+        paths = [path for path in self.files() if path.suffix == SAFETENSORS]
+        return {self.name_of(path): _is_whole(path) for path in paths}
 
     def is_damaged(self, entry: CacheEntry) -> bool:
         """Whether the file's bytes are not those that were hashed. Reads the whole file."""
@@ -208,29 +141,8 @@ class Shelf:
         except OSError:
             return True
 
-    def verify(self) -> dict[str, bool]:
-        """Every .safetensors file's name, and whether it is whole: of one that was downloaded, or that nobody
-        wrote to since it was hashed, whether its bytes are those of its record.
-
-        Reads every byte of the cache, and changes nothing.
-        """
-        found = {}
-        for root in self.roots:
-            for path in adapter_files(root):
-                if path.suffix != SAFETENSORS:
-                    continue
-                record = read_as(Record, record_path(path))
-                try:
-                    read_header(path)
-                    hashed = _must_be(path, record) if record else None
-                    whole = not hashed or sha256_of(path) == hashed
-                except (OSError, LoraError):
-                    whole = False
-                found[str(path.relative_to(root))] = whole
-        return found
-
     def set_aside(self, path: Path) -> bool:
-        """Takes a damaged file out of the readers' way, if the volume lets it; it is kept for a day."""
+        """Moves a damaged file to where nobody reads it, if the volume allows that; it is kept for a day."""
         target = self.root_of(path) / DAMAGED / f"{path.name}.{uuid.uuid4().hex[:8]}"
         log.warning("%s is damaged and is set aside", path.name)
         try:
@@ -243,34 +155,40 @@ class Shelf:
         return True
 
 
-def _must_be(path: Path, record: Record) -> str | None:
-    """The hash that the file must have; None if its owner may have put another one under its name."""
-    about = path.stat()
-    same = (about.st_size, about.st_mtime_ns) == (record.size, record.mtime_ns)
-    return record.sha256 if same or record.fetched is not None else None
+def _hashed(path: Path) -> tuple[str, LoraError | None]:
+    """The sha256 of an adapter file, or what is wrong with the file. Raises: OSError."""
+    try:
+        read_header(path)
+        return sha256_of(path), None
+    except LoraError as error:
+        return "", error
 
 
-def _damaged(path: Path) -> Damaged:
-    return Damaged(f"{path.name} was changed on the volume since it was fetched")
+def _is_whole(path: Path) -> bool:
+    record = read_as(Record, record_path(path))
+    try:
+        read_header(path)
+        # An operator may have put another file under the name of one that has a record.
+        known = record and (record.fetched is not None or record.fits(path.stat()))
+        return not (record and known) or sha256_of(path) == record.sha256
+    except (OSError, LoraError):
+        return False
 
 
-def _probe(root: Path) -> None:
-    """Raises: OSError if the folder cannot be made or written."""
-    folder = root / INCOMING
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f"probe-{uuid.uuid4().hex}.part"
-    probe.touch()
-    probe.unlink()
-
-
-def _sweep(root: Path, age: float) -> None:
-    """Removes what dead workers left: parts and leases that nobody has written to for so many seconds."""
-    for folder, oldest in ((INCOMING, age), (DAMAGED, DAMAGED_DAYS * 86_400)):
-        with suppress(OSError):
-            for path in (root / folder).iterdir():
-                with suppress(OSError):  # another worker finished or swept it just now
-                    if time.time() - path.stat().st_mtime > oldest:
-                        path.unlink()
+def _described(adapter: StoredAdapter) -> dict[str, Any]:
+    beside, used = record_path(adapter.root / str(adapter.weights)), None
+    record = read_as(Record, beside)
+    with suppress(OSError):  # evicted just now
+        used = beside.stat().st_mtime if record else None
+    return {
+        "name": adapter.weights,
+        "bytes": adapter.version.size,
+        "source": record.source if record else None,
+        "sha256": record.sha256 if record else None,
+        "downloaded": record.fetched if record else None,
+        "used": used,
+        "pinned": adapter.pinned,
+    }
 
 
 def digest_of(text: str) -> str:

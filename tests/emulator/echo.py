@@ -27,7 +27,10 @@ WORST = {
 
 
 async def echo(job: dict[str, Any]) -> Any:
-    """Answers with `answer`, after `seconds`; may die, fail, tell progress, or answer with the worst."""
+    """Answers with `answer`, after `seconds` and once the file `until` is there.
+
+    It may die, fail, post progress, or answer with the worst.
+    """
     given = job["input"]
     if given.get("child"):  # outlives its parent, as a heartbeat does
         subprocess.Popen(["sleep", "600"])
@@ -36,6 +39,8 @@ async def echo(job: dict[str, Any]) -> Any:
         await asyncio.sleep(0.4)
     try:
         await asyncio.sleep(given.get("seconds", 0))
+        while "until" in given and not Path(given["until"]).exists():
+            await asyncio.sleep(0.02)
     except asyncio.CancelledError:
         print("echo was stopped")
         raise

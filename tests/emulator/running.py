@@ -1,4 +1,4 @@
-"""What the emulator's tests share: one in a process of its own, its web side in a thread, a webhook."""
+"""For tests with an emulator: one in a process of its own, its web side in a thread, and a webhook."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,21 +24,13 @@ import uvicorn
 
 from emulator.app import new_app
 from emulator.jobs import JobQueue
-from emulator.workers import Scale, Worker, WorkerPool
+from emulator.workers import LAST_GRACE, Scale, Worker, WorkerPool
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE, until
 
-ECHO = [sys.executable, "tests/emulator/echo.py"]
+LOG = "emulator.log"
 FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 KEY = "the-workers-key"
-
-
-def until(true: Callable[[], Any], seconds: float = 40, what: Callable[[], object] = str) -> Any:
-    """Waits for something to be true; `what` says how it stands if it does not become so."""
-    deadline = time.monotonic() + seconds
-    while not (found := true()):
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.05)
-    return found
 
 
 @dataclass
@@ -55,7 +46,7 @@ class Api:
 
     def ask(self, method: str, path: str, **options: Any) -> requests.Response:
         """Of the endpoint; of the server, if the path begins with a slash."""
-        options = {"headers": self.headers, "timeout": 60, **options}
+        options = {"headers": self.headers, "timeout": PATIENCE, **options}
         url = self.address + path if path.startswith("/") else f"{self.base}/local/{path}"
         return requests.request(method, url, **options)
 
@@ -72,9 +63,16 @@ class Api:
     def status(self, job_id: str) -> dict[str, Any]:
         return cast(dict[str, Any], self.get(f"status/{job_id}"))
 
-    def end(self, job_id: str, seconds: float = 40) -> dict[str, Any]:
+    def story(self, job_id: str) -> dict[str, Any]:
+        """What came for a job from its worker."""
+        return cast(dict[str, Any], self.get(f"/state/{job_id}"))
+
+    def cancel(self, job_id: str) -> None:
+        self.ask("POST", f"cancel/{job_id}").raise_for_status()
+
+    def end(self, job_id: str) -> dict[str, Any]:
         """A job's final state."""
-        until(lambda: self.status(job_id)["status"] in FINAL, seconds, lambda: self.status(job_id))
+        until(lambda: self.status(job_id)["status"] in FINAL, lambda: self.status(job_id))
         return self.status(job_id)
 
     def under_way(self, job_id: str) -> dict[str, Any]:
@@ -85,28 +83,35 @@ class Api:
     def workers(self) -> dict[str, int]:
         return cast(dict[str, int], self.get("health")["workers"])
 
+    def wait_for_workers(self, count: int) -> None:
+        until(lambda: self.workers()["ready"] >= count)
+
 
 class Emulator(Api):
     """A running `python -m emulator`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: Path, mark: str, key: str) -> None:
-        self.process, self._log, self._mark = process, log, mark
-        found = until(
-            lambda: re.search(r"(http://\S+)/v2/local is open", self.log()), what=self.log
-        )
+    def __init__(self, process: subprocess.Popen[bytes], folder: Path, mark: str, key: str) -> None:
+        self.process, self.folder, self._mark = process, folder, mark
+        found = until(lambda: re.search(r"(http://\S+)/v2/local is open", self.log()), self.log)
+        assert found
         super().__init__(found[1], {"Authorization": f"Bearer {key}"})
 
     def log(self) -> str:
-        return self._log.read_text(errors="replace")
+        return (self.folder / LOG).read_text(errors="replace")
+
+    def pids(self) -> dict[str, int]:
+        """The workers that were started, by name."""
+        started = re.findall(r" (w\d+) started \(pid (\d+)\)", self.log())
+        return {name: int(pid) for name, pid in started}
 
     def said(self, text: str, times: int = 1) -> bool:
         """Waits until a text stands in the log, so many times."""
-        return bool(until(lambda: self.log().count(text) >= times, what=self.log))
+        return bool(until(lambda: self.log().count(text) >= times, self.log))
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """Its exit code. Everything that it started must be gone then."""
         self.process.send_signal(number)
-        code = self.process.wait(40)
+        code = self.process.wait(PATIENCE)
         assert marked(self._mark) == [], self.log()
         return code
 
@@ -123,14 +128,33 @@ def marked(mark: str) -> list[int]:
     return found
 
 
+WITH_GRACE = """
+from emulator import workers
+from emulator.__main__ import main
+workers.LAST_GRACE = {}
+raise SystemExit(main())
+"""
+
+
 @contextmanager
-def emulator(folder: Path, *options: str, key: str = "k", **environment: str) -> Iterator[Emulator]:
-    """A platform with echoing workers. However the test ends, nothing of it is left."""
+def emulator(
+    folder: Path,
+    *options: str,
+    program: Sequence[str] = ("tests/emulator/echo.py",),
+    key: str = "k",
+    grace: float = LAST_GRACE,
+    **environment: str,
+) -> Iterator[Emulator]:
+    """A platform whose workers run `program`. However the test ends, nothing of it is left.
+
+    `grace`: how many seconds the workers have for their jobs when it is to end.
+    """
     assert Path("/proc").is_dir(), "these tests look for left processes in /proc"
-    mark, log = f"EMULATOR_TEST={uuid.uuid4()}", folder / "emulator.log"
+    mark = f"EMULATOR_TEST={uuid.uuid4()}"
     name, value = mark.split("=")
-    command = [sys.executable, "-m", "emulator", "--port", "0", *options, "--", *ECHO]
-    with log.open("wb") as file:
+    command = [sys.executable, "-c", WITH_GRACE.format(grace), "--port", "0", *options]
+    command += ["--", sys.executable, *program]
+    with (folder / LOG).open("wb") as file:
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -139,7 +163,7 @@ def emulator(folder: Path, *options: str, key: str = "k", **environment: str) ->
             stderr=subprocess.STDOUT,
         )
     try:
-        yield (running := Emulator(process, log, mark, key))
+        yield (running := Emulator(process, folder, mark, key))
         if process.poll() is None:
             assert running.stop() == 0, running.log()
     finally:
@@ -195,7 +219,7 @@ def web(folder: Path, *, api_key: str | None = None, pause: float = 0.1) -> Iter
         yield Web(f"http://127.0.0.1:{port}", headers, queue, pool)
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(PATIENCE)
 
 
 @contextmanager

@@ -9,18 +9,9 @@ from typing import Any
 import pytest
 
 from emulator import jobs
-from emulator.jobs import (
-    KEEP,
-    KEEP_SYNC,
-    MB,
-    RUN_LIMIT,
-    RUNSYNC_LIMIT,
-    STREAM_LIMIT,
-    Job,
-    JobQueue,
-    Status,
-    TooLarge,
-)
+from emulator.job import MB, RUN_LIMIT, RUNSYNC_LIMIT, Job, Status, TooLarge
+from emulator.jobs import KEEP, KEEP_SYNC, STREAM_LIMIT, JobQueue
+from tests.waiting import PATIENCE, Clock
 
 
 def new(queue: JobQueue, *, sync: bool = False, size: int = 0, **more: Any) -> Job:
@@ -37,8 +28,8 @@ def taken(queue: JobQueue, worker: str = "w0", **more: Any) -> Job:
     return job
 
 
-def stops(queue: JobQueue, worker: str = "w0", wait: float = 0) -> list[str]:
-    return asyncio.run(queue.to_stop(worker, wait))
+def stops(queue: JobQueue, worker: str = "w0") -> list[str]:
+    return asyncio.run(queue.to_stop(worker, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -149,13 +140,14 @@ def test_jobs_are_taken_in_the_order_in_which_they_came() -> None:
 def test_a_question_waits_for_a_job() -> None:
     async def scene() -> None:
         queue = JobQueue()
-        questions = [asyncio.create_task(queue.take(name, 1, 5)) for name in ("w0", "w1")]
+        questions = [asyncio.create_task(queue.take(name, 1, PATIENCE)) for name in ("w0", "w1")]
         await asyncio.sleep(0.02)
         added = [new(queue)]
-        await asyncio.sleep(0.02)
-        assert [question.done() for question in questions].count(True) == 1
+        done, _ = await asyncio.wait(questions, return_when=asyncio.FIRST_COMPLETED)
+        assert len(done) == 1
         added.append(new(queue))
-        answers = await asyncio.wait_for(asyncio.gather(*questions), 1)
+        answers = await asyncio.gather(*questions)
+        assert all(answers)
         assert sorted(job.id for answer in answers for job in answer) == sorted(
             job.id for job in added
         )
@@ -166,7 +158,7 @@ def test_a_question_waits_for_a_job() -> None:
 def test_a_question_ends_without_a_job_when_its_time_is_over() -> None:
     begun = time.monotonic()
     assert take(JobQueue(), wait=0.1) == []
-    assert 0.1 <= time.monotonic() - begun < 2
+    assert time.monotonic() - begun >= 0.1
 
 
 def test_a_worker_that_may_not_take_a_job_leaves_it_to_the_others() -> None:
@@ -187,10 +179,10 @@ def test_the_queue_tells_how_long_its_first_job_has_waited() -> None:
     queue = JobQueue()
     assert queue.waited == 0
     first, _ = new(queue), new(queue)
-    first.created -= 7
-    assert 7 <= queue.waited < 8
+    first.created -= 1000
+    assert queue.waited >= 1000
     take(queue)
-    assert queue.waited < 1
+    assert queue.waited < 1000
 
 
 # --- cancelling, purging, retrying ------------------------------------------------------------------
@@ -238,10 +230,10 @@ def test_a_stop_signal_reaches_a_question_that_is_open() -> None:
         queue = JobQueue()
         job = new(queue)
         await queue.take("w0", 1, 0)
-        question = asyncio.create_task(queue.to_stop("w0", 5))
+        question = asyncio.create_task(queue.to_stop("w0", PATIENCE))
         await asyncio.sleep(0.03)
         queue.cancel(job)
-        assert await asyncio.wait_for(question, 1) == [job.id]
+        assert await question == [job.id]
 
     asyncio.run(scene())
 
@@ -249,23 +241,25 @@ def test_a_stop_signal_reaches_a_question_that_is_open() -> None:
 def test_a_job_that_was_just_taken_is_stopped_when_the_worker_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    clock = Clock()
+    monkeypatch.setattr(jobs, "time", clock)
     monkeypatch.setattr(jobs, "SETTLED", 0.2)
     queue = JobQueue()
-    old, job = taken(queue), taken(queue)
-    assert old.started is not None
-    old.started -= 0.2
+    old = taken(queue)
+    clock.now += 0.2
+    job = taken(queue)
     queue.cancel(old)
     queue.cancel(job)
     assert stops(queue) == [old.id]
     assert stops(queue) == []
-    assert stops(queue, wait=1) == [job.id]
+    clock.now += 0.2
+    assert stops(queue) == [job.id]
     assert stops(queue) == []
 
 
 def test_a_question_what_to_stop_ends_when_its_worker_does() -> None:
-    begun = time.monotonic()
-    assert asyncio.run(JobQueue().to_stop("w0", 30, lambda: True)) == []
-    assert time.monotonic() - begun < 5
+    question = JobQueue().to_stop("w0", 2 * PATIENCE, lambda: True)
+    assert asyncio.run(asyncio.wait_for(question, PATIENCE)) == []
 
 
 def test_purging_cancels_what_is_queued_and_nothing_else() -> None:
@@ -340,18 +334,18 @@ def test_a_stop_signal_of_the_first_try_does_not_stop_the_second() -> None:
 
 def test_a_job_that_runs_too_long_is_timed_out_and_its_worker_told() -> None:
     queue = JobQueue()
-    job = taken(queue, policy={"executionTimeout": 5_000})
+    job = taken(queue, policy={"executionTimeout": 500_000})
     queue.update(job, "w0", "half")
     assert job.started is not None
-    job.started -= 4
+    job.started -= 400
     queue.tick()
     assert job.status is Status.IN_PROGRESS
-    job.started -= 2
+    job.started -= 101
     queue.tick()
     shown = job.shown()
     assert shown["status"] == "TIMED_OUT"
-    assert shown["error"] == "the job ran for more than 5 s"
-    assert shown["executionTime"] >= 6000
+    assert shown["error"] == "the job ran for more than 500 s"
+    assert shown["executionTime"] >= 501_000
     assert "output" not in shown
     assert stops(queue) == [job.id]
 
@@ -360,10 +354,10 @@ def test_a_job_runs_ten_minutes_at_most_without_a_policy() -> None:
     queue = JobQueue()
     job = taken(queue)
     assert job.started is not None
-    job.started -= 599
+    job.started -= 500
     queue.tick()
     assert job.status is Status.IN_PROGRESS
-    job.started -= 2
+    job.started -= 101
     queue.tick()
     assert job.status is Status.TIMED_OUT
 
@@ -385,10 +379,10 @@ def test_a_job_whose_ttl_is_over_is_timed_out(where: str) -> None:
 def test_a_job_lives_a_day_at_most_without_a_policy() -> None:
     queue = JobQueue()
     job = new(queue)
-    job.created -= 86_390
+    job.created -= 86_000
     queue.tick()
     assert job.status is Status.IN_QUEUE
-    job.created -= 20
+    job.created -= 401
     queue.tick()
     assert job.status is Status.TIMED_OUT
 
@@ -399,10 +393,10 @@ def test_an_answer_is_kept_for_its_time(sync: bool, kept: float) -> None:
     job = taken(queue, sync=sync)
     queue.finish(job, "w0", {"output": 1})
     assert job.ended is not None
-    job.ended -= kept - 1
+    job.ended -= kept / 2
     queue.tick()
     assert queue.find(job.id) is job
-    job.ended -= 2
+    job.ended -= kept
     queue.tick()
     assert queue.find(job.id) is None
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from emulator import worker_api
-from emulator.jobs import MB, Status
+from emulator import client_api, worker_api
+from emulator.job import MB, Status
 from emulator.worker_api import wire_environment
-from tests.emulator.running import KEY, Web, hook, until, web
+from tests.emulator.running import KEY, Web, hook, web
+from tests.waiting import PATIENCE, until
 
 WORKER_PATHS = {
     "job-take/w0": "GET",
@@ -33,6 +34,7 @@ TIMES = {"delayTime", "executionTime"}
 def _site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
     with web(tmp_path_factory.mktemp("web")) as running, pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker_api, "TAKE_WAIT", 0.5)
+        patch.setattr(worker_api, "STOP_WAIT", 2 * PATIENCE)
         yield running
 
 
@@ -272,17 +274,18 @@ def test_a_question_for_jobs_is_held_and_ends_with_204(site: Web) -> None:
     answer = site.ask_as_worker("GET", "job-take/w0?gpu=x&job_in_progress=0")
     assert answer.status_code == 204
     assert answer.content == b""
-    assert 0.4 < time.monotonic() - begun < 5
+    assert time.monotonic() - begun > 0.4
 
 
-def test_a_question_that_is_held_gets_the_next_job_at_once(site: Web) -> None:
+def test_a_question_that_is_held_gets_the_next_job(
+    site: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_api, "TAKE_WAIT", 2 * PATIENCE)  # longer than the test asks
     with ThreadPoolExecutor() as threads:
         asked = threads.submit(site.take)
         time.sleep(0.2)
-        begun = time.monotonic()
         job_id = site.run({"a": 1})
         assert asked.result() == {"id": job_id, "input": {"a": 1}}
-        assert time.monotonic() - begun < 1
 
 
 def test_a_batch_is_a_list(site: Web) -> None:
@@ -376,7 +379,7 @@ def test_progress_is_shown_while_in_progress_and_not_after_the_answer(site: Web)
     site.finish(job_id, {"output": "answer"})
     site.finish(job_id, {"status": "IN_PROGRESS", "output": {"step": 3}})
     assert site.status(job_id)["output"] == "answer"
-    story = site.ask("GET", f"/state/{job_id}").json()
+    story = site.story(job_id)
     assert story["updates"] == [{"step": 0}, {"step": 1}]
     assert (story["late"], story["answers"], story["let_go"]) == (1, 1, None)
     assert story["created"] <= story["started"] <= story["ended"]
@@ -408,7 +411,10 @@ def test_a_stream_is_read_piece_by_piece_and_ends_empty(site: Web) -> None:
     assert site.status(job_id)["output"] == []
 
 
-def test_a_stream_answers_as_soon_as_there_is_a_piece(site: Web) -> None:
+def test_a_stream_answers_as_soon_as_there_is_a_piece(
+    site: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_api, "STREAM_WAIT", 2 * PATIENCE)  # longer than the test asks
     job_id = site.run()
     site.take()
     with ThreadPoolExecutor() as threads:
@@ -468,9 +474,7 @@ def test_a_question_what_to_stop_is_answered_when_its_worker_was_asked_to_end(si
         time.sleep(0.2)
         assert not asked.done()
         site.pool.workers["w0"].asked = True
-        begun = time.monotonic()
         assert asked.result().json() == {"jobsToStop": []}
-        assert time.monotonic() - begun < 2
 
 
 def test_a_ping_is_answered(site: Web) -> None:
@@ -485,18 +489,18 @@ def test_a_ping_is_answered(site: Web) -> None:
 def test_a_job_over_its_execution_timeout_is_timed_out_and_can_be_retried(
     site: Web, method: str
 ) -> None:
-    job_id = site.run(policy={"executionTimeout": 5_000})
+    job_id = site.run(policy={"executionTimeout": 500_000})
     site.take()
     site.finish(job_id, {"status": "IN_PROGRESS", "output": "half"})
     found = site.queue.find(job_id)
     assert found
     assert found.started is not None
-    found.started -= 6
+    found.started -= 501
     until(lambda: site.status(job_id)["status"] == "TIMED_OUT")
     state = site.ask(method, f"status/{job_id}").json()
     assert set(state) == {"id", "status", "error", "workerId", *TIMES}
-    assert state["error"] == "the job ran for more than 5 s"
-    assert state["executionTime"] >= 6000
+    assert state["error"] == "the job ran for more than 500 s"
+    assert state["executionTime"] >= 501_000
     stop = site.ask_as_worker("GET", "job-stop/w0").json()
     assert stop == {"jobsToStop": [job_id]}
     retried = site.get("health")["jobs"]["retried"]
@@ -594,7 +598,7 @@ def test_runsync_tells_the_state_when_its_wait_is_over(site: Web) -> None:
     with ThreadPoolExecutor() as threads:
         for state, seconds in threads.map(ask, [1000, 1, -5]):
             assert state == {"id": state["id"], "status": "IN_QUEUE"}
-            assert 1 <= seconds < 5
+            assert seconds >= 1
     job_id = site.take()["id"]
     site.finish(job_id, {"output": 1})
     assert site.status(job_id)["status"] == "COMPLETED"
@@ -636,6 +640,7 @@ def test_a_webhook_is_told_of_cancelled_and_timed_out_jobs(site: Web) -> None:
     with hook() as (url, posts):
         cancelled, late = site.run(webhook=url), site.run(webhook=url, policy={"ttl": 10_000})
         site.post(f"cancel/{cancelled}")
+        until(lambda: posts)
         found = site.queue.find(late)
         assert found
         found.created -= 11
@@ -653,7 +658,7 @@ def test_a_webhook_that_cannot_be_reached_harms_nothing(
         job_id = site.run(webhook=url)
         site.take()
         assert site.finish(job_id, {"output": 1}).status_code == 200
-        until(lambda: caplog.text.count("webhook of") == 3, what=lambda: caplog.text)
+        until(lambda: caplog.text.count("webhook of") == 3, lambda: caplog.text)
         assert "token" not in caplog.text  # a webhook's URL may carry one
         assert site.status(job_id)["status"] == "COMPLETED"
 

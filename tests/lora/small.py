@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from lora.engine.engine import LoraEngine
 from lora.engine.stack import Mode, Stack
-from lora.formats.adapter import Layer, LoraFile, load
+from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, LowRank
+from lora.formats.contents import Layer
 from lora.formats.names.keys import KeyMap
 from tests.adapters import randn, write
 

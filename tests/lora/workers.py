@@ -31,11 +31,9 @@ from lora.fetch.sources import Reference
 from lora.volume.cache import CacheEntry, Limits, Resolved, VolumeCache
 from lora.volume.lease import Lease
 from tests.server import LOOPBACK
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-PATIENCE = 60
-"""Seconds after which a process that still runs ends itself."""
 
 FILE_OPERATIONS = frozenset(
     ("open", "os.rename", "os.remove", "os.mkdir", "os.link", "os.utime", "os.listdir")
@@ -65,8 +63,7 @@ class Job:
     lies in the folder time and again, without the cache. The last two go on until they are killed."""
     folder: str
     url: str
-    lease: float = 5.0
-    timeout: float = 20.0
+    lease: float = PATIENCE
     threads: int = 1
     refresh: bool = False
     useless_lease: bool = False
@@ -134,7 +131,7 @@ JOBS = {"fetch": _fetch, "read": _read, "watch": _watch}
 
 
 def _open(job: Job) -> tuple[VolumeCache, Resolved]:
-    limits = Limits(timeout=job.timeout, stall=5, tries=3, pause=0.05, lease=job.lease)
+    limits = Limits(timeout=PATIENCE, tries=3, pause=0.05, lease=job.lease)
     lease = UselessLease if job.useless_lease else Lease
     cache = VolumeCache(Path(job.folder), limits, LOOPBACK, lease=lease)
     return cache, cache.resolve(Reference(job.url, refresh=job.refresh))
@@ -176,7 +173,7 @@ def _work(job: Job, pipe: int) -> NoReturn:
         os.write(pipe, json.dumps(news).encode() + b"\n")
 
     tell(pid=os.getpid())
-    signal.alarm(PATIENCE)
+    signal.alarm(int(2 * PATIENCE))  # a guard: it never hangs for ever
     if job.die_before:
         _die_before(job.die_before, job.folder)
     threading.excepthook = lambda about: tell(error=repr(about.exc_value))

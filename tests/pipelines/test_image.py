@@ -20,13 +20,15 @@ from demo.networks import initialise
 from lora.engine.engine import LoraEngine
 from lora.engine.stack import LoraUse, Mode
 from lora.formats.adapter import load
-from pipelines.image import ImagePipeline, Route, Timings, choose_route
+from pipelines.image import ImagePipeline, Timings
 from pipelines.loading import LoadedModels, load_models
+from pipelines.routes import Route, choose_route
 from pipelines.schedulers import SCHEDULER_CLASSES, make_scheduler
-from schemas import SCHEDULERS, ImageRequest, InvalidInput, parse_job
+from schemas import SCHEDULERS, ImageRequest, parse_job
 from settings import Settings
 from tests.adapters import kohya, write
 from tests.test_handler import data_uri
+from validation import InvalidInput
 
 PROMPT = "a big red circle on a blue background"
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines.image import ImagePipeline, Route, Timings
+from pipelines.image import ImagePipeline, Timings
 from pipelines.loading import LoadedModels, load_models
-from pipelines.preview import LARGEST, LatentColours, Watch
+from pipelines.preview import MAX_PREVIEW, LatentColours, LatentWatch
+from pipelines.routes import Route
 from pipelines.schedulers import make_scheduler
 from schemas import SCHEDULERS
 from settings import Settings
@@ -43,7 +44,7 @@ def test_the_finished_latents_are_found_at_any_step(
     mixed = alpha * truth + sigma * noise
     by_sigmas = float(scheduler.init_noise_sigma) > 1
     output = noise if kind == "epsilon" else alpha * noise - sigma * truth
-    with Watch(scheduler) as watch:
+    with LatentWatch(scheduler) as watch:
         assert watch.finished() is None
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(4)
@@ -56,7 +57,7 @@ def test_the_finished_latents_are_found_at_any_step(
 
 
 def test_a_scheduler_has_its_own_step_again_after_an_error(models: LoadedModels) -> None:
-    with pytest.raises(ZeroDivisionError), Watch(models.base.scheduler):
+    with pytest.raises(ZeroDivisionError), LatentWatch(models.base.scheduler):
         raise ZeroDivisionError
     assert "step" not in vars(models.base.scheduler)
 
@@ -103,7 +104,7 @@ def test_the_colours_are_those_of_the_vae_and_leave_it_as_it_was(models: LoadedM
 
 def test_a_large_preview_is_made_smaller() -> None:
     colours = LatentColours(torch.zeros(3, 5))
-    assert colours.picture(torch.zeros(4, 256, 512)).size == (LARGEST, LARGEST // 2)
+    assert colours.picture(torch.zeros(4, 256, 512)).size == (MAX_PREVIEW, MAX_PREVIEW // 2)
 
 
 def test_a_preview_is_made_only_for_an_update_that_is_sent() -> None:

@@ -23,8 +23,9 @@ from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraIncompatible
 from lora.formats.adapter import load
 from lora.formats.embeddings import TokenEmbedding
-from pipelines.image import ImagePipeline, Timings, choose_route
+from pipelines.image import ImagePipeline, Timings
 from pipelines.loading import LoadedModels, load_models
+from pipelines.routes import choose_route
 from pipelines.tokens import WordTokenizer, added_tokens
 from settings import Settings
 from tests.adapters import randn, write

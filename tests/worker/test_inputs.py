@@ -4,8 +4,8 @@ import io
 import pytest
 from PIL import Image
 
-from schemas import InvalidInput
 from tests.server import LOOPBACK, LoopbackServer
+from validation import InvalidInput
 from worker import inputs
 from worker.inputs import load_picture
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,51 +15,55 @@ from lora.engine.engine import LoraEngine
 from lora.errors import CodedError, LoraNotFound
 from lora.library.catalog import Catalog
 from lora.volume.cache import VolumeCache
+from lora.volume.loader import LoraLibrary
 from lora.volume.presets import Presets
-from schemas import ImageRequest, InvalidInput, faults_of, filled, parse_job
-from settings import Settings, SettingsError
+from schemas import ImageRequest, parse_job
+from settings import SettingsError
 from tests.adapters import kohya, loha, write
 from tests.conftest import ROOT
 from tests.test_handler import FAST, job
 from tests.worker.test_actions import ask as act
-from worker.library_actions import SCHEMAS, LibraryActions
+from validation import InvalidInput
+from worker.actions import Actions
+from worker.opening import read_settings
 from worker.selection import PRESET, Chosen, Selection, ready
 
 
 @pytest.fixture
-def actions(engine: LoraEngine, tmp_path: Path) -> LibraryActions:
+def actions(engine: LoraEngine, tmp_path: Path) -> Actions:
     cache = VolumeCache(tmp_path / "loras")
     cache.shelf.prepare()
     training = tmp_path / "training"
     training.mkdir()
     catalog = Catalog(cache, engine.key_map, training)
-    return LibraryActions(catalog, Selection(Presets(cache.shelf.root)))
+    parts: Any = SimpleNamespace(
+        catalog=catalog,
+        selection=Selection(Presets(cache.shelf.root)),
+        library=LoraLibrary(cache, engine.key_map),
+    )
+    return Actions(parts, {})
 
 
 @pytest.fixture
-def root(tmp_path: Path, actions: LibraryActions) -> Path:
+def root(tmp_path: Path, actions: Actions) -> Path:
     return tmp_path / "loras"
 
 
-def ask(actions: LibraryActions, action: str, **values: Any) -> dict[str, Any]:
-    """The answer, as JSON holds it; the values are checked as `Actions` does."""
-    schema = {"type": "object", "additionalProperties": False, **SCHEMAS[action]}
-    faults = list(faults_of(schema, values, ""))
-    if faults:
-        raise InvalidInput("; ".join(faults))
-    answer = actions.known[action](filled(schema, values))
+def ask(actions: Actions, action: str, **values: Any) -> dict[str, Any]:
+    """The answer, as JSON holds it."""
+    answer = actions.answer({"input": {"action": action, **values}})
     found: dict[str, Any] = json.loads(json.dumps(answer, allow_nan=False))
     return found
 
 
-def test_every_action_has_a_schema_and_an_answer(actions: LibraryActions) -> None:
-    assert SCHEMAS.keys() == actions.known.keys()
-    for schema in SCHEMAS.values():
-        assert all(rule["description"] for rule in schema["properties"].values())
+def test_every_field_of_every_action_is_described(actions: Actions) -> None:
+    for action in actions.table.values():
+        assert all(rule["description"] for rule in action.fields.values())
+        assert action.required in ("", *action.fields)
 
 
 def test_the_library_is_scanned_listed_activated_and_deleted(
-    actions: LibraryActions, root: Path, tmp_path: Path
+    actions: Actions, root: Path, tmp_path: Path
 ) -> None:
     write(root / "a.safetensors", kohya(), {"modelspec.trigger_phrase": "wtrclr"})
     write(tmp_path / "training" / "last.safetensors", loha())
@@ -82,9 +87,37 @@ def test_the_library_is_scanned_listed_activated_and_deleted(
         ask(actions, "library.activate", name="a")
 
 
-def test_no_path_of_this_machine_is_answered(
-    actions: LibraryActions, root: Path, tmp_path: Path
+def test_both_lists_pass_over_hidden_files_and_links_that_lead_out(
+    actions: Actions, root: Path, tmp_path: Path
 ) -> None:
+    write(root / "a.safetensors", kohya())
+    write(root / ".hidden.safetensors", kohya())
+    (root / "out.safetensors").symlink_to(write(tmp_path / "secret.safetensors", kohya()))
+    for action in ("loras.list", "library.list"):
+        assert [one["name"] for one in ask(actions, action)["loras"]] == ["a.safetensors"]
+    with pytest.raises(LoraNotFound):
+        ask(actions, "loras.delete", name=".hidden")
+    assert (root / ".hidden.safetensors").exists()
+
+
+@pytest.mark.parametrize("action", ["loras.delete", "library.delete"])
+def test_a_peft_folder_is_deleted_with_its_config_its_state_and_its_pin(
+    actions: Actions, root: Path, action: str
+) -> None:
+    folder = root / "fox"
+    folder.mkdir()
+    write(folder / "adapter_model.safetensors", kohya())
+    (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 4}')
+    ask(actions, "library.scan")
+    ask(actions, "loras.pin", name="fox")
+    listed = ask(actions, "loras.list")["loras"]
+    assert [one["name"] for one in listed] == ["fox/adapter_model.safetensors"]
+    name = "fox" if action == "library.delete" else "fox/adapter_model.safetensors"
+    assert ask(actions, action, name=name) == {"deleted": name}
+    assert [path for path in root.iterdir() if path.name != ".incoming"] == []
+
+
+def test_no_path_of_this_machine_is_answered(actions: Actions, root: Path, tmp_path: Path) -> None:
     write(tmp_path / "training" / "last.safetensors", kohya())
     ask(actions, "library.scan")
     ask(actions, "library.activate", name="training:last")
@@ -116,7 +149,7 @@ def test_no_path_of_this_machine_is_answered(
     ],
 )
 def test_bad_values_are_refused(
-    actions: LibraryActions, action: str, values: dict[str, Any], said: str
+    actions: Actions, action: str, values: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(CodedError) as caught:
         ask(actions, action, **values)
@@ -124,7 +157,7 @@ def test_bad_values_are_refused(
     assert ask(actions, "presets.list")["presets"] == {}
 
 
-def test_presets_are_kept_and_shown_without_secrets(actions: LibraryActions, root: Path) -> None:
+def test_presets_are_kept_and_shown_without_secrets(actions: Actions, root: Path) -> None:
     url = "https://user:canary@host/a.safetensors?token=canary"
     given = {"loras": [url, {"path": "b", "scale": 0.5}], "trigger_words": ["wtrclr"]}
     answer = ask(actions, "presets.set", name="watercolor", **given)
@@ -139,7 +172,7 @@ def test_presets_are_kept_and_shown_without_secrets(actions: LibraryActions, roo
     assert ask(actions, "presets.delete", name="watercolor") == {"deleted": "watercolor"}
 
 
-def test_one_bad_preset_does_not_break_the_others(actions: LibraryActions, root: Path) -> None:
+def test_one_bad_preset_does_not_break_the_others(actions: Actions, root: Path) -> None:
     bad = {"loras": [{"path": "x", "scale": "much"}], "prompt_prefx": "a"}
     text = json.dumps({"good": {"loras": ["a"]}, "bad": bad, "worse": 5})
     (root / "presets.json").write_text(text)
@@ -147,10 +180,10 @@ def test_one_bad_preset_does_not_break_the_others(actions: LibraryActions, root:
     assert list(found["presets"]) == ["good"]
     assert found["faults"]["bad"].startswith("preset 'bad': prompt_prefx is not a field")
     assert found["faults"]["worse"] == "presets.json: worse is not an object"
-    chosen = choose(actions.selection, "good")
+    chosen = choose(actions.parts.selection, "good")
     assert [use.lora.path for use in chosen.request.loras] == ["a"]
     with pytest.raises(InvalidInput) as caught:
-        choose(actions.selection, "bad")
+        choose(actions.parts.selection, "bad")
     assert "preset 'bad'" in str(caught.value)
 
 
@@ -350,7 +383,7 @@ def test_a_config_that_cannot_be_used_stops_the_worker_at_its_start(
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env({"LORA_CONFIG": str(tmp_path / "config.json")})
+        read_settings({"LORA_CONFIG": str(tmp_path / "config.json")})
     assert said in str(caught.value)
 
 
@@ -358,11 +391,11 @@ def test_a_default_preset_and_a_config_exclude_each_other(tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text('{"lora_path": "a"}')
     environ = {"LORA_CONFIG": str(tmp_path / "config.json"), "LORA_DEFAULT_PRESET": "ink"}
     with pytest.raises(SettingsError) as caught:
-        Settings.from_env(environ)
+        read_settings(environ)
     assert "only one of them can be the default" in str(caught.value)
 
 
-def test_the_presets_in_the_documents_are_sound() -> None:
+def test_the_presets_and_actions_in_the_documents_are_sound(actions: Actions) -> None:
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## The library and presets")[1].split("\n## ")[0]
     shown = json.loads(section.split("```json\n")[1].split("```")[0])
@@ -371,5 +404,5 @@ def test_the_presets_in_the_documents_are_sound() -> None:
     table = (ROOT / "docs" / "library.md").read_text().split("## Presets")[1].split("\n## ")[0]
     for field, rule in PRESET["properties"].items():
         assert f"| `{field}` | {rule['description']} |" in table
-    for action in SCHEMAS:
+    for action in actions.table:
         assert f"| `{action}` |" in readme

@@ -11,9 +11,9 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from lora.fetch.web import Web
-from schemas import InvalidInput
 from settings import Settings
 from tests.server import LOOPBACK
+from validation import InvalidInput
 from worker.outputs import (
     Bucket,
     Encoded,
@@ -137,7 +137,7 @@ def test_a_request_brings_its_own_bucket(s3: str, monkeypatch: pytest.MonkeyPatc
     (url,) = deliver([Encoded(b"picture", "image/webp")], "job-1", bucket)
     assert "/mine/job-1/" in url
     assert "canary" not in url
-    fetched = requests.get(url, timeout=10)
+    fetched = requests.get(url, timeout=60)
     assert fetched.content == b"picture"
     assert fetched.headers["Content-Type"] == "image/webp"
     with pytest.raises(UploadFailed) as caught:

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,20 +18,23 @@ from typing import Any
 import pytest
 
 from emulator.worker_api import wire_environment
+from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
 from tests.production import ENVIRONMENT
+from tests.server import LoopbackServer
+from tests.waiting import PATIENCE, until
 from worker.shutdown import Shutdown
 
-HELD = 60.0
-"""Seconds for which the platform holds a question: far longer than a test may take."""
+HELD = 3 * PATIENCE
+"""Seconds for which the platform holds a question: longer than any test waits."""
 
 
 class Platform:
-    """Hands out one job, then nothing for a long time. Notes what comes, and when."""
+    """Hands out one job, then nothing for a long time. Notes what is posted to it."""
 
-    def __init__(self, job: dict[str, Any]) -> None:
-        self.jobs, self.posts = [job], list[tuple[float, dict[str, Any]]]()
-        self.taken, self.closed = threading.Event(), threading.Event()
+    def __init__(self) -> None:
+        self.jobs, self.posts = list[dict[str, Any]](), list[dict[str, Any]]()
+        self.closed = threading.Event()
         platform = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -44,13 +46,12 @@ class Platform:
                 elif "/job-take" in self.path and platform.jobs:
                     job = platform.jobs.pop()
                     self._answer([job] if "batch" in self.path else job)
-                    platform.taken.set()
                 else:
                     platform.closed.wait(HELD)
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                platform.posts.append((time.monotonic(), json.loads(body)))
+                platform.posts.append(json.loads(body))
                 self._answer({"status": "ok"})
 
             def _answer(self, value: Any) -> None:
@@ -74,29 +75,26 @@ class Platform:
         self._server.shutdown()
         self._server.server_close()
 
-    def wait_for(self, wanted: str, seconds: float) -> tuple[float, dict[str, Any]]:
-        deadline = time.monotonic() + seconds
-        while True:
-            for when, post in list(self.posts):
-                if (post.get("status") == "IN_PROGRESS") == (wanted == "progress"):
-                    return when, post
-            assert time.monotonic() < deadline, f"no {wanted}"
-            time.sleep(0.02)
+    def answers(self) -> list[dict[str, Any]]:
+        return [post for post in self.posts if post.get("status") != "IN_PROGRESS"]
 
 
 @pytest.fixture
 def platform() -> Iterator[Platform]:
-    steps = {"prompt": "a big red circle", "num_inference_steps": 150, "seed": 1}
-    running = Platform({"id": "the-job", "input": steps})
+    running = Platform()
     try:
         yield running
     finally:
         running.close()
 
 
-def test_at_sigterm_the_running_job_is_posted_and_the_worker_is_gone_soon_after(
-    platform: Platform, tmp_path: Path
+def test_at_sigterm_the_running_job_is_posted_and_no_question_keeps_the_worker(
+    platform: Platform, server: LoopbackServer, tmp_path: Path
 ) -> None:
+    gate = threading.Event()
+    url = server.serve("/slow.safetensors", as_bytes(kohya()), gate=gate)
+    values = {"prompt": "a big red circle", "num_inference_steps": 1, "loras": [url]}
+    platform.jobs.append({"id": "the-job", "input": values})
     environment = {**os.environ, **ENVIRONMENT, "LORA_CACHE_DIR": str(tmp_path)}
     environment |= wire_environment(platform.address, "local", "key")
     environment |= {"RUNPOD_POD_ID": "w0", "HOME": str(tmp_path)}
@@ -108,17 +106,13 @@ def test_at_sigterm_the_running_job_is_posted_and_the_worker_is_gone_soon_after(
         stderr=subprocess.DEVNULL,
     )
     try:
-        assert platform.taken.wait(60)
-        platform.wait_for("progress", 60)
+        until(lambda: server.hits["/slow.safetensors"])
         worker.send_signal(signal.SIGTERM)
-        signalled = time.monotonic()
-        answered, post = platform.wait_for("answer", 60)
-        assert post["output"]["images"]
-        assert answered > signalled
-        assert worker.wait(10) == 0
-        seconds = time.monotonic() - answered
-        print(f"gone {seconds:.2f} s after its answer")
-        assert seconds < 5  # the questions were held for a minute
+        assert platform.answers() == []
+        gate.set()
+        (answer,) = until(platform.answers)
+        assert answer["output"]["images"]
+        assert worker.wait(PATIENCE) == 0  # the questions are held for longer
     finally:
         worker.kill()
         worker.wait()
@@ -152,26 +146,26 @@ def test_a_question_that_is_answered_is_answered_as_before() -> None:
 
 def test_at_the_signal_an_open_question_ends_and_the_sdks_own_handler_is_called() -> None:
     scaling, told = ModuleType("rp_scale"), list[int]()
+    asks = asyncio.Event()
 
     async def get_job(session: str) -> None:
-        await asyncio.sleep(HELD)
+        asks.set()
+        await asyncio.Event().wait()
 
     scaling.get_job = scaling.get_stop_signals = get_job  # type: ignore[attr-defined]
     own = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     Shutdown().guard(scaling)
 
-    async def asked() -> float:
+    async def asked() -> None:
         question = asyncio.ensure_future(scaling.get_job("s"))
-        await asyncio.sleep(0.05)
-        begun = time.monotonic()
+        await asks.wait()
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(TimeoutError):
-            await question
-        return time.monotonic() - begun
+        with pytest.raises(TimeoutError, match="the worker ends"):
+            await asyncio.wait_for(question, PATIENCE)
 
     try:
-        assert asyncio.run(asked()) < 1
+        asyncio.run(asked())
         assert told == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, own[0])

@@ -3,14 +3,14 @@
 An algorithm is a frozen dataclass whose fields are the tensors of one layer of a file, named as the slots
 of `formats/names/keys.py`. To add one: write its file, add a row here and its suffixes to `keys.SLOTS`.
 
-Semantics that all share:
+All algorithms share these semantics:
 
-- `delta` is W' - W at scale 1, in float32; the engine adds scale * delta to W and rounds once, after it
-  added up everything. So a multiplicative algorithm is W + scale * (W' - W): 0 is the base, 1 as trained.
-- Every part's delta is taken from the original W, whatever else changes the layer: kinds mix on one layer
-  as the sum of their changes, and the order of a stack does not matter beyond float32's rounding.
-  The sum itself goes in the stack's order, within one file in the order of this table.
-- `alpha` missing or 0 means alpha = rank, as the trainers have it.
+- `delta` is W' - W at scale 1, in float32. The engine adds up scale * delta of the whole stack, adds this
+  to W and rounds once. So a multiplicative algorithm is W + scale * (W' - W): 0 is the base, 1 as trained.
+- Every delta is computed from the original W, whatever else changes the layer. So different algorithms on one
+  layer add up, and the order of a stack does not matter beyond float32's rounding. The sum is taken in the
+  stack's order, and within one file in the order of this table.
+- `alpha` missing or 0 means alpha = rank, as the trainers define it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from lora.formats.algorithms.lora import LoRA, LoRABias
 from lora.formats.algorithms.oft import OFT, PeftOFT
 
 ALGORITHMS: tuple[type[Algorithm], ...] = (
-    LoRABias,  # before LoRA, from which it borrows
+    LoRABias,  # before LoRA, whose tensors it reads too
     LoRA,
     LoHa,
     LoKr,
@@ -55,7 +55,7 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
 )
 
 DECOMPOSABLE = (LoRA, LoHa, LoKr)
-"""What DoRA can stand over."""
+"""The algorithms that a DoRA can have as its inner one."""
 
 MAGNITUDES = {"dora_scale": True, "magnitude": False}
 """A DoRA layer's own slot -> whether it may belong to the inputs (see `DoRA`)."""
@@ -65,28 +65,28 @@ __all__ = ["ALGORITHMS", "Algorithm", "DoRA", "LowRank", "Recipe", "recipes"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How some of a module's slots make up one algorithm."""
+    """Which of a module's slots make up one algorithm."""
 
     algorithm: type[Algorithm]
     reads: tuple[str, ...]
     """The slots that go into its fields."""
     used: Set[str]
-    """The slots that belong to it alone."""
+    """The slots that no other algorithm may use."""
     magnitude: str | None
-    """The slot that makes it a DoRA over the algorithm."""
+    """The slot of magnitudes, if it is a DoRA over the algorithm."""
 
     def make(self, slots: Mapping[str, Tensor]) -> Algorithm:
-        """The part."""
-        part = self.algorithm(**{name: slots[name] for name in self.reads})
+        """The algorithm with its tensors."""
+        made = self.algorithm(**{name: slots[name] for name in self.reads})
         if self.magnitude:
-            return DoRA(part, slots[self.magnitude], MAGNITUDES[self.magnitude])
-        return part
+            return DoRA(made, slots[self.magnitude], MAGNITUDES[self.magnitude])
+        return made
 
 
-@lru_cache(maxsize=256)  # a file has a handful of different layers; their names may be a stranger's
+@lru_cache(maxsize=256)  # a file has a handful of kinds of layers, and may name slots as it likes
 def recipes(slots: Set[str]) -> tuple[tuple[Recipe, ...], Set[str]]:
     """The algorithms that slots of these names make up, in the table's order, and the slots that are left."""
-    left, found = set(slots), []
+    left, made = set(slots), []
     for algorithm in ALGORITHMS:
         reads, used = slots_of(algorithm, left)
         if not used:
@@ -95,6 +95,6 @@ def recipes(slots: Set[str]) -> tuple[tuple[Recipe, ...], Set[str]]:
         if algorithm not in DECOMPOSABLE:
             magnitude = None
         used = used | ({magnitude} if magnitude else set())
-        found.append(Recipe(algorithm, reads, used, magnitude))
+        made.append(Recipe(algorithm, reads, used, magnitude))
         left -= used
-    return tuple(found), frozenset(left)
+    return tuple(made), frozenset(left)

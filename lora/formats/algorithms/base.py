@@ -1,4 +1,4 @@
-"""What the engine asks of an algorithm, and how a module's tensors are told apart into algorithms."""
+"""The interface of an algorithm, and how the slots of a module are assigned to algorithms."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lora.formats.names.keys import Shape
 
 
 class LowRank(NamedTuple):
-    """A change of the form scaling * up @ down, for a layer that can add it to its own output."""
+    """A change of the form scaling * up @ down, which a layer can add to its output."""
 
     down: Tensor
     """[rank, in] for a linear layer, [rank, in, kh, kw] for a convolution."""
@@ -24,16 +24,16 @@ class LowRank(NamedTuple):
 
 
 BORROWED = {"borrowed": True}
-"""Metadata of a field that an algorithm reads and leaves to the one that owns it: an alpha, a rank."""
+"""Metadata of a field that an algorithm only reads, since another algorithm uses it: an alpha, a rank."""
 
 
 @dataclass(frozen=True, eq=False)
 class Algorithm(ABC):
-    """One layer's part of an adapter: its tensors in named fields, and what they do to a parameter."""
+    """The tensors of one layer of an adapter in named fields, and what they do to a parameter."""
 
     name: ClassVar[str]
     parameter: ClassVar[str] = "weight"
-    """Which parameter of the module it changes."""
+    """The parameter of the module that it changes."""
 
     @property
     def rank(self) -> int | None:
@@ -42,7 +42,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def misfit(self, shape: Shape) -> str | None:
-        """Why this part cannot belong to a parameter of this shape; None if it can."""
+        """Why it cannot belong to a parameter of this shape; None if it can."""
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:
@@ -52,12 +52,12 @@ class Algorithm(ABC):
         """
 
     def companions(self, shape: Shape) -> tuple[Algorithm, ...]:
-        """What it also does to other parameters of the module, where that has them; `shape` is its own's."""
+        """Its changes of the module's other parameters, if there are any. `shape`: its own parameter's."""
         return ()
 
     @property
     def is_low_rank(self) -> bool:
-        """Whether the change is a product of two factors, whatever the weight is."""
+        """Whether the change is a product of two factors that do not depend on the weight."""
         return False
 
     def low_rank(self) -> LowRank | None:
@@ -66,16 +66,16 @@ class Algorithm(ABC):
 
 
 def slots_of(algorithm: type[Algorithm], there: Set[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Which of the slots that are there an algorithm reads, and which of them become its own.
+    """Which of the slots that are there an algorithm reads, and which of them no other may use then.
 
-    Nothing, if one that it needs is missing, or only an alpha would be its own.
+    None, if a required slot is missing, or if it would use only an alpha.
     """
-    every = fields(algorithm)
-    if any(one.name not in there for one in every if one.default is MISSING):
+    slots = fields(algorithm)
+    if any(slot.name not in there for slot in slots if slot.default is MISSING):
         return (), frozenset()
-    reads = [one for one in every if one.name in there]
-    used = frozenset(one.name for one in reads if one.metadata != BORROWED)
-    return tuple(one.name for one in reads), used if used - {"alpha"} else frozenset()
+    reads = [slot for slot in slots if slot.name in there]
+    used = frozenset(slot.name for slot in reads if slot.metadata != BORROWED)
+    return tuple(slot.name for slot in reads), used if used - {"alpha"} else frozenset()
 
 
 def scaling(alpha: Tensor | None, rank: int) -> float:

@@ -1,9 +1,8 @@
-"""DoRA: any additive change, with the merged weight's norms learned apart (arXiv 2402.09353).
+"""DoRA: an additive change, with the norms of the merged weight learned separately (arXiv 2402.09353).
 
-W' = m * (W + D) / norm(W + D), where D is the inner algorithm's change at scale 1, and the norm goes over
-everything but one axis: the output's (LyCORIS' `weight_decompose` with `wd_on_out`, PEFT's
-`lora_magnitude_vector`) or the input's (older LyCORIS, OneTrainer). Strength is W + scale * (W' - W), so
-0 is the base and 1 as trained.
+W' = m * (W + D) / norm(W + D), where D is the inner algorithm's change at scale 1. The norm is taken over all
+axes but one: the output's (LyCORIS' `weight_decompose` with `wd_on_out`, PEFT's `lora_magnitude_vector`)
+or the input's (older LyCORIS, OneTrainer). Scaled: W + scale * (W' - W), so 0 is the base, 1 as trained.
 """
 
 from __future__ import annotations
@@ -45,12 +44,12 @@ class DoRA(Algorithm):
         return self.inner.misfit(shape)
 
     def _axis(self, shape: Shape) -> int | None:
-        """Which axis of the weight the magnitudes belong to; None if they fit none."""
-        given, count = tuple(self.magnitude.shape), self.magnitude.numel()
+        """The axis of the weight that the magnitudes belong to; None if they fit none."""
+        ours, count = tuple(self.magnitude.shape), self.magnitude.numel()
         if len(shape) < 2:
             return None
-        if self.may_be_input and len(given) >= 2 and given[0] == 1 and shape[0] != 1:
-            return INPUT if given[1] == shape[1] == count else None
+        if self.may_be_input and len(ours) >= 2 and ours[0] == 1 and shape[0] != 1:
+            return INPUT if ours[1] == shape[1] == count else None
         return OUTPUT if count == shape[0] else None
 
     def delta(self, weight: Tensor) -> Tensor:
@@ -60,6 +59,6 @@ class DoRA(Algorithm):
         axis = self._axis(tuple(weight.shape))
         others = [dim for dim in range(weight.dim()) if dim != axis]
         norm = torch.linalg.vector_norm(merged, dim=others, keepdim=True)
-        # A row of zeros has no direction: it stays zero instead of becoming NaN.
+        # A row of zeros has no direction: it stays zero, and does not become NaN.
         factor = placed(self.magnitude, weight).reshape(norm.shape) / norm.clamp_min_(1e-30)
         return merged.mul_(factor).sub_(base)

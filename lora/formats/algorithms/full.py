@@ -1,4 +1,4 @@
-"""Parameters given whole: a difference to add, or a value to put in place.
+"""Whole parameters: a difference to add, or a new value.
 
 W' = W + diff (LyCORIS `full` and `norm`, LightX2V's `diff`, `diff_b`, `diff_m`), or W' = value (ComfyUI's
 `set_weight`, PEFT's `modules_to_save` and trained biases).
@@ -17,7 +17,7 @@ from lora.formats.names.keys import Shape
 
 @dataclass(frozen=True, eq=False)
 class _Whole(Algorithm):
-    """What all of them share: one tensor in the parameter's own shape, up to axes of length 1."""
+    """The common base: one tensor in the parameter's own shape, except for axes of length 1."""
 
     name: ClassVar[str] = "full"
 
@@ -26,9 +26,9 @@ class _Whole(Algorithm):
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
-        given = tuple(self._tensor().shape)
-        same = [n for n in given if n != 1] == [n for n in shape if n != 1]
-        return None if same else f"{list(given)} is not the parameter's shape {list(shape)}"
+        ours = tuple(self._tensor().shape)
+        same = [n for n in ours if n != 1] == [n for n in shape if n != 1]
+        return None if same else f"{list(ours)} is not the parameter's shape {list(shape)}"
 
 
 class _Difference(_Whole):
@@ -49,7 +49,7 @@ class WeightDifference(_Difference):
 
     diff: Tensor
     alpha: Tensor | None = None
-    """Written by some tools, and without meaning: a difference has no rank."""
+    """Some tools write it. It has no effect, since a difference has no rank."""
 
     def _tensor(self) -> Tensor:
         return self.diff

@@ -1,7 +1,7 @@
-"""GLoRA (arXiv 2306.07967; LyCORIS `glora`): a low-rank change of the weight's input side, and another added.
+"""GLoRA (arXiv 2306.07967; LyCORIS `glora`): a low-rank change of the weight's inputs, plus an added one.
 
-W' = W + alpha / rank * (W a1 a2 + b1 b2), as LyCORIS' `GLoRAModule` computes it. An older layout has the
-factors of each pair swapped; their shapes tell. PEFT's GLoRA is another method.
+W' = W + alpha / rank * (W a1 a2 + b1 b2), as LyCORIS' `GLoRAModule` computes it. In an older layout the
+factors of each pair are swapped, which their shapes show. PEFT's GLoRA is another method.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GLoRA(Algorithm):
         return None
 
     def _ordered(self, shape: Shape) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """a1, a2, b1, b2 of today's layout; None if neither layout fits."""
+        """a1, a2, b1, b2 in today's layout; None if neither layout fits."""
         if len(shape) not in (2, 4):
             return None
         for a1, a2, b1, b2 in (

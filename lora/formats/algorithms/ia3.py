@@ -1,7 +1,7 @@
 """IA3: one learned factor per input or output (arXiv 2205.05638).
 
-LyCORIS stores what is added to 1, W' = W * (1 + w), and says on which side (`IA3Module`). PEFT stores the
-factor itself, W' = W * l, on the side that its shape tells: [out, 1], or [1, in] for feed-forward layers.
+LyCORIS stores what is added to 1, W' = W * (1 + w), and a tensor with the side (`IA3Module`). PEFT stores the
+factor itself, W' = W * l, and its shape shows the side: [out, 1], or [1, in] for feed-forward layers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class PeftIA3(Algorithm):
     ia3_l: Tensor
     """[out, 1], [1, in], or for a convolution [1, out, 1, 1] (outputs) or [1, in, 1, 1]."""
     on_input: Tensor | None = None
-    """What PEFT's config says of the side: a square convolution's shape does not tell."""
+    """The side by PEFT's config, which is needed for square convolutions: their shape does not show it."""
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
@@ -60,12 +60,12 @@ class PeftIA3(Algorithm):
         return None
 
     def _side(self, shape: Shape) -> int | None:
-        given, count = tuple(self.ia3_l.shape), self.ia3_l.numel()
-        if len(shape) == 2 and len(given) == 2:
-            sides = [side for side in (0, 1) if given[side] == shape[side] == count]
+        ours, count = tuple(self.ia3_l.shape), self.ia3_l.numel()
+        if len(shape) == 2 and len(ours) == 2:
+            sides = [side for side in (0, 1) if ours[side] == shape[side] == count]
             return sides[0] if sides else None
-        # Of a convolution's, the shape does not tell the side: PEFT's default is the output.
-        if len(shape) == 4 and len(given) == 4 and given[1] == count and count in shape[:2]:
+        # A convolution's shape does not show the side; PEFT's default is the output.
+        if len(shape) == 4 and len(ours) == 4 and ours[1] == count and count in shape[:2]:
             if self.on_input is not None and shape[0] == shape[1]:
                 return 1 if bool(self.on_input) else 0
             return 0 if count == shape[0] else 1

@@ -1,7 +1,7 @@
 """LoHa: the elementwise product of two low-rank matrices (arXiv 2108.06098; LyCORIS `loha`).
 
-W' = W + alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), as LyCORIS' `LohaModule.forward` computes it. Its
-merge applies alpha / rank twice; the trained network does not, and nor do we.
+W' = W + alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), as LyCORIS' `LohaModule.forward` computes it. LyCORIS'
+merge applies alpha / rank twice; the trained network does not, and neither do we.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoKr: the Kronecker product of two small matrices (LyCORIS `lokr`; arXiv 2309.14859).
 
-W' = W + scaling * kron(w1, w2), where w1 and w2 are each given whole or as two factors; w2 of a convolution
-also in Tucker form. scaling is alpha / rank, and 1 where both are whole: then there is no rank
-(LyCORIS' `LokrModule` sets alpha to the rank, and trainers write whatever they like).
+W' = W + scaling * kron(w1, w2), where w1 and w2 are each whole or two factors; a convolution's w2 may also be
+in Tucker form. scaling is alpha / rank. If both are whole, there is no rank, and scaling is 1 (LyCORIS'
+`LokrModule` sets alpha to the rank then, and trainers write any number).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class LoKr(Algorithm):
 
     @property
     def rank(self) -> int | None:
-        """Rows of the second factor's `_b`, else of the first's; None where both are whole."""
+        """Rows of the second factor's `_b`, else of the first's; None if both are whole."""
         for factor in (self.lokr_w2_b, self.lokr_w1_b):
             if factor is not None and factor.dim():
                 return factor.shape[0]
@@ -82,7 +82,7 @@ class LoKr(Algorithm):
 def _shape_of(
     name: str, whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None
 ) -> tuple[Shape, str | None]:
-    """The shape of one factor of the product, or what is wrong with it."""
+    """The shape of one factor of the product, and what is wrong with it, if anything."""
     if whole is not None and a is None and b is None and core is None:
         return tuple(whole.shape), None if whole.dim() >= 2 else f"{name} is no matrix"
     if whole is not None or a is None or b is None:

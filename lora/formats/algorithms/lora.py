@@ -75,11 +75,11 @@ class LoRA(Algorithm):
 
     @property
     def is_low_rank(self) -> bool:
-        """True but for a sparse rest."""
+        """True, unless there is a sparse rest."""
         return self.bias_values is None
 
     def low_rank(self) -> LowRank | None:
-        """The factors as they stand; a Tucker core goes into the down factor."""
+        """The factors as they are; a Tucker core is multiplied into the down factor."""
         if not self.is_low_rank:
             return None
         down = self.lora_down
@@ -104,7 +104,7 @@ class LoRA(Algorithm):
 
 
 def _flat_fits(rows: int, down: Shape, shape: Shape) -> bool:
-    """Whether factors of another number of axes have the layer's sizes: 1x1-shaped ones on a linear layer."""
+    """Whether factors with another number of axes fit the layer: 1x1-shaped ones on a linear layer."""
     if len(shape) < 2 or len(down) < 2:
         return False
     return (rows, down[1]) == shape[:2] and math.prod(down[2:]) == math.prod(shape[2:])

@@ -1,9 +1,9 @@
 """OFT and BOFT: the outputs of a layer rotated in blocks (arXiv 2306.07280, 2311.06243; PEFT's on inputs).
 
-kohya and LyCORIS: with Q = B - B^T, held to norm(Q) <= alpha * out by shrinking, R = (I + Q)(I - Q)^-1,
-each block of output rows becomes R^T of itself, then `rescale` multiplies every row (LyCORIS'
-`DiagOFTModule`, sd-scripts' `OFTModule`). BOFT does m such stages, between which the rows are shuffled as in
-a butterfly, each with R in place of R^T (LyCORIS' `ButterflyOFTModule`).
+kohya and LyCORIS: with Q = B - B^T, shrunk so that norm(Q) <= alpha * out, and R = (I + Q)(I - Q)^-1, each
+block of output rows is multiplied by R^T, then every row by `rescale` (LyCORIS' `DiagOFTModule`,
+sd-scripts' `OFTModule`). BOFT has m such stages, between which the rows are shuffled as in a butterfly, and
+which multiply by R in place of R^T (LyCORIS' `ButterflyOFTModule`).
 
 PEFT rotates the inputs, W' = W R^T, and stores the upper triangle of Q. Its R is the Cayley transform's
 Neumann series of a few terms, as `OFTRotationModule._cayley_batch` computes it, unless its config says
@@ -84,7 +84,7 @@ class OFT(Algorithm):
         if limit > 0 and norm > limit:
             skew = skew * (limit / norm)
         one = torch.eye(skew.shape[-1], device=skew.device)
-        # (I + Q)(I - Q)^-1; the two commute, so one solve does it.
+        # (I + Q)(I - Q)^-1: the two commute, so one solve is enough.
         return torch.linalg.solve(one - skew, one + skew)
 
 
@@ -116,12 +116,12 @@ class PeftOFT(Algorithm):
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
-        given, size = tuple(self.oft_r.shape), self.rank if self.oft_r.dim() == 2 else 0
+        triangles, size = tuple(self.oft_r.shape), self.rank if self.oft_r.dim() == 2 else 0
         inputs = math.prod(shape[1:])
-        if len(given) != 2 or size * (size - 1) // 2 != given[1]:
-            return f"oft_R {list(given)} holds no upper triangles"
-        if given[0] * size != inputs and (given[0] != 1 or inputs % size):
-            return f"oft_R {list(given)} does not make up the {inputs} inputs of the layer"
+        if len(triangles) != 2 or size * (size - 1) // 2 != triangles[1]:
+            return f"oft_R {list(triangles)} holds no upper triangles"
+        if triangles[0] * size != inputs and (triangles[0] != 1 or inputs % size):
+            return f"oft_R {list(triangles)} does not make up the {inputs} inputs of the layer"
         return None
 
     def delta(self, weight: Tensor) -> Tensor:

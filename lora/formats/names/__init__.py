@@ -1,1 +1,1 @@
-"""What the keys of adapter files mean: each layout's names of modules, components and tensors."""
+"""The meaning of the keys of adapter files: the names of modules, components and tensors in each layout."""

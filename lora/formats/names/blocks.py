@@ -1,7 +1,7 @@
 """Scales per block of SDXL's UNet, in the forms that users know from web UIs.
 
-The 12 values of the LoRA block weight extension for SDXL, one for each block that has attention and BASE
-for the rest; its 20 values, one for every block; or names. Text encoders belong to BASE.
+These are the 12 values of the LoRA block weight extension for SDXL, one for each block that has attention
+and BASE for the rest; its 20 values, one for every block; or names. Text encoders belong to BASE.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "OUT": tuple(name for name in EVERY if name.startswith("OUT")),
     "M00": ("MID",),
 }
-LARGEST = 10
+MAX_SCALE = 10
 
 
 def parse_blocks(value: object) -> dict[str, float]:
-    """Block -> factor; a block that is not named has 1.
+    """Block -> factor; a block that is not named has the factor 1.
 
     `value`: a list of 12 or 20 numbers, the same as text with commas, or an object of names (`IN04`, `MID`,
-    `OUT01`, `BASE`; `IN` and `OUT` for all of a side, which single names overrule).
+    `OUT01`, `BASE`; `IN` and `OUT` for all blocks of a side, which single names override).
     Raises: ValueError with a sentence.
     """
     if isinstance(value, str):
@@ -44,20 +44,20 @@ def parse_blocks(value: object) -> dict[str, float]:
         names = {len(WITH_ATTENTION): WITH_ATTENTION, len(EVERY): EVERY}.get(len(value))
         if names is None:
             raise ValueError(f"{len(value)} values are neither 12 nor 20")
-        return {name: _factor(one) for name, one in zip(names, value, strict=True)}
+        return {name: _factor(factor) for name, factor in zip(names, value, strict=True)}
     raise ValueError("is neither a list, a text nor an object")
 
 
 def _numbers(text: str) -> list[float]:
     try:
-        return [float(one) for one in text.split(",")]
+        return [float(number) for number in text.split(",")]
     except ValueError:
         raise ValueError("the text is not numbers with commas") from None
 
 
 def _named(value: Mapping[object, object]) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for groups in (True, False):  # the single names last: they overrule
+    factors: dict[str, float] = {}
+    for groups in (True, False):  # the single names last: they override
         for name, factor in value.items():
             if (str(name) in GROUPS) is groups:
                 blocks = GROUPS.get(str(name), (str(name),))
@@ -65,15 +65,15 @@ def _named(value: Mapping[object, object]) -> dict[str, float]:
                     raise ValueError(
                         f"{_short(name)} is no block (BASE, IN00-IN08, MID, OUT00-OUT08)"
                     )
-                found.update(dict.fromkeys(blocks, _factor(factor)))
-    return found
+                factors.update(dict.fromkeys(blocks, _factor(factor)))
+    return factors
 
 
 def _factor(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("a block's value is not a number")
-    if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"a block's value is not between {-LARGEST} and {LARGEST}")
+    if not -MAX_SCALE <= value <= MAX_SCALE:
+        raise ValueError(f"a block's value is not between {-MAX_SCALE} and {MAX_SCALE}")
     return float(value)
 
 

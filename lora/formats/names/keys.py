@@ -1,9 +1,9 @@
 """Trainers' names for the tensors of an adapter -> component, module and slot. Strings only.
 
 A tensor's key is a stem (which module), a dot and a suffix (which tensor of the algorithm). Suffixes come
-from the table `SLOTS`. Stems are looked up in a dictionary of every name that any trainer gives to any
-module of the pipeline that is loaded, made from the modules' own paths; so underscores are never
-parsed, and a key either means exactly one module or is reported as unknown.
+from the table `SLOTS`. Stems are looked up in a dictionary of all names that any trainer gives to the
+modules of the loaded pipeline, made from the modules' own paths. So underscores are never parsed, and a
+key either means exactly one module or is reported as unknown.
 """
 
 from __future__ import annotations
@@ -14,70 +14,56 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from lora.formats.names.sgm import sgm_path
+from lora.formats.names.sgm import block_of, sgm_path
 from lora.formats.names.wan import wan_path
 
 Shape = tuple[int, ...]
 
+SAME = (
+    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+)
+"""The slots whose suffix is their own name, in LyCORIS and in PEFT: LoHa's and LoKr's."""
+
+LYCORIS: Mapping[str, str] = {
+    **{slot: f"{slot}.weight" for slot in ("lora_up", "lora_down", "lora_mid")},
+    **{slot: slot for slot in ("alpha", "bias_indices", "bias_values", "bias_size", *SAME)},
+    **{slot: slot for slot in ("dora_scale", "oft_blocks", "rescale", "on_input")},
+    **{slot: f"{slot}.weight" for slot in ("a1", "a2", "b1", "b2", "bm")},
+    **{slot: slot for slot in ("diff", "diff_b", "diff_m")},
+    "weight": "set_weight",
+}
+"""Slot -> what kohya, LyCORIS and ComfyUI put behind the module's name."""
+
+LYCORIS_NORMS: Mapping[str, str] = {"diff": "w_norm", "diff_b": "b_norm"}
+"""The same, for the modules that LyCORIS has for norms."""
+
+ONE_NUMBER = ("alpha", "on_input", "neumann_terms")
+"""The slots that hold one number. PEFT keeps them in its config."""
+
+PEFT: Mapping[str, str] = {
+    "lora_up": "lora_B.weight",
+    "lora_down": "lora_A.weight",
+    "lora_up_bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+    "oft_r": "oft_R.weight",
+    "ia3_l": "ia3_l",
+    **{slot: slot for slot in SAME},
+}
+"""Slot -> what PEFT and diffusers put behind the module's name."""
+
 SLOTS: Mapping[str, str] = {
-    # kohya, LyCORIS
-    "lora_up.weight": "lora_up",
-    "lora_down.weight": "lora_down",
-    "lora_mid.weight": "lora_mid",
-    "alpha": "alpha",
-    "bias_indices": "bias_indices",
-    "bias_values": "bias_values",
-    "bias_size": "bias_size",
-    # diffusers and PEFT
-    "lora_B.weight": "lora_up",
-    "lora_A.weight": "lora_down",
-    "lora_B.bias": "lora_up_bias",
+    **{suffix: slot for row in (LYCORIS, LYCORIS_NORMS, PEFT) for slot, suffix in row.items()},
+    # older forms of diffusers and PEFT
     "lora.up.weight": "lora_up",
     "lora.down.weight": "lora_down",
     "lora_linear_layer.up.weight": "lora_up",
     "lora_linear_layer.down.weight": "lora_down",
     "up.weight": "lora_up",  # behind `processor.to_q_lora`
     "down.weight": "lora_down",
-    # LyCORIS LoHa; PEFT's has the same names
-    "hada_w1_a": "hada_w1_a",
-    "hada_w1_b": "hada_w1_b",
-    "hada_w2_a": "hada_w2_a",
-    "hada_w2_b": "hada_w2_b",
-    "hada_t1": "hada_t1",
-    "hada_t2": "hada_t2",
-    # LyCORIS LoKr; PEFT's has the same names
-    "lokr_w1": "lokr_w1",
-    "lokr_w1_a": "lokr_w1_a",
-    "lokr_w1_b": "lokr_w1_b",
-    "lokr_w2": "lokr_w2",
-    "lokr_w2_a": "lokr_w2_a",
-    "lokr_w2_b": "lokr_w2_b",
-    "lokr_t2": "lokr_t2",
-    # DoRA
-    "dora_scale": "dora_scale",
-    "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    # OFT, BOFT
-    "oft_blocks": "oft_blocks",
-    "rescale": "rescale",
     "oft_R": "oft_r",
-    "oft_R.weight": "oft_r",
-    # GLoRA
-    "a1.weight": "a1",
-    "a2.weight": "a2",
-    "b1.weight": "b1",
-    "b2.weight": "b2",
-    "bm.weight": "bm",
-    # IA3; LyCORIS' own factors are called `weight`
-    "on_input": "on_input",
-    "ia3_l": "ia3_l",
-    # parameters given whole
-    "diff": "diff",
-    "diff_b": "diff_b",
-    "diff_m": "diff_m",
-    "w_norm": "diff",
-    "b_norm": "diff_b",
-    "set_weight": "weight",
+    # parameters given whole; LyCORIS' IA3 factors are called `weight`, too
     "weight": "weight",
     "bias": "bias",
     "base_layer.bias": "bias",  # PEFT's `bias="all"` and "lora_only"
@@ -89,7 +75,7 @@ SLOTS: Mapping[str, str] = {
     "lambda_layer": "lambda_layer",
     "reshape_weight": "reshape_weight",
 }
-"""What follows a module's name in a key -> slot: the field of an algorithm that takes the tensor."""
+"""Suffix of a key -> slot: the field of an algorithm that takes the tensor."""
 
 _T_LORA = (
     "T-LoRA: the file lacks the base part that its trainer subtracts, and its rank changes with the "
@@ -106,55 +92,70 @@ REFUSED: Mapping[str, str] = {
 _ADAPTER_NAME = re.compile(
     r"^(lora_[AB]|lora_magnitude_vector|oft_R|ia3_l|hada_\w+|lokr_\w+|modules_to_save)\.[^.]+(?=\.|$)"
 )
-"""PEFT puts the adapter's name behind its own (`lora_A.default.weight`) where it is not taken out."""
+"""PEFT may leave the adapter's name behind its own (`lora_A.default.weight`)."""
 
 
 def slot_of(suffix: str) -> str:
-    """The slot that a suffix means; if it is not known, the suffix behind a `?`, which no field has."""
+    """The slot of a suffix; for an unknown one, `?` and the suffix, which is the name of no field."""
     slot = SLOTS.get(suffix)
     return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), f"?{suffix}")
 
 
 MAX_KEY = 1000
-"""No trainer writes longer names, and each of their dots would cost a look."""
+"""Trainers write no longer names. These are not looked up, since each of their dots costs a look-up."""
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT itself writes before a module's path."""
 
 
 @dataclass(frozen=True)
-class _Prefixes:
-    """What stands before a module's path in a key: dotted, or with underscores for dots."""
+class Prefixes:
+    """What stands before the path of a component's modules. After a `_`, the path has `_` for its dots."""
 
-    dotted: tuple[str, ...]
-    underscored: tuple[str, ...]
+    kohya: str
+    original: str
+    """ComfyUI's and LightX2V's: see `naming.Naming`."""
+    others: tuple[str, ...] = ()
+
+    @cached_property
+    def all(self) -> tuple[str, ...]:
+        """All that are read."""
+        return (self.kohya, self.original, *self.others)
 
 
-COMPONENTS: Mapping[str, _Prefixes] = {
-    "unet": _Prefixes(
-        ("unet.", "diffusion_model.", "model.diffusion_model."),
-        ("lora_unet_", "lycoris_", "oft_unet_"),
+_DRAWING = ("lora_unet_", "diffusion_model.")
+COMPONENTS: Mapping[str, Prefixes] = {
+    "unet": Prefixes(*_DRAWING, ("unet.", "model.diffusion_model.", "lycoris_", "oft_unet_")),
+    "transformer": Prefixes(
+        *_DRAWING, ("transformer.", "model.diffusion_model.", "lora_transformer_", "lycoris_")
     ),
-    "transformer": _Prefixes(
-        ("transformer.", "diffusion_model.", "model.diffusion_model."),
-        ("lora_transformer_", "lora_unet_", "lycoris_"),
+    "text_encoder": Prefixes(
+        "lora_te1_",
+        "text_encoders.clip_l.transformer.",
+        ("text_encoder.", "clip_l.", "lora_te_", "lycoris_te1_"),
     ),
-    "text_encoder": _Prefixes(
-        ("text_encoder.", "clip_l.", "text_encoders.clip_l.transformer."),
-        ("lora_te1_", "lora_te_", "lycoris_te1_"),
+    "text_encoder_2": Prefixes(
+        "lora_te2_",
+        "text_encoders.clip_g.transformer.",
+        ("text_encoder_2.", "clip_g.", "lycoris_te2_"),
     ),
-    "text_encoder_2": _Prefixes(
-        ("text_encoder_2.", "clip_g.", "text_encoders.clip_g.transformer."),
-        ("lora_te2_", "lycoris_te2_"),
-    ),
-    "text_encoder_3": _Prefixes(
-        ("text_encoder_3.", "t5.", "text_encoders.t5xxl.transformer."), ("lora_te3_",)
+    "text_encoder_3": Prefixes(
+        "lora_te3_", "text_encoders.t5xxl.transformer.", ("text_encoder_3.", "t5.")
     ),
 }
 """The prefixes of each component that pipelines have."""
 
-_MAIN_PREFIXES = ("", "base_model.model.", "transformer.")
-"""For the first component, which bare names mean: PEFT's own saving, diffusers' for models that draw."""
+
+def prefixes_of(component: str) -> Prefixes:
+    """A component's prefixes; for an unknown one, its name and a dot."""
+    return COMPONENTS.get(component) or Prefixes(f"{component}.", f"{component}.")
+
+
+_MAIN_PREFIXES = ("", PEFT_PREFIX, "transformer.")
+"""Further prefixes of the first component: none, PEFT's, and diffusers' for models that draw."""
 
 MODULATIONS = ("modulation", "scale_shift_table")
-"""What models call the table that `diff_m` changes."""
+"""The names that models have for the table that `diff_m` changes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,27 +183,27 @@ class Match(NamedTuple):
 
     target: Target
     slot: str
-    """One of the values of `SLOTS`, or `?` and the key's own ending if that is not known."""
+    """One of the values of `SLOTS`, or `?` and the key's suffix if that is not known."""
     stem: str
     """The module's name in the file."""
 
 
 class KeyMap:
-    """Every name that a trainer may give to a module of this pipeline. Built once, never changed."""
+    """All names that trainers may give to the modules of one pipeline. Built once, never changed."""
 
     def __init__(self, modules: Mapping[str, Mapping[str, Mapping[str, Shape]]]) -> None:
-        """`modules`: component -> module path -> parameter -> shape, the component that draws first.
+        """`modules`: component -> module path -> parameter -> shape; the first component draws.
 
-        Raises: ValueError if two modules share a name; then no key with it could be trusted.
+        Raises: ValueError if two modules share a name, since a key with that name would be ambiguous.
         """
         self._targets: dict[str, Target] = {}
         self.components = tuple(modules)
-        for component, found in modules.items():
+        for component, paths in modules.items():
             main = component == self.components[0]
-            for path, parameters in found.items():
-                sgm = sgm_path(path, found) if component == "unet" else None
-                target = Target(component, path, parameters, _block(sgm))
-                for name in _names(component, _paths(component, path, sgm, found), main=main):
+            for path, parameters in paths.items():
+                sgm = sgm_path(path, paths) if component == "unet" else None
+                target = Target(component, path, parameters, block_of(sgm or ""))
+                for name in _names(component, _paths(component, path, sgm, paths), main=main):
                     if self._targets.setdefault(name, target) is not target:
                         other = self._targets[name]
                         raise ValueError(f"{name!r} would mean both {other} and {target}")
@@ -213,12 +214,12 @@ class KeyMap:
         return frozenset(self._targets.values())
 
     def find(self, name: str) -> Target | None:
-        """The module that a trainer calls so."""
+        """The module that trainers call by this name."""
         return self._targets.get(name)
 
     def match(self, key: str) -> Match | None:
-        """What a tensor's key means in this pipeline: its longest beginning that is a module's name,
-        and the slot; None if no beginning is.
+        """The module and the slot of a key. The stem is its longest beginning that is a module's name;
+        None if it has none.
         """
         if len(key) > MAX_KEY:
             return None
@@ -231,32 +232,21 @@ class KeyMap:
         return None
 
     def missing_component(self, key: str) -> str | None:
-        """The component that a key is for, if this pipeline has none of that name."""
+        """The component that a key is for, if this pipeline does not have it."""
         meant = [
-            component
-            for component, prefixes in COMPONENTS.items()
-            if key.startswith((*prefixes.dotted, *prefixes.underscored))
+            component for component, prefixes in COMPONENTS.items() if key.startswith(prefixes.all)
         ]
         return None if set(meant) & set(self.components) else next(iter(meant), None)
 
 
-def _block(sgm: str | None) -> str:
-    found = re.match(r"(input|middle|output)_blocks?\.(\d+)", sgm or "")
-    if not found:
-        return "BASE"
-    side, number = found.groups()
-    return "MID" if side == "middle" else f"{'IN' if side == 'input' else 'OUT'}{int(number):02}"
-
-
 def _names(component: str, paths: Iterable[str], *, main: bool) -> Iterator[str]:
-    """Every stem that means a module which trainers know under these paths."""
-    prefixes = COMPONENTS.get(component, _Prefixes((f"{component}.",), ()))
-    dotted = {*prefixes.dotted, *(_MAIN_PREFIXES if main else ())}
+    """Every stem that means the module with these paths."""
+    prefixes = {*prefixes_of(component).all, *(_MAIN_PREFIXES if main else ())}
     for path in paths:
-        for prefix in dotted:
-            yield prefix + path
-        if path:
-            for prefix in prefixes.underscored:
+        for prefix in prefixes:
+            if not prefix.endswith("_"):
+                yield prefix + path
+            elif path:
                 yield prefix + path.replace(".", "_")
 
 
@@ -267,7 +257,7 @@ _OLD_CLIP = re.compile(r"(.*self_attn)\.(q|k|v|out)_proj")
 def _paths(
     component: str, path: str, sgm: str | None, siblings: Mapping[str, object]
 ) -> Iterator[str]:
-    """Every dotted path that trainers use for a module."""
+    """All dotted paths that trainers use for a module."""
     if component.startswith("text_encoder"):
         # transformers 5 dropped `text_model.` from CLIPTextModel, and trainers still write it.
         bare = path.removeprefix("text_model.")

@@ -1,4 +1,4 @@
-"""How other tools name an adapter's tensors: the key of a module's slot in each naming, for writing.
+"""The names of an adapter's tensors in the conventions of other tools, for writing.
 
 | naming | a key | alpha |
 | --- | --- | --- |
@@ -7,8 +7,8 @@
 | peft | `base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight` | in `adapter_config.json` |
 | original | `diffusion_model.input_blocks.4.1.proj_in.lora_down.weight` | a tensor |
 
-`original` is LightX2V's and ComfyUI's: the names of the model's own code. Whatever key is made here,
-`KeyMap.match` reads it back as the same module and slot.
+`original` is LightX2V's and ComfyUI's: the names of the model's own code. `KeyMap.match` reads every key that
+is made here back as the same module and slot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from enum import StrEnum
 
-from lora.formats.names.keys import KeyMap, Shape, Target
+from lora.formats.names.keys import (
+    LYCORIS,
+    LYCORIS_NORMS,
+    ONE_NUMBER,
+    PEFT,
+    PEFT_PREFIX,
+    SAME,
+    KeyMap,
+    Shape,
+    Target,
+    prefixes_of,
+)
 from lora.formats.names.sgm import sgm_path
 from lora.formats.names.wan import wan_path
 
@@ -31,60 +42,34 @@ class Naming(StrEnum):
 
     @property
     def has_config(self) -> bool:
-        """Whether alphas stand in a PEFT config instead of tensors."""
+        """Whether alphas are in a PEFT config, not in tensors."""
         return self in (Naming.DIFFUSERS, Naming.PEFT)
 
-
-_SAME = (
-    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-)
-"""Slots whose suffix is their name, in LyCORIS and in PEFT."""
-
-_LYCORIS: Mapping[str, str] = {
-    "lora_up": "lora_up.weight",
-    "lora_down": "lora_down.weight",
-    "lora_mid": "lora_mid.weight",
-    **{name: name for name in ("alpha", "bias_indices", "bias_values", "bias_size")},
-    **{name: name for name in (*_SAME, "dora_scale", "oft_blocks", "rescale", "on_input")},
-    **{name: f"{name}.weight" for name in ("a1", "a2", "b1", "b2", "bm")},
-    **{name: name for name in ("diff", "diff_b")},
-    "weight": "set_weight",
-}
-_PEFT_LORA: Mapping[str, str] = {
-    "lora_up": "lora_B.weight",
-    "lora_down": "lora_A.weight",
-    "lora_up_bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
-_PEFT_OTHERS: Mapping[str, str] = {
-    **{name: name for name in _SAME if name != "lokr_t2"},  # PEFT's core has another shape
-    "oft_r": "oft_R.weight",
-    "ia3_l": "ia3_l",
-}
-_SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
-    Naming.KOHYA: _LYCORIS,
-    Naming.ORIGINAL: {**_LYCORIS, "diff_m": "diff_m"},
-    Naming.DIFFUSERS: _PEFT_LORA,
-    Naming.PEFT: {**_PEFT_LORA, **_PEFT_OTHERS},
-}
 
 _IN_CONFIG: Mapping[Naming, Set[str]] = {
     Naming.KOHYA: frozenset(),
     Naming.ORIGINAL: frozenset(),
     Naming.DIFFUSERS: frozenset({"alpha"}),
-    Naming.PEFT: frozenset({"alpha", "on_input", "neumann_terms"}),
+    Naming.PEFT: frozenset(ONE_NUMBER),
 }
-"""Slots that a naming keeps in its config; they have no key."""
+"""The slots that a naming stores in its config; they have no key."""
 
 PEFT_TYPES: Mapping[str, Set[str]] = {
-    "LORA": frozenset(_PEFT_LORA),
-    "LOHA": frozenset(name for name in _SAME if name.startswith("hada")),
-    "LOKR": frozenset(name for name in _SAME if name.startswith("lokr")),
+    "LORA": frozenset({"lora_up", "lora_down", "lora_up_bias", "magnitude"}),
+    "LOHA": frozenset(slot for slot in SAME if slot.startswith("hada")),
+    "LOKR": frozenset(slot for slot in SAME if slot.startswith("lokr")),
     "OFT": frozenset({"oft_r", "neumann_terms"}),
     "IA3": frozenset({"ia3_l", "on_input"}),
 }
 """PEFT's name of an algorithm -> its slots. An adapter of PEFT is of one type."""
+
+_SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
+    Naming.KOHYA: {slot: suffix for slot, suffix in LYCORIS.items() if slot != "diff_m"},
+    Naming.ORIGINAL: LYCORIS,
+    Naming.DIFFUSERS: {slot: PEFT[slot] for slot in PEFT_TYPES["LORA"]},
+    # PEFT's Tucker core of a LoKr has another shape than LyCORIS'.
+    Naming.PEFT: {slot: suffix for slot, suffix in PEFT.items() if slot != "lokr_t2"},
+}
 
 MAGNITUDE_OF: Mapping[Naming, str] = {
     Naming.KOHYA: "dora_scale",
@@ -93,23 +78,6 @@ MAGNITUDE_OF: Mapping[Naming, str] = {
     Naming.PEFT: "magnitude",
 }
 """The slot in which a naming keeps a DoRA's magnitudes of the outputs."""
-
-_PREFIXES: Mapping[Naming, Mapping[str, str]] = {
-    Naming.KOHYA: {
-        "unet": "lora_unet_",
-        "transformer": "lora_unet_",
-        "text_encoder": "lora_te1_",
-        "text_encoder_2": "lora_te2_",
-        "text_encoder_3": "lora_te3_",
-    },
-    Naming.ORIGINAL: {
-        "unet": "diffusion_model.",
-        "transformer": "diffusion_model.",
-        "text_encoder": "text_encoders.clip_l.transformer.",
-        "text_encoder_2": "text_encoders.clip_g.transformer.",
-        "text_encoder_3": "text_encoders.t5xxl.transformer.",
-    },
-}
 
 _WORDS: Mapping[str, str] = {
     "lora_mid": "a Tucker core",
@@ -132,8 +100,8 @@ _WORDS: Mapping[str, str] = {
 
 
 def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
-    """Why a naming cannot hold a module with these slots; None if it can. `magnitude` and `dora_scale`
-    of the outputs are one thing under two names: ask with the naming's own (`MAGNITUDE_OF`).
+    """Why a naming cannot store a module with these slots; None if it can. The magnitudes of the outputs are
+    `magnitude` or `dora_scale`: pass the naming's own slot for them (`MAGNITUDE_OF`).
     """
     there = set(slots)
     left = sorted(there - set(_SUFFIXES[naming]) - _IN_CONFIG[naming])
@@ -148,7 +116,7 @@ def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
 
 
 def peft_types(slots: Iterable[str]) -> tuple[str, ...]:
-    """PEFT's names of the algorithms that slots belong to, `alpha` apart: it belongs to each."""
+    """PEFT's names of the algorithms that slots belong to. `alpha` is ignored, since each may have it."""
     there = set(slots)
     if "ia3_l" not in there:
         there.discard("on_input")
@@ -174,43 +142,41 @@ class Namer:
         return None
 
     def stem(self, target: Target) -> str:
-        """What a module is called: its keys' beginning."""
+        """A module's name: the beginning of its keys."""
         component = target.component
         if self.naming is Naming.PEFT:
-            return f"base_model.model.{target.path}"
+            return f"{PEFT_PREFIX}{target.path}"
         if self.naming is Naming.DIFFUSERS:
             return f"{component}.{_full_path(target)}"
         if self.naming is Naming.ORIGINAL:
-            prefix = _PREFIXES[self.naming].get(component, f"{component}.")
-            return prefix + self._original(target)
+            return prefixes_of(component).original + self._original(target)
+        prefix = prefixes_of(component).kohya
         if component == "text_encoder" and not self._sdxl:
-            prefix = "lora_te_"
-        else:
-            prefix = _PREFIXES[self.naming].get(component, f"{component}.")
+            prefix = "lora_te_"  # kohya numbers them only where there are two
         # kohya trains SD 1.5 and SD 2 in diffusers' own modules, and everything else in the original's.
         plain = component == "unet" and not self._sdxl
         path = target.path if plain else self._original(target)
         return prefix + (path.replace(".", "_") if prefix.endswith("_") else path)
 
     def key(self, target: Target, slot: str, beside: Iterable[str] = ()) -> str | None:
-        """A tensor's key; None where this naming keeps the slot in its config. `beside`: the module's other
-        slots, which matter for IA3 alone: its `weight` is no new value of the module's.
+        """A tensor's key; None if this naming stores the slot in its config. `beside`: the module's other
+        slots. They matter only for IA3, whose `weight` is not a new value of the module's weight.
 
-        Raises: KeyError for a slot that the naming cannot hold; ask `trouble` first.
+        Raises: KeyError for a slot that the naming cannot store; call `trouble` first.
         """
         if slot in _IN_CONFIG[self.naming]:
             return None
         if slot == "weight" and "on_input" in beside:
             ending = "weight"
-        elif self.naming is Naming.KOHYA and slot in ("diff", "diff_b") and _is_norm(target):
-            ending = "w_norm" if slot == "diff" else "b_norm"  # LyCORIS' module for norms
+        elif self.naming is Naming.KOHYA and slot in LYCORIS_NORMS and _is_norm(target):
+            ending = LYCORIS_NORMS[slot]
         else:
             ending = _SUFFIXES[self.naming][slot]
         return f"{self.stem(target)}.{ending}"
 
     @property
     def _sdxl(self) -> bool:
-        """Whether the U-Net is SDXL's or its refiner's: they alone read sizes beside the prompt."""
+        """Whether the U-Net is SDXL's or its refiner's: only they read sizes in addition to the prompt."""
         paths = self._paths.get("unet", set())
         return "add_embedding.linear_1" in paths or "text_encoder_2" in self._paths
 
@@ -225,14 +191,14 @@ class Namer:
 
 
 def suffix(naming: Naming, slot: str) -> str | None:
-    """What follows a module's name in a key; None where the naming has no such key."""
+    """What follows a module's name in a key; None if the naming has no such key."""
     return _SUFFIXES[naming].get(slot)
 
 
 def bare_path(target: Target) -> str:
-    """A text encoder's path without `text_model.`, which transformers 5 dropped from some; others' as it is.
+    """A text encoder's path without `text_model.`, which transformers 5 dropped from some; others unchanged.
 
-    PEFT's configs are to say it so: a name there fits every module that ends in it, with and without.
+    PEFT's configs need this form: a name there fits every module that ends in it, with the prefix or without.
     """
     if target.component in ("text_encoder", "text_encoder_2"):
         return target.path.removeprefix("text_model.")
@@ -240,7 +206,7 @@ def bare_path(target: Target) -> str:
 
 
 def _full_path(target: Target) -> str:
-    """With `text_model.`, as all trainers write it."""
+    """The path with `text_model.`, as all trainers write it."""
     path = bare_path(target)
     clip = target.component in ("text_encoder", "text_encoder_2")
     return f"text_model.{path}" if clip and path != "text_projection" else path

@@ -1,19 +1,15 @@
-"""The names that the original Stable Diffusion code (sgm) gives to the modules of diffusers' UNet."""
+"""The names of the original Stable Diffusion code (sgm) for the modules of diffusers' UNet, both ways."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Mapping, Set
+from functools import cache
 
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
-_WHOLE = {
+LEVELS = 8
+"""More down blocks than any UNet has."""
+
+WHOLE: Mapping[str, str] = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -22,43 +18,89 @@ _WHOLE = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
 }
-_BLOCK = re.compile(
-    r"(down|up)_blocks\.(\d+)\."
-    r"(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
-)
-_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+_INSIDE: Mapping[str, Mapping[str, str]] = {
+    "resnets": {
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "conv_shortcut": "skip_connection",
+    },
+    "downsamplers": {"conv": "op"},
+    "upsamplers": {"conv": "conv"},
+}
+"""Kind of layer -> the names inside of it. Inside of attentions both codes use the same names."""
+
+
+@cache
+def layers(resnets: int, attended: Set[int] = frozenset()) -> Mapping[str, str]:
+    """diffusers' name of each layer of the blocks -> sgm's.
+
+    A UNet with n `resnets` in a down block (2 in SD 1.5, SD 2 and SDXL) has n + 1 in an up block. Layer j of
+    down block i is input block 1 + i (n + 1) + j; layer j of up block i is output block i (n + 1) + j. An
+    upsampler stands behind the resnet and, in the up blocks that are `attended`, the attention.
+    """
+    names = {f"mid_block.resnets.{j}": f"middle_block.{2 * j}" for j in (0, 1)}
+    names["mid_block.attentions.0"] = "middle_block.1"
+    for i in range(LEVELS):
+        start = i * (resnets + 1)
+        for place, kind in enumerate(("resnets", "attentions")):
+            for j in range(resnets):
+                names[f"down_blocks.{i}.{kind}.{j}"] = f"input_blocks.{start + 1 + j}.{place}"
+            for j in range(resnets + 1):
+                names[f"up_blocks.{i}.{kind}.{j}"] = f"output_blocks.{start + j}.{place}"
+        names[f"down_blocks.{i}.downsamplers.0"] = f"input_blocks.{start + resnets + 1}.0"
+        behind = 2 if i in attended else 1
+        names[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{start + resnets}.{behind}"
+    return names
 
 
 def sgm_path(path: str, siblings: Container[str]) -> str | None:
-    """The name that the original Stable Diffusion code (sgm) gives to a module of diffusers' UNet.
+    """The sgm name of a module of diffusers' UNet; None if it has none.
 
-    `siblings` are all module paths of that UNet; they tell its number of resnets in a down block, n
-    (2 in SD 1.5, SD 2 and SDXL). Down block i, layer j is input block 1 + i (n + 1) + j; up block i,
-    layer j is output block i (n + 1) + j. None: the module has no such name.
+    `siblings` are all module paths of that UNet; they show its number of resnets, and its attentions.
     """
-    if path in _WHOLE:
-        return _WHOLE[path]
-    if middle := _MIDDLE.fullmatch(path):
-        kind, index, rest = middle.groups()
-        place = 1 if kind == "attentions" else 2 * int(index)
-        return _inside(f"middle_block.{place}", kind, rest)
-    block = _BLOCK.fullmatch(path)
-    if not block:
-        return None
-    side, number, kind, index, rest = block.groups()
-    start = int(number) * (_resnets_per_down_block(siblings) + 1)
-    if kind == "downsamplers":
-        return f"input_blocks.{start + _resnets_per_down_block(siblings) + 1}.0.op"
-    if kind == "upsamplers":
-        # It stands behind the resnet and, where the block has one, the attention.
-        behind = 2 if f"up_blocks.{number}.attentions.0.proj_in" in siblings else 1
-        return f"output_blocks.{start + _resnets_per_down_block(siblings)}.{behind}.conv"
-    place = 1 if kind == "attentions" else 0
-    place_of = {
-        "down": f"input_blocks.{start + 1 + int(index)}",
-        "up": f"output_blocks.{start + int(index)}",
-    }
-    return _inside(f"{place_of[side]}.{place}", kind, rest)
+    if path in WHOLE:
+        return WHOLE[path]
+    layer, inside = _split(path, 3 if path.startswith("mid_block.") else 4)
+    attended = frozenset(
+        i for i in range(LEVELS) if f"up_blocks.{i}.attentions.0.proj_in" in siblings
+    )
+    theirs = layers(_resnets_per_down_block(siblings), attended).get(layer)
+    kind = layer.split(".")[-2:][0]
+    inside = _INSIDE[kind].get(inside, "") if kind in _INSIDE else inside
+    return f"{theirs}.{inside}" if theirs and inside else None
+
+
+def diffusers_path(name: str, resnets: int) -> str | None:
+    """The path in diffusers' UNet of the module with this sgm name: the inverse of `sgm_path`."""
+    modules, attentions = _inverse(resnets)
+    layer, inside = _split(name, 2 if name.startswith("middle_block.") else 3)
+    if name in modules or layer not in attentions or not inside:
+        return modules.get(name)
+    return f"{attentions[layer]}.{inside}"
+
+
+@cache
+def _inverse(resnets: int) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """sgm's name -> diffusers' path, of all modules outside of attentions, and of the attentions."""
+    modules = {theirs: ours for ours, theirs in WHOLE.items()}
+    attentions: dict[str, str] = {}
+    for attended in (frozenset(range(LEVELS)), frozenset[int]()):
+        for ours, theirs in layers(resnets, attended).items():
+            names = _INSIDE.get(ours.split(".")[-2])
+            if names is None:
+                attentions[theirs] = ours
+            else:
+                modules |= {f"{theirs}.{b}": f"{ours}.{a}" for a, b in names.items()}
+    return modules, attentions
+
+
+def _split(path: str, count: int) -> tuple[str, str]:
+    """The first parts of a path, and the rest."""
+    parts = path.split(".", count)
+    return ".".join(parts[:count]), "".join(parts[count:])
 
 
 def _resnets_per_down_block(siblings: Container[str]) -> int:
@@ -68,7 +110,13 @@ def _resnets_per_down_block(siblings: Container[str]) -> int:
     return count
 
 
-def _inside(where: str, kind: str, rest: str) -> str | None:
-    if kind == "attentions":
-        return f"{where}.{rest}"
-    return f"{where}.{_RESNET[rest]}" if rest in _RESNET else None
+_BLOCK = re.compile(r"(input|middle|output)_blocks?[._](\d+)")
+
+
+def block_of(sgm: str) -> str:
+    """The block of the UNet that a module with this sgm name is in: IN00, ..., MID, OUT00, ..., else BASE."""
+    match = _BLOCK.search(sgm)
+    if not match:
+        return "BASE"
+    side, number = match.groups()
+    return "MID" if side == "middle" else f"{'IN' if side == 'input' else 'OUT'}{int(number):02}"

@@ -31,8 +31,8 @@ _WAN = (
 def wan_path(path: str) -> str:
     """The name that Wan's own code gives to a module of diffusers' WanTransformer3DModel.
 
-    The table is diffusers' `convert_wan_to_diffusers.py`, read backwards; the root is Wan's `head`, whose
-    modulation it holds.
+    The table is diffusers' `convert_wan_to_diffusers.py`, reversed. The root is Wan's `head`, since it
+    has the head's modulation.
     """
     if not path:
         return "head"

@@ -1,4 +1,4 @@
-"""What an adapter's own names and shapes say of its modules, where no model is at hand. No torch."""
+"""Finds an adapter's modules by its own names and shapes, where no model is at hand."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ from lora.errors import LoraUnsupported
 from lora.formats.embeddings import BUNDLE, ENCODERS, is_embedding
 from lora.formats.families import identify
 from lora.formats.header import Header
-from lora.formats.names.keys import COMPONENTS, MAX_KEY, KeyMap, Shape, slot_of
+from lora.formats.names.keys import COMPONENTS, MAX_KEY, PEFT_PREFIX, KeyMap, Shape, slot_of
 
 Slots = Mapping[str, Shape]
 """Slot -> the shape of its tensor."""
 
-MAIN = {"language model": "model", None: "unet"}
-"""What the component that draws, or writes, is called: a transformer, but for these and UNets."""
-
-UNETS = ("SD 1.5", "SD 2", "SDXL", "SDXL refiner")
+TRANSFORMERS = ("Flux", "Qwen-Image", "SD 3", "Wan")
+"""The families whose drawing component is a transformer."""
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """(module's name in the file, slot): the longest known suffix; None if the key has none."""
+    """(module's name in the file, slot), by the longest known suffix; None if the key has none."""
     if len(key) > MAX_KEY:
         return None
     for dot in re.finditer(r"\.", key):
@@ -33,44 +31,41 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def component_of(stem: str, main: str) -> tuple[str, str]:
-    """(component, path) of a module's name; `main` is the component that names without a prefix mean."""
+    """(component, path) of a module's name. `main`: the component of names without a prefix."""
     for component in sorted(COMPONENTS, key=lambda name: not name.startswith("text_encoder")):
-        prefixes = COMPONENTS[component]
-        for prefix in (*prefixes.dotted, *prefixes.underscored):
+        for prefix in COMPONENTS[component].all:
             if stem.startswith(prefix):
                 path = stem.removeprefix(prefix)
                 text = component.startswith("text_encoder")
                 return (component, path.removeprefix("text_model.")) if text else (main, path)
-    return main, stem.removeprefix("base_model.model.")
+    return main, stem.removeprefix(PEFT_PREFIX)
 
 
 def main_component(header: Header) -> str:
-    """The component that draws in the model which a file is for."""
+    """The component that draws, or writes, in the model which a file is for."""
     family = identify(header)
-    if family in UNETS:
-        return "unet"
-    return MAIN.get(family, "transformer" if _is_known(family) else "unet")
-
-
-def _is_known(family: str | None) -> bool:
-    return family in ("Flux", "Qwen-Image", "SD 3", "Wan")
+    if family == "language model":
+        return "model"
+    named = any(key.startswith("transformer.") for key in header.tensors)
+    return "transformer" if named or family in TRANSFORMERS else "unet"
 
 
 def own_key_map(header: Header) -> KeyMap:
     """A map of the modules that the file itself names, in the shapes that its tensors need.
 
-    With it `formats.adapter.load` reads any adapter whole: what it leaves unused fits no model. A module's
-    path is its name in the file without the component's prefix.
+    With it any adapter is read whole: the tensors that stay unused fit no model. A module's path is its name
+    in the file without the component's prefix.
     Raises: LoraUnsupported if two of its names could mean one module.
     """
     main = main_component(header)
-    found: dict[str, dict[str, dict[str, Shape]]] = {main: {}}
+    components: dict[str, dict[str, dict[str, Shape]]] = {main: {}}
     for (component, path), slots in _by_module(header, main).items():
-        found.setdefault(component, {})[path] = _parameters(slots)
+        components.setdefault(component, {})[path] = _parameters(slots)
     for component, width in _embedding_widths(header):
-        found.setdefault(component, {})["embeddings.token_embedding"] = {"weight": (1, width)}
+        modules = components.setdefault(component, {})
+        modules.setdefault("embeddings.token_embedding", {"weight": (1, width)})
     try:
-        return KeyMap({component: modules for component, modules in found.items() if modules})
+        return KeyMap({component: modules for component, modules in components.items() if modules})
     except ValueError as error:
         raise LoraUnsupported("two names in the file could mean the same module") from error
 
@@ -119,6 +114,13 @@ def _factor(slots: Slots, name: str, core: str) -> Shape:
     return (a[1], b[1], *slots[core][2:]) if core in slots else (a[0], *b[1:])
 
 
+def _glora(slots: Slots) -> Shape:
+    a1, b1, b2 = slots["a1"], slots["b1"], slots["b2"]
+    if a1[0] < a1[1]:  # the older layout has the factors of each pair swapped
+        a1, b1, b2 = slots["a2"], b2, b1
+    return (b1[0], a1[0], *slots.get("bm", b2)[2:])
+
+
 def _rotated(slots: Slots) -> Shape:
     return (math.prod(slots["oft_blocks"][-3:-1]), 1)
 
@@ -130,7 +132,7 @@ def _rotated_input(slots: Slots) -> Shape:
 
 
 def _scaled(factors: Shape) -> Shape:
-    """IA3's factors are the outputs' or the inputs': as many of both will do."""
+    """IA3's factors belong to the outputs or to the inputs: a square weight fits both."""
     return (math.prod(factors),) * 2
 
 
@@ -139,7 +141,7 @@ SHAPES: Mapping[str, Callable[[Slots], Shape]] = {
     "hada_w1_a": _hadamard,
     "lokr_w1": _kronecker,
     "lokr_w1_a": _kronecker,
-    "b1": lambda slots: (slots["b1"][0], slots["a1"][0]),
+    "b1": _glora,
     "oft_blocks": _rotated,
     "oft_r": _rotated_input,
     "diff": lambda slots: slots["diff"],
@@ -147,23 +149,23 @@ SHAPES: Mapping[str, Callable[[Slots], Shape]] = {
     "on_input": lambda slots: _scaled(slots["weight"]),
     "weight": lambda slots: slots["weight"],
 }
-"""A slot that tells an algorithm -> the weight's shape by its tensors; the first that is there counts."""
+"""A slot that shows the algorithm -> the weight's shape by its tensors; the first that is there counts."""
 
 
 def _parameters(slots: Slots) -> dict[str, Shape]:
-    """The module's parameters, as far as the adapter's tensors tell them."""
-    found: dict[str, Shape] = {}
+    """The shapes of the module's parameters, as far as the adapter's tensors show them."""
+    shapes: dict[str, Shape] = {}
     for slot, shape_by in SHAPES.items():
         if slot in slots:
             try:
-                found["weight"] = shape_by(slots)
+                shapes["weight"] = shape_by(slots)
             except (KeyError, IndexError, ValueError):
-                # A part or an axis is missing: `load` says which.
-                found["weight"] = ()
+                # A tensor or an axis is missing: the reader says which.
+                shapes["weight"] = ()
             break
     for slot, name in (("diff_b", "bias"), ("bias", "bias"), ("lora_up_bias", "bias")):
         if slot in slots:
-            found[name] = slots[slot]
+            shapes[name] = slots[slot]
     if "diff_m" in slots:
-        found["modulation"] = slots["diff_m"]
-    return found or {"weight": ()}
+        shapes["modulation"] = slots["diff_m"]
+    return shapes or {"weight": ()}

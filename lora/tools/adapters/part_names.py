@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
+from lora.formats.names.keys import ONE_NUMBER
 from lora.formats.names.naming import MAGNITUDE_OF, Namer, Naming, bare_path, suffix, trouble
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.peft_configs import HINT
@@ -32,7 +33,7 @@ class PartNames:
         return {slot: key for slot, key in keys.items() if key is not None}
 
     def _new_key(self, part: Part, slot: str) -> str | None:
-        in_config = self.has_config and slot in ("alpha", "on_input", "neumann_terms")
+        in_config = self.has_config and slot in ONE_NUMBER
         if in_config or (
             slot == "alpha" and part.alpha == part.rank
         ):  # no alpha means alpha = rank

@@ -1,4 +1,4 @@
-"""What an adapter is to the tools: named tensors per module, whatever file they came from."""
+"""An adapter as the tools see it: named tensors per module, whatever file they came from."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lora.formats.adapter import UnusedKey
 from lora.formats.algorithms import recipes
 from lora.formats.alphas import RANKED
-from lora.formats.names.keys import KeyMap, Target
+from lora.formats.contents import UnusedKey
+from lora.formats.names.keys import PEFT_PREFIX, KeyMap, Target
 from lora.formats.names.naming import Naming
 
 
@@ -20,32 +20,32 @@ class Part:
 
     target: Target
     slots: Mapping[str, Tensor]
-    """Slot of `keys.SLOTS` -> tensor. What a config says of the module is among them: its alpha, with
-    rs-LoRA's root already in it, so that alpha / rank is the scaling everywhere.
+    """Slot of `keys.SLOTS` -> tensor. What a config says of the module is included: its alpha, already
+    multiplied by rs-LoRA's root, so that alpha / rank is always the scaling.
     """
     stem: str = ""
-    """What the file calls the module."""
+    """The module's name in the file."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Slot -> its key in the file; empty for a part that was not read from one."""
 
     @property
     def name(self) -> str:
-        """The module's for a person: the model's, or the file's where no model is known."""
+        """The module's name for a person: the model's, or the file's if no model is known."""
         return self.stem if self.target.path == self.stem else str(self.target)
 
     @property
     def rank(self) -> int | None:
-        """The inner dimension that alpha is divided by; None where nothing is."""
-        found = next(
+        """The inner dimension, by which alpha is divided; None if there is none."""
+        factor = next(
             (self.slots[s] for s in RANKED if s in self.slots and self.slots[s].dim()), None
         )
-        if found is None and "b1" in self.slots and self.slots["b1"].dim() >= 2:
+        if factor is None and "b1" in self.slots and self.slots["b1"].dim() >= 2:
             return min(self.slots["b1"].shape[:2])
-        return None if found is None else found.shape[0]
+        return None if factor is None else factor.shape[0]
 
     @property
     def alpha(self) -> float | None:
-        """The number whose quotient by the rank is the scaling; None where there is no rank."""
+        """The number that, divided by the rank, is the scaling; None if there is no rank."""
         if self.rank is None:
             return None
         value = float(self.slots["alpha"]) if "alpha" in self.slots else 0.0
@@ -53,9 +53,9 @@ class Part:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """What its tensors make up, in the order of `lora.formats.algorithms.ALGORITHMS`."""
-        found, _ = recipes(frozenset(self.slots))
-        return tuple(recipe.make(self.slots).name for recipe in found)
+        """The algorithms of its tensors, in the order of `lora.formats.algorithms.ALGORITHMS`."""
+        made, _ = recipes(frozenset(self.slots))
+        return tuple(recipe.make(self.slots).name for recipe in made)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,18 +65,18 @@ class Adapter:
     parts: tuple[Part, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     words: Mapping[str, Tensor] = field(default_factory=dict)
-    """Key -> vectors that teach a word of the prompt. They have one name in every naming."""
+    """Key -> vectors that teach a word of the prompt. Their keys are the same in every naming."""
     unused: tuple[UnusedKey, ...] = ()
     key_map: KeyMap | None = None
-    """What its modules belong to; None where they are known by the file's own names alone."""
+    """The names of the model that its modules belong to; None if only the file's own names are known."""
     has_config: bool = False
-    """Whether its alphas stood in a PEFT config."""
+    """Whether its alphas were in a PEFT config."""
 
     @property
     def naming(self) -> Naming:
-        """The naming that it was read in, as far as its keys tell."""
+        """The naming that it was read in, as far as its keys show it."""
         if self.has_config:
-            peft = any(part.stem.startswith("base_model.model.") for part in self.parts)
+            peft = any(part.stem.startswith(PEFT_PREFIX) for part in self.parts)
             return Naming.PEFT if peft else Naming.DIFFUSERS
         return Naming.ORIGINAL if any("." in part.stem for part in self.parts) else Naming.KOHYA
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lora.durable import write_durably
 from lora.errors import ToolError
 from lora.formats.alphas import CONFIG_IN_FILE
+from lora.formats.contents import NOT_FLOATING
 from lora.formats.names.naming import Naming
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.tools import HEADER_ALIGNMENT, Format, dtype_name
@@ -27,9 +28,6 @@ from lora.tools.writing import published_folder, write_errors, write_pytorch
 
 STALE = (*HASH_FIELDS, CONFIG_IN_FILE)
 """Metadata about the bytes or the naming of the file that was read."""
-
-KEPT_EXACT = ("alpha", "on_input", "neumann_terms", "bias_indices", "bias_size")
-"""Slots that are never converted to the chosen dtype."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def _lay(adapter: Adapter, options: WriteOptions) -> _Laid:
 
 
 def _cast(key: str, slot: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    if dtype is None or slot in KEPT_EXACT or not tensor.is_floating_point():
+    if dtype is None or slot in NOT_FLOATING or not tensor.is_floating_point():
         return tensor.contiguous()
     cast = tensor.to(dtype)
     if not bool(cast.float().isfinite().all()):

@@ -265,7 +265,7 @@ def _verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
         place = Place(layer.target.component, layer.target.path, layer.parameter)
         original, wanted = source.read(place), target.read(place)
         merged = torch.empty_like(original)
-        merge(merged, original, [(layer.part, 1.0)])
+        merge(merged, original, [(layer.algorithm, 1.0)])
         wanted = wanted.to(original.dtype)
         error = merged.float() - wanted.float()
         errors.append(energy(error))

@@ -23,8 +23,7 @@ from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap, Shape
 from lora.tools import FILE_FORMATS
 from lora.tools.models.folders import files_of
-from lora.tools.models.layouts import ADAPTABLE, Found, places
-from lora.tools.models.sdxl_names import Where
+from lora.tools.models.layouts import ADAPTABLE, Found, Where, places
 from lora.tools.models.weights import Raw, WeightsFile, open_weights, unreadable
 
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import termios
-import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +24,7 @@ from lora.errors import ToolError
 from tests.adapters import kohya, randn, write
 from tests.conftest import ROOT
 from tests.lora.commands.running import run, start
+from tests.waiting import PATIENCE, until
 
 
 def test_help_needs_no_torch() -> None:
@@ -155,11 +155,9 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(tmp_path: Path) -> None:
         *("--lora-model", tmp_path / "lora.safetensors", "--output", output),
     )
     known = {"a.safetensors", "lora.safetensors"}
-    deadline = time.monotonic() + 60
-    while {one.name for one in tmp_path.iterdir()} <= known and time.monotonic() < deadline:
-        time.sleep(0.001)
+    until(lambda: {one.name for one in tmp_path.iterdir()} - known, pause=0.001)
     os.kill(running.pid, signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=PATIENCE)
     left = {one.name for one in tmp_path.iterdir()} - known
     assert (running.returncode, left, out) == (130, set(), ""), err
     assert err == "interrupted\n"
@@ -207,7 +205,7 @@ def test_a_reader_that_goes_early_is_no_fault(tmp_path: Path) -> None:
 def test_a_terminal_without_unicode_gets_plain_letters(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", kohya(), {"ss_output_name": "naïve"})
     running = start("inspect", path, PYTHONIOENCODING="ascii", PYTHONUTF8="0")
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=PATIENCE)
     assert running.returncode == 0, err
     assert "####" in out
     assert "na?ve" in out

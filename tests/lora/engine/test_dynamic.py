@@ -41,7 +41,7 @@ def test_on_a_cpu_factors_stay_as_the_file_has_them(tmp_path: Path, kind: torch.
     root = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
     engine = LoraEngine({"unet": root})
     file = parse(engine, tmp_path, {k: t.to(kind) for k, t in lora("0").items()})
-    part = file.layers[0].part.low_rank()
+    part = file.layers[0].algorithm.low_rank()
     assert part is not None
     (factors,) = make_factors([(root[0], "0", [part])])
     assert factors.down is part.down
@@ -87,7 +87,7 @@ def test_a_layer_of_a_large_file_does_not_take_the_file_along(tmp_path: Path) ->
     root = nn.Sequential(nn.Linear(8, 8)).to(torch.bfloat16)
     engine = LoraEngine({"unet": root})
     file = parse(engine, tmp_path, lora("0") | {"unet.gone.alpha": randn(100_000)})
-    part = file.layers[0].part.low_rank()
+    part = file.layers[0].algorithm.low_rank()
     assert part is not None
     (factors,) = make_factors([(root[0], "0", [part])])
     assert factors.down.untyped_storage().nbytes() == factors.down.numel() * 2
@@ -98,7 +98,7 @@ def test_most_of_a_file_goes_in_one_step(tmp_path: Path) -> None:
     root = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).to(torch.bfloat16)
     engine = LoraEngine({"unet": root})
     file = parse(engine, tmp_path, lora("0") | lora("1"))
-    parts = [layer.part.low_rank() for layer in file.layers]
+    parts = [layer.algorithm.low_rank() for layer in file.layers]
     made = make_factors([(m, "", [p]) for m, p in zip(root, parts, strict=True) if p])
     storages = {t.untyped_storage().data_ptr() for f in made for t in (f.down, f.up)}
     assert len(storages) == 1

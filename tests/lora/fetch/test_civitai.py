@@ -47,7 +47,7 @@ def cache(tmp_path: Path, server: LoopbackServer) -> VolumeCache:
     web = Web(WebRules(own=frozenset({origin}), tokens={origin: token}))
     return VolumeCache(
         tmp_path,
-        Limits(timeout=5, tries=1),
+        Limits(tries=1),
         web,
         civitai=Civitai(web, server.address),
     )
@@ -112,7 +112,7 @@ def test_the_file_is_chosen(cache: VolumeCache, server: LoopbackServer) -> None:
     shown = f"{server.address}/api/download/models/3"
 
     def chosen(path: str, **options: str) -> str:
-        place = cache.resolve(Reference(path, refresh=True, **options)).place  # type: ignore[arg-type]
+        place = cache.resolve(Reference(path, refresh=True, **options)).location  # type: ignore[arg-type]
         return str(getattr(place, "file_name", ""))
 
     assert chosen("civitai:12", weight_name="lora.safetensors") == "lora.safetensors"

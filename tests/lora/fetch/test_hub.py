@@ -142,7 +142,7 @@ def test_a_peft_repo_comes_with_its_config(
         loaded = library.load(Reference("u/peft"))
         assert loaded.entry.record.config == config.decode()
         assert loaded.warnings == ()
-        part = loaded.file.layers[0].part.low_rank()
+        part = loaded.file.layers[0].algorithm.low_rank()
         assert part is not None
         assert part.scaling == 8.0
     assert server.hits[f"/u/peft/resolve/{COMMIT}/adapter_config.json"] == 1

@@ -73,7 +73,7 @@ def test_diffusers_alpha_comes_from_the_metadata(engine: LoraEngine, tmp_path: P
     ):
         metadata = {"lora_adapter_metadata": json.dumps(config)}
         file = load(write(tmp_path / "a.safetensors", tensors, metadata), engine.key_map, "x")
-        low_rank = file.layers[0].part.low_rank()
+        low_rank = file.layers[0].algorithm.low_rank()
         assert low_rank is not None
         assert low_rank.scaling == scaling
     for text in ("not json", "[1]", '{"unet.lora_alpha": "x"}', '{"unet.alpha_pattern": [1]}'):
@@ -125,7 +125,7 @@ def test_a_parsed_file_does_not_need_the_file_any_more(engine: LoraEngine, tmp_p
     path = write(tmp_path / "a.safetensors", kohya())
     file = load(path, engine.key_map, "x")
     path.write_bytes(b"")
-    part = next(layer.part for layer in file.layers if layer.target.path == SELF_ATTENTION)
+    part = next(layer.algorithm for layer in file.layers if layer.target.path == SELF_ATTENTION)
     expected = kohya()[f"{SELF_SGM}.lora_up.weight"] @ kohya()[f"{SELF_SGM}.lora_down.weight"] * 0.5
     torch.testing.assert_close(part.delta(torch.zeros(64, 64)), expected)
 

@@ -180,7 +180,7 @@ def deltas(path: Path) -> dict[str, torch.Tensor]:
     }
     for layer in narrow.read(path).layers:
         name = f"{layer.target}.{layer.parameter}"
-        change = layer.part.delta(modules[name].detach()).double()
+        change = layer.algorithm.delta(modules[name].detach()).double()
         found[name] = found[name] + change if name in found else change
     return found
 

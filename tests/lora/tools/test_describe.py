@@ -250,7 +250,7 @@ def test_a_tensor_that_nobody_knows_is_listed(tmp_path: Path) -> None:
 def test_every_algorithm_is_read_without_a_model(tmp_path: Path, name: str) -> None:
     found = told(tmp_path, tensors_of(name))
     assert found.algorithms == {
-        one: len({layer.target for layer in adapter(name).layers if layer.part.name == one})
+        one: len({layer.target for layer in adapter(name).layers if layer.algorithm.name == one})
         for one in adapter(name).algorithms
     }
     assert found.unused == ()
@@ -261,11 +261,11 @@ def test_the_norm_is_that_of_the_delta(name: str) -> None:
     root = small()
     for layer in adapter(name).layers:
         weight = root.get_submodule(layer.target.path).get_parameter(layer.parameter)
-        found = delta_norm(layer.part, tuple(weight.shape))
+        found = delta_norm(layer.algorithm, tuple(weight.shape))
         if found is None:
             assert name in ("dora", "oft", "boft", "peft_oft", "glora", "ia3", "set_weight")
         else:
-            expected = float(layer.part.delta(weight.detach()).double().norm())
+            expected = float(layer.algorithm.delta(weight.detach()).double().norm())
             assert found == pytest.approx(expected, rel=1e-5)
 
 

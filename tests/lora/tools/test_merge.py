@@ -30,6 +30,7 @@ from tests.adapters import kohya, randn
 from tests.conftest import ROOT
 from tests.lora.small import NAMES, small, tensors_of
 from tests.lora.tools import made_models as models
+from tests.waiting import PATIENCE, until
 
 SAME, FP32 = MergeOptions(), MergeOptions(dtype="fp32")
 QUERY = "text_model.encoder.layers.1.self_attn.q_proj"
@@ -472,7 +473,7 @@ def test_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path, lora: Pa
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (2, "")
     assert f"no room on the disk for {models.UNET}" in done.stdout
@@ -480,7 +481,7 @@ def test_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path, lora: Pa
 
 
 SLOW = """
-import sys, time
+import sys
 from pathlib import Path
 from lora.engine.stack import LoraUse
 from lora.tools.models.checkpoints import Checkpoint
@@ -509,6 +510,7 @@ def test_run_killed_at_any_moment_leaves_only_whole_models(tmp_path: Path, endin
         ) as running:
             assert running.stdout is not None
             assert running.stdout.readline() == b"ready\n"
+            until(lambda: any(one.name[0] != "." for one in out.iterdir()))  # noqa: B023
             time.sleep(pause)
             os.kill(running.pid, signal.SIGKILL)
         for one in out.iterdir():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lora.engine.stack import LoraUse
-from lora.errors import ToolError
+from lora.errors import LoraUnsupported, ToolError
 from lora.formats.header import read_header
 from lora.formats.names.naming import Naming
 from lora.tools.adapters.reading import read_adapter
@@ -174,7 +174,7 @@ def test_a_resized_file_keeps_its_naming_and_its_config(tmp_path: Path, naming: 
     write_adapter(path, adapter, WriteOptions(naming))
     output, _ = resized(path, RankPolicy(rank=2), output=tmp_path / "resized")
     file = narrow.read(output)
-    assert {layer.part.rank for layer in file.layers} == {2}
+    assert {layer.algorithm.rank for layer in file.layers} == {2}
     expected = narrow.source(tmp_path, "lora", torch.float32)
     weights = narrow.merged(LoraUse(narrow.read(resized(expected, RankPolicy(rank=2))[0])))
     for name, weight in narrow.merged(LoraUse(file)).items():
@@ -217,7 +217,7 @@ def test_a_layer_of_nothing_is_dropped_and_told(tmp_path: Path) -> None:
 
 def test_factors_that_do_not_fit_together_are_told(tmp_path: Path) -> None:
     tensors = {f"{SELF}.lora_up.weight": randn(64, 3), f"{SELF}.lora_down.weight": randn(2, 64)}
-    with pytest.raises(ToolError) as caught:
+    with pytest.raises(LoraUnsupported) as caught:
         resized(write(tmp_path / "a.safetensors", tensors), RankPolicy(rank=1))
     assert "do not fit together" in str(caught.value)
 

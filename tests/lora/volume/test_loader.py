@@ -1,5 +1,6 @@
 import os
-import time
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,12 @@ from lora.volume.cache import Limits, VolumeCache
 from lora.volume.loader import LoraLibrary
 from tests.adapters import as_bytes, kohya, write
 from tests.server import LOOPBACK, LoopbackServer
+from tests.waiting import until
 
 
 @pytest.fixture
 def library(engine: LoraEngine, tmp_path: Path) -> LoraLibrary:
-    cache = VolumeCache(tmp_path / "loras", Limits(timeout=10, tries=1), LOOPBACK)
+    cache = VolumeCache(tmp_path / "loras", Limits(tries=1), LOOPBACK)
     cache.shelf.prepare()
     return LoraLibrary(cache, engine.key_map)
 
@@ -79,11 +81,14 @@ def test_errors_name_the_reference(library: LoraLibrary) -> None:
 def test_the_loras_of_a_job_come_in_at_the_same_time(
     library: LoraLibrary, server: LoopbackServer
 ) -> None:
-    urls = [server.serve(f"/{n}.safetensors", as_bytes(kohya(seed=n)), pause=0.3) for n in range(3)]
+    gate = threading.Event()
+    urls = [server.serve(f"/{n}.safetensors", as_bytes(kohya(seed=n)), gate=gate) for n in range(3)]
     told: list[Transfer] = []
-    begun = time.perf_counter()
-    loaded = library.load_all([Reference(url) for url in urls], told.append)
-    assert time.perf_counter() - begun < 0.85
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(library.load_all, [Reference(url) for url in urls], told.append)
+        until(lambda: server.hits.total() == 3)  # and none of them has been answered
+        gate.set()
+        loaded = coming.result()
     assert [one.entry.path.name[0] for one in loaded] == ["0", "1", "2"]
     size = sum(one.entry.record.size for one in loaded)
     assert told[-1][:3] == (3, size, size)

@@ -13,9 +13,10 @@ import pytest
 from lora.errors import CacheFull, LoraNotFound
 from lora.fetch.sources import CachedName, Reference
 from lora.volume import room as room_module
+from lora.volume.adapters import adapters_in
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
-from lora.volume.records import INCOMING, Record, pin_path, record_path, write
-from lora.volume.room import DAMAGED, RESERVE, make_room
+from lora.volume.records import DAMAGED, INCOMING, Record, pin_path, record_path, write
+from lora.volume.room import RESERVE, make_room
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, LoopbackServer
 
@@ -135,17 +136,13 @@ def test_files_in_folders_of_the_cache_count_and_go(three: Path) -> None:
 def test_a_file_that_another_worker_removes_meanwhile_is_no_fault(
     three: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = room_module.adapter_files(three)
-    monkeypatch.setattr(
-        room_module, "adapter_files", lambda root: [*found, root / "gone.safetensors"]
-    )
-    record = Record("gone", "0" * 64, 10 * MB, 1, 1.0)
-    write(three, record_path(three / "gone.safetensors"), record)
+    put(three, "gone", 10 * MB, 0)
+    adapters = list(adapters_in(three))
+    monkeypatch.setattr(room_module, "adapters_in", lambda root: adapters)
+    (three / "gone.safetensors").unlink()
     make_room(three, 10 * MB, 10 * MB, 35 * MB, ())
-    assert [path.name for path in found if path.exists()] == [
-        "middle.safetensors",
-        "new.safetensors",
-    ]
+    record_path(three / "gone.safetensors").unlink()
+    assert names(three) == ["middle", "new"]
 
 
 # --- the disk ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from lora.tools.models.checkpoints import Checkpoint
 from tests.conftest import ROOT
 from tests.lora.tools import pairs
 from tests.lora.tools.pairs import write_model, write_pair
+from tests.waiting import PATIENCE
 
 POLICIES = {"rank": RankPolicy(rank=6), "budget": RankPolicy(max_bytes=200_000)}
 
@@ -52,7 +53,7 @@ def killed(folder: Path, policy: str, step: int) -> None:
         cwd=ROOT,
         env={"OMP_NUM_THREADS": "1", "PATH": ""},
         check=False,
-        timeout=120,
+        timeout=PATIENCE,
     )
     assert child.returncode == -signal.SIGKILL
 

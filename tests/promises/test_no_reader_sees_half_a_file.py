@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,7 @@ import pytest
 
 from lora.fetch.sources import Reference
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
-from lora.volume.records import INCOMING
-from lora.volume.room import DAMAGED
+from lora.volume.records import DAMAGED, INCOMING
 from tests.lora.workers import Job, SlowServer, Workers, adapter, sha256
 from tests.server import LOOPBACK, LoopbackServer
 
@@ -36,11 +36,9 @@ SIZE = 300_000
 SECONDS = 0.12
 """How long the slow server takes for a file."""
 
-LEASE = 5.0
-"""Seconds of silence. A dead process of this machine whose lease has its name is taken over at once."""
-
-SLACK = 3.0
-"""Seconds for the download of whoever takes over, on a busy machine."""
+LEASE = 30.0
+"""Seconds of silence: more than a busy machine keeps a living process from its work. A dead process of this
+machine whose lease has its name is taken over at once."""
 
 HONEST_OR_NOT = pytest.mark.parametrize("useless", [False, True], ids=["lease", "useless lease"])
 NEW_OR_REFRESHED = pytest.mark.parametrize("refresh", [False, True], ids=["new", "refreshed"])
@@ -88,7 +86,7 @@ class Scene:
 
     def check_end(self, why: str) -> None:
         """The next one gets the right file; what the dead left is swept; nothing else lies around."""
-        cache = VolumeCache(self.root, Limits(timeout=20, lease=LEASE), LOOPBACK)
+        cache = VolumeCache(self.root, Limits(lease=LEASE), LOOPBACK)
         entry = get(cache, self.job.url, refresh=self.job.refresh)
         assert sha256(entry.path.read_bytes()) == entry.record.sha256 == self.new, why
         long_ago = time.time() - 3 * cache.limits.timeout
@@ -126,11 +124,13 @@ def test_eight_processes_of_four_threads_share_one_download(
     workers: Workers, server: LoopbackServer, tmp_path: Path
 ) -> None:
     body = adapter(64 << 20, "64 MB")
-    url = server.serve("/big.safetensors", body, pause=1.0)  # until everybody has asked
+    gate = threading.Event()
+    url = server.serve("/big.safetensors", body, gate=gate)
     folder = tmp_path / "loras"
     started = [workers.start(Job("fetch", str(folder), url, threads=4)) for _ in range(8)]
     for worker in started:
         worker.until("asks")
+    gate.set()
     told = [news for worker in started for news in worker.rest()]
     assert not [news for news in told if "error" in news], told
     assert len(told) == 32
@@ -160,7 +160,7 @@ def test_a_hundred_processes_killed_at_random_moments_harm_nobody(
         f"CACHE_TEST_SEED={SEED}: {KILLS} were killed in {len(rounds)} rounds; the others had the file "
         f"{times[len(times) // 2]:.2f} s later, {times[-1]:.2f} s at most"
     )
-    # Between making a lease and writing its name into it lies a moment: who dies there must be waited for.
+    # Who dies between making a lease and writing its name into it must be waited for. It is seldom.
     assert times[len(times) * 9 // 10] < LEASE, f"CACHE_TEST_SEED={SEED}"
 
 
@@ -190,7 +190,6 @@ def _killed_at_random(workers: Workers, scene: Scene, number: int) -> tuple[bool
     results = [news for worker in waiting for news in worker.rest()]
     scene.check(results, why, gets=4)
     seconds = max(news.get("at", 0.0) for news in results) - died
-    assert seconds < LEASE + SLACK, (why, results)
     scene.check([*told, *(news for reader in readers for news in reader.end())], why)
     scene.check_end(why)
     return not any("bytes" in news for news in told), seconds
@@ -239,15 +238,10 @@ def test_a_process_that_freezes_is_overtaken_and_harms_nobody_when_it_wakes(
         frozen.until("asks")
         time.sleep(delay)
         frozen.send(signal.SIGSTOP)
-        began = time.monotonic()
         waiting = [workers.start(job) for _ in range(2)]
         results = [news for worker in waiting for news in worker.rest()]
-        frozen.send(signal.SIGCONT)
+        frozen.send(signal.SIGCONT)  # not before: they did not wait for it
         one.check(results, why, gets=2)
-        assert max(news.get("at", 0.0) for news in results) - began < silence + SLACK, (
-            why,
-            results,
-        )
         one.check(frozen.rest(), why, gets=1)
         assert list((one.root / INCOMING).iterdir()) == [], why
         one.check_end(why)

@@ -28,6 +28,7 @@ from tests.lora.small import (
     small,
 )
 from tests.state import unchanged
+from tests.waiting import PATIENCE
 
 
 def matrix(test: Callable[..., None]) -> Callable[..., None]:
@@ -40,8 +41,8 @@ def matrix(test: Callable[..., None]) -> Callable[..., None]:
 def tensors_in(file: LoraFile) -> list[Tensor]:
     found = []
     for layer in file.layers:
-        inner = getattr(layer.part, "inner", layer.part)
-        found += [v for part in (layer.part, inner) for v in vars(part).values()]
+        inner = getattr(layer.algorithm, "inner", layer.algorithm)
+        found += [v for part in (layer.algorithm, inner) for v in vars(part).values()]
     return [value for value in found if isinstance(value, Tensor)]
 
 
@@ -125,7 +126,7 @@ def test_both_modes_mean_what_the_delta_says(name: str) -> None:
     for layer in file.layers:
         parameter = expected.get_submodule(layer.target.path).get_parameter(layer.parameter)
         original = small().get_submodule(layer.target.path).get_parameter(layer.parameter)
-        parameter.data += 0.7 * layer.part.delta(original.detach())
+        parameter.data += 0.7 * layer.algorithm.delta(original.detach())
     for mode in MODES:
         torch.testing.assert_close(
             as_fresh(small(), [LoraUse(file, 0.7)], mode), outputs(expected), rtol=1e-4, atol=1e-4
@@ -141,11 +142,11 @@ def test_of_two_threads_that_ask_at_once_one_is_refused_and_nothing_is_harmed() 
         barrier.wait()
         try:
             with engine.applied([LoraUse(adapter("loha"))], Mode.MERGED):
-                barrier.wait(10)  # the other one has been refused
+                barrier.wait(PATIENCE)  # the other one has been refused
                 answers.append("applied")
         except EngineBusy:
             answers.append("busy")
-            barrier.wait(10)
+            barrier.wait(PATIENCE)
 
     with unchanged(root):
         threads = [threading.Thread(target=ask) for _ in range(2)]

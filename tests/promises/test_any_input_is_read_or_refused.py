@@ -1,4 +1,4 @@
-"""Whatever bytes a file holds, it is read and can be applied, or an error with a code says why not."""
+"""Whatever a job, a link or a file holds: it is read and can be used, or an error with a code says why."""
 
 from __future__ import annotations
 
@@ -17,21 +17,27 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from lora.engine.engine import Budgets, LoraEngine
 from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraCorrupt, LoraError
+from lora.fetch.sources import Reference, parse, redact_url
 from lora.formats.adapter import LoraFile, load
-from lora.formats.header import DTYPE_BYTES
+from lora.formats.header import DTYPE_BYTES, read_header
 from lora.formats.names.keys import SLOTS
-from tests.adapters import as_bytes, randn
+from schemas import IMAGE_REQUEST, ImageRequest, parse_job
+from tests.adapters import as_bytes, kohya, randn
 from tests.lora.small import NAMES, small, tensors_of
 from tests.state import State
+from validation import InvalidInput
 
 INPUTS = 20_000
 PARTS = 20
-SECONDS_PER_INPUT = 5
+SECONDS_PER_INPUT = 10
+"""Of the processor's time: however busy the machine is."""
 MEGABYTES = 150
 """How much the process may grow over all of them."""
 
@@ -273,13 +279,13 @@ def limited(seconds: int) -> Iterator[None]:
     def late(*_: object) -> None:
         raise TimeoutError(f"took more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def use(engine: LoraEngine, file: LoraFile, mode: Mode) -> None:
@@ -439,3 +445,62 @@ def test_tensors_that_share_their_bytes_take_no_memory_of_their_own(
         load(path, engine.key_map, "x")
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     assert grown < MEGABYTES * 1000
+
+
+# --- jobs, links and headers, at random --------------------------------------------------------------
+
+WHOLE = as_bytes(kohya())
+HEADER_BYTES = 8 + int.from_bytes(WHOLE[:8], "little")
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+FIELDS = st.sampled_from(sorted(IMAGE_REQUEST["properties"]))
+
+
+@given(JSON | st.fixed_dictionaries({"input": st.dictionaries(FIELDS, JSON) | JSON}))
+@settings(max_examples=600, deadline=None)
+def test_any_job_is_a_request_or_invalid_input(job: object) -> None:
+    try:
+        assert isinstance(parse_job(job), ImageRequest)
+    except InvalidInput as error:
+        assert str(error).startswith("INVALID_INPUT: ")
+        json.dumps(str(error))
+
+
+@given(st.text(max_size=60) | st.from_regex(r"https?://[a-z.@:?#/=]{0,30}", fullmatch=True))
+@settings(max_examples=600, deadline=None)
+def test_any_reference_means_something_or_is_refused(path: str) -> None:
+    redact_url(path)
+    try:
+        parse(Reference(path))
+    except LoraError as error:
+        assert error.code == "LORA_SOURCE_INVALID"
+
+
+def read_head(data: bytes) -> None:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "x.safetensors"
+        path.write_bytes(data)
+        try:
+            read_header(path)
+        except LoraError as error:
+            assert error.code in ("LORA_CORRUPT", "LORA_UNSUPPORTED")
+
+
+@given(st.lists(st.tuples(st.integers(0, HEADER_BYTES - 1), st.integers(0, 255)), max_size=4))
+@settings(max_examples=600, deadline=None)
+def test_a_header_with_changed_bytes_is_read_or_refused(changes: list[tuple[int, int]]) -> None:
+    data = bytearray(WHOLE)
+    for place, byte in changes:
+        data[place] = byte
+    read_head(bytes(data))
+
+
+@given(st.dictionaries(st.text(max_size=8), JSON, max_size=3), st.binary(max_size=32))
+@settings(max_examples=600, deadline=None)
+def test_a_header_of_any_json_is_read_or_refused(fields: dict[str, object], data: bytes) -> None:
+    text = json.dumps(fields).encode()
+    read_head(struct.pack("<Q", len(text)) + text + data)

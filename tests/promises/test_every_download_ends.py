@@ -13,8 +13,8 @@ import re
 import socket
 import time
 import tracemalloc
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from lora.volume.cache import CacheEntry, Limits, VolumeCache
 from settings import Settings
 from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
-from tests.server import LOOPBACK, LoopbackServer, Reply, gzip_of
+from tests.server import LOOPBACK, STALL, LoopbackServer, Reply, gzip_of
+from tests.waiting import PATIENCE, until
+from worker.opening import open_cache
 
 ADAPTER, OTHER = as_bytes(kohya()), as_bytes(kohya(seed=9))
 ETAG = '"one"'
-QUICK = Limits(file_bytes=4 << 20, timeout=3, stall=0.5, tries=3, pause=0.02)
-SLACK = 1.0
-"""Seconds that a busy machine may take on top."""
+LIMITS = Limits(file_bytes=4 << 20, timeout=PATIENCE, stall=PATIENCE, tries=3, pause=0.02)
+"""No test ends by a time, but where one is set for it."""
 PATH = "/lora.safetensors"
 GZIP = {"Content-Encoding": "gzip"}
 NOBODY = "http://127.0.0.1:9"
@@ -69,6 +70,8 @@ class Fault:
     """The error that the disk gives when the file is written out."""
     at: str | None = None
     """A URL that is not the server's."""
+    times: Mapping[str, float] = field(default_factory=dict)
+    """The limits of time that it is to reach."""
     beside: tuple[str, Reply] = ("/beside", Reply())
     """Another path of the server, and its answer."""
 
@@ -156,6 +159,7 @@ FAULTS = (
         "it is broken off after 30 s, and the rest is asked for",
         after(replace(WHOLE, stall_after=PART)),
         asked=2,
+        times={"stall": 3.0},
     ),
     fault(
         "it falls silent each time",
@@ -163,19 +167,22 @@ FAULTS = (
         Reply(ADAPTER, stall_after=PART),
         FAILED,
         asked=3,
+        times={"stall": 0.5},
     ),
     fault(
         "there is no answer at all",
         "`LORA_DOWNLOAD_FAILED` after the tries, of 30 s each",
-        Reply(raw=b"x", drip=60),
+        Reply(raw=b"x", drip=STALL),
         FAILED,
         asked=3,
+        times={"stall": 0.5},
     ),
     fault(
         "the body drips in, byte by byte",
         "`LORA_DOWNLOAD_FAILED` when the time is over",
         Reply(ADAPTER, drip=0.05),
         FAILED,
+        times={"timeout": 2.0},
     ),
     fault(
         "the head drips in, byte by byte",
@@ -183,6 +190,7 @@ FAULTS = (
         Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999, drip=0.02),
         FAILED,
         asked=3,
+        times={"stall": 0.5},
     ),
     # Going on where it broke off.
     fault(
@@ -321,7 +329,7 @@ FAULTS = (
     fault(
         "Retry-After is later than the time that is left",
         "`LORA_DOWNLOAD_FAILED` at once; it says how long to wait",
-        Reply(status=429, headers={"Retry-After": "60"}),
+        Reply(status=429, headers={"Retry-After": "999"}),
         FAILED,
     ),
     fault(
@@ -414,7 +422,7 @@ def cache(tmp_path: Path, server: LoopbackServer, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(socket, "getaddrinfo", known)
     own = frozenset({server.address, f"http://localhost:{server.port}", NOBODY})
-    return VolumeCache(tmp_path / "loras", QUICK, Web(WebRules(own=own)))
+    return VolumeCache(tmp_path / "loras", LIMITS, Web(WebRules(own=own)))
 
 
 def get(cache: VolumeCache, path: str, **options: object) -> CacheEntry:
@@ -437,7 +445,6 @@ def outcome_of(cache: VolumeCache, fault: Fault, url: str) -> str | None:
         return error.code
     finally:
         MEASURED[fault.name] = time.monotonic() - begun
-        assert MEASURED[fault.name] < QUICK.timeout + SLACK
     assert entry.path.read_bytes() == ADAPTER
     assert entry.record.sha256 == hashlib.sha256(ADAPTER).hexdigest()
     assert sorted(files(cache)) == [entry.path, entry.path.with_name(entry.path.name + ".json")]
@@ -445,9 +452,11 @@ def outcome_of(cache: VolumeCache, fault: Fault, url: str) -> str | None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
-def test_a_fault_has_its_outcome_in_its_time(
+def test_a_fault_has_its_outcome(
     fault: Fault, cache: VolumeCache, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    limits = replace(LIMITS, **fault.times)
+    cache = VolumeCache(cache.shelf.root, limits, cache.web)
     to = fault.reply.to and fault.reply.to.format(port=server.port)
     server.replies[PATH] = replace(fault.reply, to=to)
     server.replies |= dict([fault.beside])
@@ -459,6 +468,7 @@ def test_a_fault_has_its_outcome_in_its_time(
 
         monkeypatch.setattr(os, "fsync", fail)
     assert outcome_of(cache, fault, (fault.at or server.url(PATH)) + "?token=canary") == fault.code
+    until(lambda: server.hits[PATH] >= fault.asked)  # who hung up was perhaps not heard yet
     assert server.hits[PATH] == fault.asked
 
 
@@ -476,7 +486,7 @@ def test_every_row_names_its_code() -> None:
 
 def test_the_numbers_and_settings_in_the_docs_are_the_codes() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
-    limits = Settings().open_cache().limits
+    limits = open_cache(Settings()).limits
     for words in (
         f"{limits.tries} tries in a row",
         f"{limits.timeout:.0f} s",
@@ -562,6 +572,14 @@ def test_a_file_that_changes_all_the_time_is_never_mixed(
 # --- when to ask again ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that a download would wait between its tries; it does not."""
+    made: list[float] = []
+    monkeypatch.setattr("lora.fetch.download.time.sleep", made.append)
+    return made
+
+
 @pytest.mark.parametrize("status", [404, 403])
 def test_a_refusal_is_remembered_for_a_while(
     cache: VolumeCache, server: LoopbackServer, status: int
@@ -580,7 +598,7 @@ def test_a_refusal_is_remembered_for_a_while(
 
 
 def test_a_refusal_is_forgotten_after_its_time(cache: VolumeCache, server: LoopbackServer) -> None:
-    cache = VolumeCache(cache.shelf.root, replace(QUICK, refusal=0.1), LOOPBACK)
+    cache = VolumeCache(cache.shelf.root, replace(LIMITS, refusal=0.1), LOOPBACK)
     with pytest.raises(LoraNotFound):
         get(cache, server.url(PATH))
     server.replies[PATH] = WHOLE
@@ -599,48 +617,50 @@ def test_a_fault_that_may_pass_is_not_remembered(
 
 
 @pytest.mark.parametrize(
-    ("after_text", "least"),
+    ("after_text", "least", "most"),
     [
-        ("1", 1.0),
-        (lambda: formatdate(time.time() + 2, usegmt=True), 0.5),
-        ("0", 0.0),
-        ("-5", 0.0),
-        ("soon", 0.0),
-        ("1 Jan -99999999999 25:61:61", 0.0),
-        (lambda: formatdate(time.time() - 60, usegmt=True), 0.0),
+        ("1", 1.0, 1.0),
+        (lambda: formatdate(time.time() + PATIENCE / 2, usegmt=True), 1.0, PATIENCE / 2),
+        ("0", 0.01, 0.03),
+        ("-5", 0.01, 0.03),
+        ("soon", 0.01, 0.03),
+        ("1 Jan -99999999999 25:61:61", 0.01, 0.03),
+        (lambda: formatdate(time.time() - 60, usegmt=True), 0.01, 0.03),
     ],
     ids=["seconds", "date", "none", "negative", "words", "impossible", "past"],
 )
 def test_a_server_is_left_alone_for_as_long_as_it_asks(
-    cache: VolumeCache, server: LoopbackServer, after_text: object, least: float
+    cache: VolumeCache,
+    server: LoopbackServer,
+    pauses: list[float],
+    after_text: object,
+    least: float,
+    most: float,
 ) -> None:
     text = after_text() if callable(after_text) else after_text
     server.replies[PATH] = after(Reply(status=503, headers={"Retry-After": str(text)}))
-    begun = time.monotonic()
     assert get(cache, server.url(PATH)).path.read_bytes() == ADAPTER
-    assert least - 0.01 <= time.monotonic() - begun < least + 1.5 + SLACK
+    (pause,) = pauses
+    assert least <= pause <= most
 
 
-@pytest.mark.parametrize("text", ["60", "9" * 5000], ids=["a minute", "for ever"])
+@pytest.mark.parametrize("text", ["999", "9" * 5000], ids=["minutes", "for ever"])
 def test_a_wait_that_is_too_long_fails_at_once_and_says_so(
-    cache: VolumeCache, server: LoopbackServer, text: str
+    cache: VolumeCache, server: LoopbackServer, pauses: list[float], text: str
 ) -> None:
     url = server.serve(PATH, status=429, headers={"Retry-After": text})
-    begun = time.monotonic()
     with pytest.raises(DownloadFailed) as caught:
         get(cache, url)
-    assert time.monotonic() - begun < SLACK
+    assert pauses == []
     assert "HTTP 429" in str(caught.value)
     assert "The server asks to wait" in str(caught.value)
     assert server.hits[PATH] == 1
 
 
 def test_pauses_grow_and_are_never_the_same(
-    cache: VolumeCache, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+    cache: VolumeCache, server: LoopbackServer, pauses: list[float]
 ) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr("lora.fetch.download.time.sleep", pauses.append)
-    limits = replace(QUICK, tries=5, pause=0.01)
+    limits = replace(LIMITS, tries=5, pause=0.01)
     cache = VolumeCache(cache.shelf.root, limits, LOOPBACK)
     with pytest.raises(DownloadFailed):
         get(cache, server.serve(PATH, status=500))
@@ -660,7 +680,7 @@ def test_pauses_grow_and_are_never_the_same(
 def test_an_old_file_serves_when_the_new_one_cannot_be_had(
     cache: VolumeCache, server: LoopbackServer, reply: Reply
 ) -> None:
-    cache = VolumeCache(cache.shelf.root, replace(QUICK, ttl=0), LOOPBACK)
+    cache = VolumeCache(cache.shelf.root, replace(LIMITS, ttl=0), LOOPBACK)
     server.replies[PATH] = WHOLE
     url = server.url(PATH)
     get(cache, url)
@@ -697,7 +717,7 @@ def test_a_server_that_says_not_modified_of_nothing_has_failed(
 def test_a_disk_that_fails_is_replaced_by_the_containers(
     tmp_path: Path, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = VolumeCache(tmp_path / "volume", QUICK, LOOPBACK, fallback=tmp_path / "own")
+    cache = VolumeCache(tmp_path / "volume", LIMITS, LOOPBACK, fallback=tmp_path / "own")
     server.replies[PATH] = WHOLE
     fsync = os.fsync
     trouble = [OSError(errno.EIO, os.strerror(errno.EIO))]
@@ -723,7 +743,7 @@ def test_memory_stays_small_however_much_comes_in(
     cache: VolumeCache, server: LoopbackServer, packed: bool
 ) -> None:
     """96 MB of zeros, of which 48 MB may come in."""
-    cache = VolumeCache(cache.shelf.root, replace(QUICK, file_bytes=48 << 20), LOOPBACK)
+    cache = VolumeCache(cache.shelf.root, replace(LIMITS, file_bytes=48 << 20), LOOPBACK)
     if packed:
         server.replies[PATH] = Reply(gzip_of(bytes(1 << 20), 96), headers=GZIP)
     else:

@@ -246,8 +246,7 @@ def assert_applied(
     file = bind(engine, folder, tensors, config)
     assert file.unused == ()
     before = snapshot(components)
-    with torch.no_grad(), engine.applied([LoraUse(file, 1.0)], mode) as block:
-        assert block.layers == len({name.rpartition(".")[0] for _, name in changes})
+    with torch.no_grad(), engine.applied([LoraUse(file, 1.0)], mode):
         for (component, name), value in snapshot(components).items():
             change = changes.get((component, name))
             module = components[component].get_submodule(name.rpartition(".")[0])

@@ -479,7 +479,7 @@ def test_without_a_budget_nothing_of_a_stack_stays_in_memory(mode: Mode) -> None
     root = small()
     engine = LoraEngine({"unet": root}, Budgets(0, 0))
     file = bind(tensors_of("lora"), engine.key_map)
-    tensors = [weakref.ref(layer.part.lora_down) for layer in file.layers]
+    tensors = [weakref.ref(layer.algorithm.lora_down) for layer in file.layers]
     with engine.applied([LoraUse(file)], mode):
         outputs(root)
     del file

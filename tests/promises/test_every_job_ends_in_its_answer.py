@@ -1,4 +1,4 @@
-"""The worker on the emulator: nothing bleeds, nothing is lost, progress is in order, downloads overlap."""
+"""Real workers on the emulator: every job ends in its own answer, whatever happens to the others."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,15 @@ from benchmarks.jobs import KINDS, measure
 from lora.volume.shelf import sha256_of
 from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
-from tests.production import BAD, ENVIRONMENT, FINAL, Platform, kinds, mix, platform
+from tests.emulator.running import FINAL, Emulator
+from tests.production import BAD, ENVIRONMENT, kinds, loras_of, mix, platform
 from tests.server import LoopbackServer
+from tests.waiting import until
 from tests.worst import HUGE, PROMPTS, TOKEN
 
-JOBS, SEED = 200, 20261121
+pytestmark = pytest.mark.slow
+
+JOBS, SEED = 120, 20261121
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def expected(
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
     """Two workers, for all tests that leave them as they were."""
     with platform(tmp_path_factory.mktemp("platform")) as running:
         yield running
@@ -78,7 +82,7 @@ def alone(folder: Path, jobs: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def submit(
-    running: Platform, jobs: list[tuple[str, float | None]], good: dict[str, dict[str, Any]]
+    running: Emulator, jobs: list[tuple[str, float | None]], good: dict[str, dict[str, Any]]
 ) -> list[str]:
     """Queues the mix; cancels what is to be cancelled, each at its time after the queue moved on to it."""
     ids, timers = [], []
@@ -90,6 +94,11 @@ def submit(
             timer.start()
             timers.append(timer)
     return ids
+
+
+def ends_of(running: Emulator, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The final state of each job."""
+    return {job_id: running.end(job_id) for job_id in ids}
 
 
 def check_answers(
@@ -112,11 +121,11 @@ def check_answers(
 
 
 def test_no_job_leaves_a_trace_in_anothers_picture_and_progress_is_in_order(
-    shared: Platform, good: dict[str, dict[str, Any]], expected: dict[str, Any]
+    shared: Emulator, good: dict[str, dict[str, Any]], expected: dict[str, Any]
 ) -> None:
     jobs = mix(JOBS, list(good), SEED)
     ids = submit(shared, jobs, good)
-    states = shared.wait(ids, 400)
+    states = ends_of(shared, ids)
     check_answers(ids, jobs, states, expected)
     ends = Counter(state["status"] for state in states.values())
     assert ends["COMPLETED"] > JOBS / 2
@@ -127,7 +136,7 @@ def test_no_job_leaves_a_trace_in_anothers_picture_and_progress_is_in_order(
         _assert_in_order(story["updates"])
     assert len({states[job_id].get("workerId") for job_id in ids} - {None}) == 2
     assert len(shared.pids()) == 2  # none had to be replaced
-    assert list((shared.volume / "loras" / ".incoming").iterdir()) == []
+    assert list((loras_of(shared.folder) / ".incoming").iterdir()) == []
     print(f"{JOBS} jobs: {dict(ends)}")
 
 
@@ -158,7 +167,7 @@ def test_nothing_is_lost_while_workers_are_killed(
                 more = [("stacked", None)] * 10
                 jobs += more
                 ids += submit(running, more, good)
-        states = running.wait(ids, 400)
+        states = ends_of(running, ids)
         for job_id, (name, cancelled) in zip(ids, jobs, strict=True):
             state = states[job_id]
             if state["status"] == "CANCELLED":
@@ -170,35 +179,34 @@ def test_nothing_is_lost_while_workers_are_killed(
             else:
                 assert state["output"]["images"] == expected[name], name
             assert running.story(job_id)["answers"] <= 1
-    for file in (running.volume / "loras").glob("*.safetensors"):
+    for file in loras_of(tmp_path).glob("*.safetensors"):
         record = file.with_name(file.name + ".json")
         if record.exists():
             assert json.loads(record.read_text())["sha256"] == sha256_of(file)
     print(f"{len(killed)} kills, {len(ids)} jobs: {Counter(s['status'] for s in states.values())}")
 
 
-def test_cancelling_takes_less_than_a_step_and_half_a_second_and_the_next_jobs_are_right(
-    shared: Platform,
+def test_a_cancelled_job_is_let_go_and_the_next_ones_are_right(
+    shared: Emulator,
     server: LoopbackServer,
     good: dict[str, dict[str, Any]],
     expected: dict[str, Any],
 ) -> None:
-    url = server.serve("/slow.safetensors", as_bytes(kohya(seed=4)), pause=20.0)
-    slow = {**good["plain"], "loras": [url]}
+    for number in range(5):
+        path, gate = f"/{number}.safetensors", threading.Event()
+        url = server.serve(path, as_bytes(kohya(seed=40 + number)), gate=gate)
+        let_go(shared, {**good["plain"], "loras": [url]}, lambda _: server.hits[path])  # noqa: B023
+        gate.set()  # not before: the download was not waited for
+    check_right(shared, good, expected)
     long = {**good["stripes"], "num_inference_steps": 499, "scheduler": "DDIM"}
-    step = seconds_of_a_step(shared, good)
-    for where, values in (("in the download", slow), ("in the denoising", long)):
-        ends = [seconds_to_stop(shared, values, after=0.7 + 0.1 * n) for n in range(5)]
-        print(
-            f"cancelled {where}: let go after {[round(s, 2) for s in ends]} s; a step {step:.2f} s"
-        )
-        # The SDK does not ask what to stop for a second out of eleven.
-        assert statistics.median(ends) < step + 0.5, where
-        check_right(shared, good, expected)
+    for _ in range(5):
+        story = let_go(shared, long, lambda story: story["updates"])
+        assert story["updates"][-1]["fraction"] < 0.9
+    check_right(shared, good, expected)
 
 
 def test_a_job_that_is_cancelled_in_the_queue_is_never_begun(
-    shared: Platform, good: dict[str, dict[str, Any]], expected: dict[str, Any]
+    shared: Emulator, good: dict[str, dict[str, Any]], expected: dict[str, Any]
 ) -> None:
     long = {**good["stripes"], "num_inference_steps": 499}
     running = [shared.run(long) for _ in range(6)]  # two workers take two each
@@ -212,71 +220,50 @@ def test_a_job_that_is_cancelled_in_the_queue_is_never_begun(
     assert (story["started"], story["updates"], story["answers"]) == (None, [], 0)
 
 
-def seconds_of_a_step(running: Platform, good: dict[str, dict[str, Any]]) -> float:
-    steps = 40
-    job_id = running.run({**good["stripes"], "num_inference_steps": steps})
-    output = running.wait([job_id], 60)[job_id]["output"]
-    seconds: float = output["timings"]["denoise"] / steps
-    return seconds
-
-
-def seconds_to_stop(running: Platform, values: dict[str, Any], after: float) -> float:
-    """From the client's cancelling to the moment when the worker is done with the job."""
+def let_go(
+    running: Emulator, values: dict[str, Any], reached: Callable[[dict[str, Any]], object]
+) -> dict[str, Any]:
+    """Cancels a job as soon as its story has `reached` a point; the story when it was let go."""
     job_id = running.run(values)
-    deadline = time.monotonic() + 60
-    while running.status(job_id)["status"] != "IN_PROGRESS":
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(after)
+    until(lambda: reached(running.story(job_id)))
     running.cancel(job_id)
-    while (story := running.story(job_id))["let_go"] is None:
-        assert time.monotonic() < deadline, story
-        time.sleep(0.02)
+    until(lambda: running.story(job_id)["let_go"], lambda: running.story(job_id))
     assert running.status(job_id)["status"] == "CANCELLED"
-    seconds: float = story["let_go"] - story["ended"]
-    return seconds
+    return running.story(job_id)
 
 
 def check_right(
-    running: Platform, good: dict[str, dict[str, Any]], expected: dict[str, Any]
+    running: Emulator, good: dict[str, dict[str, Any]], expected: dict[str, Any]
 ) -> None:
     """As many plain jobs as both workers can hold draw what they should."""
     ids = [running.run(good["plain"]) for _ in range(4)]
-    for state in running.wait(ids, 60).values():
+    for state in ends_of(running, ids).values():
         assert state["output"]["images"] == expected["plain"]
 
 
 def test_downloads_overlap_the_drawing(
-    tmp_path: Path, server: LoopbackServer, good: dict[str, dict[str, Any]]
+    shared: Emulator, server: LoopbackServer, good: dict[str, dict[str, Any]]
 ) -> None:
-    seconds = {}
-    for concurrency in (1, 2):
-        folder = tmp_path / str(concurrency)
-        inputs = []
-        for number in range(8):
-            body = as_bytes(kohya(seed=100 + number))
-            url = server.serve(f"/{concurrency}/{number}.safetensors", body, pause=0.8)
-            inputs.append({**good["by URL"], "loras": [url], "num_inference_steps": 12})
-        environment = {"WORKER_CONCURRENCY": str(concurrency)}
-        with platform(folder, workers=1, environment=environment) as running:
-            running.wait([running.run(good["plain"])], 60)
-            begun = time.monotonic()
-            states = running.wait([running.run(values) for values in inputs], 120)
-            seconds[concurrency] = time.monotonic() - begun
-            assert {state["status"] for state in states.values()} == {"COMPLETED"}
-    print(f"8 jobs: {seconds[1]:.1f} s one by one, {seconds[2]:.1f} s two at once")
-    assert seconds[2] <= 0.75 * seconds[1]
+    """Two workers take two jobs each: where three wait for their files, one of them draws the fourth job."""
+    gate = threading.Event()
+    urls = [
+        server.serve(f"/{n}.safetensors", as_bytes(kohya(seed=100 + n)), gate=gate)
+        for n in range(3)
+    ]
+    ids = [shared.run({**good["plain"], "loras": [url]}) for url in urls]
+    until(lambda: server.hits.total() == len(urls))
+    assert shared.end(shared.run(good["plain"]))["status"] == "COMPLETED"
+    gate.set()  # not before: no file was waited for
+    assert {shared.end(job_id)["status"] for job_id in ids} == {"COMPLETED"}
 
 
-def test_what_a_job_costs_beside_its_drawing(
-    shared: Platform, good: dict[str, dict[str, Any]]
-) -> None:
-    """The figures of `make bench-jobs`, from a few jobs: printed, and far from what a user would notice."""
+def test_what_a_job_costs_beside_its_drawing_is_measured(shared: Emulator) -> None:
+    """As `make bench-jobs` does, from a few jobs. How much it may be is not for a test to say."""
     for kind in KINDS:
-        found = measure(shared, kind, 10)
-        medians = {part: round(statistics.median(values), 1) for part, values in found.items()}
+        figures = measure(shared, kind, 3)
+        medians = {part: round(statistics.median(values), 1) for part, values in figures.items()}
         print(f"{kind}: {medians} ms")
-        assert medians["in all"] < 200, kind  # the aim is 30 on a quiet machine: docs/deployment.md
+        assert {"in all", "drawing", "post"} <= medians.keys()
 
 
 def test_the_worst_answers_end_their_jobs(tmp_path: Path) -> None:
@@ -286,8 +273,8 @@ def test_the_worst_answers_end_their_jobs(tmp_path: Path) -> None:
             file_format = "png" if prompt == HUGE else "jpeg"  # jpeg holds no text
             values = {"prompt": prompt, "num_inference_steps": 1, "output_format": file_format}
             ids[prompt] = running.run(values)
-        states = running.wait(list(ids.values()), 120)
-        log = "\n".join(running.lines)
+        states = ends_of(running, ids.values())
+        log = running.log()
     for prompt, job_id in ids.items():
         state = states[job_id]
         if prompt == "half a surrogate pair":

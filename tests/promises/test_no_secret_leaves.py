@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
@@ -24,7 +23,9 @@ from settings import Settings
 from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer, Reply
 from tests.test_handler import job
+from tests.waiting import until
 from tests.worker.test_inputs import png
+from worker.opening import read_settings
 
 CANARY = "canary"
 KEY_ID = "canary-key-id"
@@ -262,7 +263,7 @@ def test_no_secret_is_ever_shown_or_kept(
     secret = {one.metadata["env"] for one in fields(Settings) if one.metadata["secret"]}
     assert {name for name in secret if CANARY in environment[name]} == secret
     site.store.replies["/gone.safetensors"] = Reply(status=404)
-    worker = Worker(Settings.from_env(environment), heard.update).setup()
+    worker = Worker(read_settings(environment), heard.update).setup()
     worker.check_fitness()
     for name, make in GOOD.items():
         answer = worker({**make(site), "id": "job"})
@@ -293,9 +294,7 @@ def test_no_secret_is_ever_shown_or_kept(
 
 def _wait_for(worker: Worker) -> None:
     """For the preload, which goes on in the background."""
-    deadline = time.monotonic() + 10
-    while "under way" in worker.preloaded.values() and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: "under way" not in worker.preloaded.values())
     assert sorted(text[:14] for text in worker.preloaded.values()) == ["LORA_NOT_FOUND", "ready"]
 
 

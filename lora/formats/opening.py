@@ -1,4 +1,4 @@
-"""An adapter as people have it: a .safetensors file, a pickle, or a folder that PEFT saved."""
+"""Opens an adapter in any of its forms: a .safetensors file, a pickle, or a folder that PEFT saved."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lora.errors import LoraNotFound, naming
-from lora.fetch.sources import EXTENSIONS
+from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS, config_beside
 from lora.formats.pickles import convert, looks_like_pickle
 
 MAX_UNPACKED = 64_000_000_000
-"""Bytes that a pickle may hold: whoever opens it has it on the disk already."""
+"""How many bytes a pickle may unpack to: whoever opens it already has it on the disk."""
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,22 @@ class Opened:
     """An adapter that can be read as .safetensors."""
 
     original: Path
-    """The file that its owner has."""
+    """The file as it was found."""
     file: Path
-    """The same, or a copy as .safetensors for as long as the block runs."""
+    """The same, or a copy as .safetensors that exists while the block runs."""
     config: str | None
     """The text of its adapter_config.json."""
     form: str
-    """`safetensors`, `pickle`, and `PEFT folder` for what has a config."""
+    """`safetensors`, `pickle`, or `PEFT folder` if there is a config."""
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Opened]:
-    """The adapter at a path, for the time of the block. Nothing in a pickle is run.
+    """Opens the adapter at a path for the time of the block. No code in a pickle is run.
 
-    Errors of the block, too, name the file. Raises: LoraNotFound if nothing is there, or a PEFT folder has no
-    config, so that nobody knows how its weights are scaled; LoraUnsupported, LoraCorrupt for a pickle
-    that is no adapter.
+    Errors that are raised in the block name the file, too. Raises: LoraNotFound if nothing is there, or if a
+    PEFT folder has no config, so that the scaling of its weights is unknown; LoraUnsupported, LoraCorrupt
+    for a pickle that is no adapter.
     """
     with naming(path.name):
         original = file_of(path)
@@ -55,7 +55,7 @@ def opened(path: Path) -> Iterator[Opened]:
 
 
 def file_of(path: Path) -> Path:
-    """The adapter's file: the path itself, or what a folder of PEFT or diffusers calls so.
+    """The adapter's file: the path itself, or the file with the usual name in a folder of PEFT or diffusers.
 
     Raises: LoraNotFound.
     """
@@ -64,10 +64,10 @@ def file_of(path: Path) -> Path:
     if not path.is_dir():
         raise LoraNotFound(f"there is no file {path.name!r}")
     candidates = (path / (stem + extension) for stem in STEMS for extension in EXTENSIONS)
-    found = next((file for file in candidates if file.is_file()), None)
-    if found is None:
+    file = next((file for file in candidates if file.is_file()), None)
+    if file is None:
         raise LoraNotFound(
             f"the folder {path.name!r} holds no adapter",
             f"A PEFT folder has {PEFT_STEM}.safetensors and {PEFT_CONFIG}.",
         )
-    return found
+    return file

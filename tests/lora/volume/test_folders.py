@@ -1,8 +1,12 @@
+"""The folders of a cache."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
-from lora.volume.mounts import on_local_disk
+from lora.volume.folders import on_local_disk
 
 MOUNTS = """\
 22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw

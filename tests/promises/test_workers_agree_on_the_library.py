@@ -26,6 +26,7 @@ from lora.library.states import read_state
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.records import INCOMING
 from tests.lora.workers import sha256
+from tests.waiting import PATIENCE, until
 
 SEED = int(os.environ.get("CATALOG_TEST_SEED") or random.SystemRandom().randrange(1 << 32))
 """What the random moments are made of. To see a failure again: CATALOG_TEST_SEED=… pytest …"""
@@ -41,7 +42,7 @@ def key_map() -> KeyMap:
 
 
 def catalog(root: Path) -> Catalog:
-    cache = VolumeCache(root / "loras", Limits(timeout=10))
+    cache = VolumeCache(root / "loras", Limits())
     return Catalog(cache, key_map(), root / "training")
 
 
@@ -71,8 +72,8 @@ def peft(folder: Path, alpha: float) -> None:
 # --- in the worker processes ---------------------------------------------------------------------
 
 
-def anything(root: Path, seed: int, until: float) -> None:
-    """Does whatever workers and operators do, in a random order, until it is time."""
+def anything(root: Path, seed: int) -> None:
+    """Does whatever workers and operators do, in a random order, until all is over."""
     torch.set_num_threads(1)
     chance, library = random.Random(seed), catalog(root)
     acts: list[Callable[[str], object]] = [
@@ -90,15 +91,20 @@ def anything(root: Path, seed: int, until: float) -> None:
         lambda name: library.activate("training:run"),
         lambda name: [library.delete(one.name) for one in library.page(Query(text="run-")).items],
     ]
-    while time.monotonic() < until:
+    while not over(root).exists():
         with suppress(LoraNotFound, LoraCorrupt):  # another was faster
             chance.choice(acts)(chance.choice(NAMES))
 
 
-def scanning(root: Path, until: float) -> None:
+def scanning(root: Path) -> None:
     library = catalog(root)
-    while time.monotonic() < until:
+    while not over(root).exists():
         library.scan()
+
+
+def over(root: Path) -> Path:
+    """A file that ends the work in all processes."""
+    return root / "over"
 
 
 # --- in the test ---------------------------------------------------------------------------------
@@ -109,21 +115,24 @@ Start = Callable[..., ForkServerProcess]
 @pytest.fixture(scope="module")
 def fork() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.promises.test_library_of_many_workers"])
+    context.set_forkserver_preload(["tests.promises.test_workers_agree_on_the_library"])
     return context
 
 
 @contextmanager
-def running(fork: Any, *jobs: tuple[Any, ...]) -> Iterator[list[Any]]:
-    processes = [fork.Process(target=job[0], args=job[1:]) for job in jobs]
+def running(fork: Any, root: Path, *jobs: tuple[Any, ...]) -> Iterator[list[Any]]:
+    """Does the jobs in processes of their own during the block; waits for them after it."""
+    processes = [fork.Process(target=job[0], args=(root, *job[1:])) for job in jobs]
     for process in processes:
         process.start()
     try:
         yield processes
     finally:
+        over(root).touch()
         for process in processes:
-            process.join(60)
+            process.join(PATIENCE)
             process.kill()
+        over(root).unlink()
 
 
 @pytest.fixture
@@ -146,12 +155,12 @@ def check(root: Path) -> None:
     items = catalog(root).page(Query()).items
     assert items == catalog(root).page(Query()).items, SEED
     for item in items:
-        state, stamp = item.state, item.adapter.stamp
+        state, version = item.state, item.adapter.version
         if not state.at or not item.adapter.weights:
             continue
         path = item.adapter.root / item.adapter.weights
         rank = (
-            next(rank for rank in (1, 2, 4, 8, BAD) if len(adapter(rank)) == stamp.size)
+            next(rank for rank in (1, 2, 4, 8, BAD) if len(adapter(rank)) == version.size)
             if (not item.name.startswith("run_") and "run-" not in item.name)
             else 4
         )
@@ -166,19 +175,17 @@ def check(root: Path) -> None:
             file = load(path, key_map(), "x")
             metadata = json.loads(file.metadata["lora_adapter_metadata"])
             assert (
-                file.layers[0].part.delta(torch.zeros(16, 16))[0, 0] == metadata[".lora_alpha"]
+                file.layers[0].algorithm.delta(torch.zeros(16, 16))[0, 0] == metadata[".lora_alpha"]
             ), why
 
 
 @pytest.mark.slow
 def test_workers_that_do_all_at_once_never_disagree(fork: Any, root: Path) -> None:
-    until = time.monotonic() + 12
-    with running(fork, *[(anything, root, SEED + n, until) for n in range(3)]) as processes:
-        while time.monotonic() < until:
+    end = time.monotonic() + 12
+    with running(fork, root, *[(anything, SEED + n) for n in range(3)]) as processes:
+        while time.monotonic() < end:
             check_whole(root)
             time.sleep(0.01)
-        for process in processes:
-            process.join(60)
     assert [process.exitcode for process in processes] == [0, 0, 0], SEED
     check(root)
     for place in ("loras", "training"):
@@ -188,35 +195,28 @@ def test_workers_that_do_all_at_once_never_disagree(fork: Any, root: Path) -> No
 
 @pytest.mark.slow
 def test_an_activation_is_never_undone_by_those_who_only_look(fork: Any, root: Path) -> None:
-    until = time.monotonic() + 10
-    library, chance, rounds = catalog(root), random.Random(SEED), 0
+    library, chance = catalog(root), random.Random(SEED)
     path = root / "loras" / "a.safetensors"
-    with running(fork, (scanning, root, until), (scanning, root, until)):
-        while time.monotonic() < until - 1:
+    told = path.with_name("a.safetensors.state.json")
+    with running(fork, root, (scanning,), (scanning,)):
+        for round_ in range(100):
             publish(path, adapter(chance.choice([1, 2, 4, 8])))
             time.sleep(chance.random() * 0.01)
             assert library.activate("a").state.state == "active"
             time.sleep(chance.random() * 0.02)
-            state = read_state(path.with_name("a.safetensors.state.json"))
             # For a moment it may be away: who took it for one of another version puts it back.
-            for _ in range(200):
-                if state and state.state == "active":
-                    break
-                time.sleep(0.01)
-                state = read_state(path.with_name("a.safetensors.state.json"))
-            assert state, (SEED, rounds)
-            assert state.state == "active", (SEED, rounds)
-            rounds += 1
-    assert rounds > 20
+            until(
+                lambda: (state := read_state(told)) and state.state == "active",
+                lambda: (SEED, round_),  # noqa: B023 - called within the round
+            )
 
 
 @pytest.mark.slow
 def test_workers_that_are_killed_leave_nothing_wrong(fork: Any, root: Path) -> None:
     chance = random.Random(SEED)
     for round_ in range(8):
-        until = time.monotonic() + 30
-        jobs = [(anything, root, SEED + 10 * round_ + n, until) for n in range(2)]
-        with running(fork, *jobs) as processes:
+        jobs = [(anything, SEED + 10 * round_ + n) for n in range(2)]
+        with running(fork, root, *jobs) as processes:
             time.sleep(0.3 + chance.random())
             for process in processes:
                 os.kill(process.pid, signal.SIGKILL)

@@ -8,8 +8,7 @@ from diffusers import UNet2DConditionModel
 
 from demo.networks import TOPOLOGY
 from lora.formats.names.sgm import sgm_path
-from lora.tools.models.layouts import places
-from lora.tools.models.sdxl_names import Where, open_clip
+from lora.tools.models.layouts import Where, open_clip, places
 
 SD15: dict[str, Any] = {
     "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),

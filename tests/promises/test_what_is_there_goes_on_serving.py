@@ -9,6 +9,7 @@ import mmap
 import os
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,16 +26,16 @@ from lora.errors import CacheFull, LoraCorrupt, LoraError
 from lora.fetch.sources import CachedName, Reference
 from lora.formats.adapter import LoraFile
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
-from lora.volume.lease import Watch
+from lora.volume.lease import LeaseWatch
 from lora.volume.loader import LoraLibrary
-from lora.volume.records import INCOMING, Record, read_as, record_path, write
-from lora.volume.room import DAMAGED
+from lora.volume.records import DAMAGED, INCOMING, Record, read_as, record_path, write
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, LoopbackServer
+from tests.waiting import until
 
 OLD, NEW = as_bytes(kohya(seed=1)), as_bytes(kohya(seed=2))
 
-LIMITS = Limits(timeout=5, stall=2, tries=2, pause=0.01)
+LIMITS = Limits(tries=2, pause=0.01)
 
 DAY = 86_400
 
@@ -184,7 +185,7 @@ def test_an_open_file_and_a_mapped_one_keep_their_bytes_when_it_is_refreshed(
 
 def tensors(file: LoraFile) -> list[torch.Tensor]:
     """Every tensor of the file's layers."""
-    values = [value for layer in file.layers for value in vars(layer.part).values()]
+    values = [value for layer in file.layers for value in vars(layer.algorithm).values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
@@ -484,9 +485,9 @@ def test_a_read_only_volume_without_another_folder_gives_a_clear_answer(
 def test_a_dead_workers_lease_that_cannot_be_removed_holds_nobody_up(
     cache: VolumeCache, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tries: list[Watch] = []
+    tries: list[LeaseWatch] = []
 
-    def stays(self: Watch) -> bool:
+    def stays(self: LeaseWatch) -> bool:
         tries.append(self)
         assert len(tries) < 100
         return False
@@ -496,8 +497,8 @@ def test_a_dead_workers_lease_that_cannot_be_removed_holds_nobody_up(
     lease = cache.shelf.root / INCOMING / f"{path.name}.lease"
     lease.touch()
     server.serve("/lora.safetensors", NEW)
-    monkeypatch.setattr(Watch, "is_dead", lambda self: True)
-    monkeypatch.setattr(Watch, "remove", stays)
+    monkeypatch.setattr(LeaseWatch, "is_dead", lambda self: True)
+    monkeypatch.setattr(LeaseWatch, "remove", stays)
     assert get(cache, url, refresh=True).path.read_bytes() == NEW
     assert lease.exists()
 
@@ -525,14 +526,13 @@ def while_it_comes_in(
     cache: VolumeCache, server: LoopbackServer, deed: Callable[[], None]
 ) -> CacheEntry:
     """Gets a file, and does the deed while the server still keeps its bytes back."""
-    url = server.serve("/lora.safetensors", NEW, pause=0.3)
+    gate = threading.Event()
+    url = server.serve("/lora.safetensors", NEW, gate=gate)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(get, cache, url)
-        end = time.monotonic() + 5
-        while not server.hits["/lora.safetensors"]:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: server.hits["/lora.safetensors"])
         deed()
+        gate.set()
         return coming.result()
 
 

@@ -1,0 +1,118 @@
+"""The body of an answer: read in pieces, unpacked, within limits of time and size."""
+
+from __future__ import annotations
+
+import re
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+
+import requests
+import urllib3
+
+CHUNK = 1 << 20
+
+
+class Body:
+    """An answer whose head was read and whose body was not."""
+
+    def __init__(self, response: requests.Response, stall: float, deadline: float) -> None:
+        self._response, self._stall, self._deadline = response, stall, deadline
+        self.status = response.status_code
+        self.headers: Mapping[str, str] = response.headers
+        self.url = str(response.url)
+        """The last URL, after redirects. It may hold secrets."""
+
+    @property
+    def encoding(self) -> str:
+        """How the body is compressed; empty if it is not, as the request asks."""
+        return self.headers.get("Content-Encoding", "").strip().lower().replace("identity", "")
+
+    @property
+    def length(self) -> int | None:
+        """How many bytes the body will have; None if the server does not say, or compresses it."""
+        return None if self.encoding else self._sent_length
+
+    @property
+    def _sent_length(self) -> int | None:
+        text = self.headers.get("Content-Length", "")
+        return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+
+    def read(self, limit: int) -> bytes:
+        """The whole body. Raises: ValueError if it is longer than the limit; what `pieces` raises."""
+        data = bytearray()
+        for piece in self.pieces():
+            data += piece
+            if len(data) > limit:
+                raise ValueError(f"the answer is over {limit} bytes")
+        return bytes(data)
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body as it comes in, unpacked, in pieces of at most a megabyte.
+
+        Raises: requests.RequestException if the connection breaks or is silent for too long, if the body is
+        shorter than announced, or if the deadline passes while bytes still trickle in.
+        """
+        unpack = _Unpacker(self.encoding) if self.encoding else None
+        done = 0
+        for piece in self._sent():
+            done += len(piece)
+            yield from unpack.pieces(piece) if unpack else (piece,)
+        if self._sent_length not in (None, done):
+            raise requests.ConnectionError("the body ended early")
+        if not done and self._sent_length is None and not self._response.raw.chunked:
+            raise requests.ConnectionError("the head ended early, or there is no body")
+        if unpack is not None and not unpack.complete:
+            raise requests.ConnectionError("the compressed body ended early")
+
+    def _sent(self) -> Iterator[bytes]:
+        raw = self._response.raw
+        try:
+            while True:
+                left = self._deadline - time.monotonic()
+                if left <= 0:
+                    raise requests.Timeout("the deadline passed")
+                body_socket = getattr(raw.connection, "body_socket", None)
+                if body_socket is not None:
+                    with suppress(OSError):  # closed: the rest of the body is in the buffer
+                        body_socket.settimeout(min(self._stall, left))
+                piece = raw.read1(CHUNK, decode_content=False)
+                if not piece:
+                    return
+                yield piece
+        except urllib3.exceptions.ReadTimeoutError as error:
+            raise requests.Timeout("the connection fell silent") from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            if isinstance(error, requests.RequestException):
+                raise
+            raise requests.ConnectionError("the connection broke") from error
+
+
+class _Unpacker:
+    """Unpacks gzip or zlib, in pieces that stay small however much is packed into them."""
+
+    def __init__(self, encoding: str) -> None:
+        if encoding not in ("gzip", "x-gzip", "deflate"):
+            raise requests.exceptions.ContentDecodingError("the body is packed in an unknown way")
+        self._zlib = _new_zlib()
+
+    @property
+    def complete(self) -> bool:
+        return self._zlib.eof
+
+    def pieces(self, data: bytes) -> Iterator[bytes]:
+        try:
+            while data:
+                if self._zlib.eof:  # gzip may have several members
+                    self._zlib = _new_zlib()
+                piece = self._zlib.decompress(data, CHUNK)
+                data = self._zlib.unconsumed_tail or self._zlib.unused_data
+                if piece:
+                    yield piece
+        except zlib.error as error:
+            raise requests.exceptions.ContentDecodingError("the body is not unpackable") from error
+
+
+def _new_zlib() -> zlib._Decompress:
+    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: either header

@@ -1,0 +1,235 @@
+"""The one reader of adapter files: their tensors grouped by module, and checked.
+
+The engine, the tools and the library's check read every file through `read_contents`. Each tensor of the file
+ends up in a module, among the words that it teaches, or among the unused ones with its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from lora.errors import LoraIncompatible, LoraUnsupported
+from lora.formats.algorithms import Algorithm, recipes
+from lora.formats.alphas import Alphas
+from lora.formats.embeddings import is_embedding
+from lora.formats.families import cross_attention_width, identify
+from lora.formats.header import Header
+from lora.formats.names.keys import ONE_NUMBER, REFUSED, SLOTS, KeyMap, Target
+from lora.formats.tensors import read_runs
+
+UNKNOWN_MODULE = "no module of this model has that name"
+
+NOT_FLOATING = ("bias_indices", "bias_size", *ONE_NUMBER)
+"""The slots that may hold whole numbers, and whose precision is never changed."""
+
+KNOWN_SLOTS = frozenset(SLOTS.values())
+
+MAX_SHOWN, MAX_SLOTS_SHOWN = 200, 8
+"""How much of a tensor's name a message repeats, and how many of a module's tensors."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """What a file does to one parameter of one module."""
+
+    target: Target
+    parameter: str
+    """The module's own name for it: weight, bias, ..."""
+    algorithm: Algorithm
+    keys: int
+    """How many tensors of the file it is made of."""
+
+
+@dataclass(frozen=True)
+class UnusedKey:
+    """A tensor of the file that is not used, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass(eq=False, slots=True)
+class Module:
+    """The tensors that a file has for one module of the model."""
+
+    target: Target
+    stem: str
+    """The module's name in the file."""
+    keys: dict[str, str] = field(default_factory=dict)
+    """Slot of `keys.SLOTS` -> key."""
+    slots: dict[str, Tensor] = field(default_factory=dict)
+    """Slot -> tensor, with those that a PEFT config adds."""
+    layers: list[Layer] = field(default_factory=list)
+    """What the tensors do to the module's parameters; empty if shapes were not checked."""
+
+
+@dataclass(eq=False)
+class Contents:
+    """A whole adapter file."""
+
+    header: Header
+    alphas: Alphas
+    modules: dict[Target, Module] = field(default_factory=dict)
+    words: dict[str, Tensor] = field(default_factory=dict)
+    """Key -> the vectors of a word of the prompt, as the file has them."""
+    unused: list[UnusedKey] = field(default_factory=list)
+
+
+def read_contents(
+    path: Path,
+    header: Header,
+    key_map: KeyMap,
+    *,
+    config: str | None = None,
+    mapped: bool = False,
+    check_shapes: bool = True,
+) -> Contents:
+    """Reads a .safetensors adapter and binds its tensors to the modules of `key_map`.
+
+    `header`: the file's own. `config`: the text of a PEFT adapter's adapter_config.json. `mapped`: see
+    `read_runs`. Without `check_shapes`, `key_map` is only asked for names: its model may have other shapes.
+    A module is used as a whole or not at all: half of it would be another adapter than the one trained.
+
+    Raises: LoraCorrupt if the file is not whole, or holds NaN or infinity; LoraUnsupported if it is a model.
+    """
+    contents = Contents(header, Alphas.of(header.metadata, config))
+    words = _group_keys(contents, key_map)
+    runs = read_runs(path, header, mapped=mapped)
+    tensors = {name: tensor for run in runs for name, tensor in run.tensors()}
+    contents.words = {key: tensors[key] for key in words}
+    for module in list(contents.modules.values()):
+        module.slots = {slot: tensors[key] for slot, key in module.keys.items()}
+        contents.alphas.complete(module.slots, module.target.component, module.stem)
+        if reasons := _check(module, check_shapes=check_shapes):
+            _drop(contents, module, reasons)
+    return contents
+
+
+def _group_keys(contents: Contents, key_map: KeyMap) -> list[str]:
+    """Finds the module of each key, before any tensor is read. Returns the keys of words."""
+    words: list[str] = []
+    modules, adapter = contents.modules, False
+    for key in contents.header.tensors:
+        match = key_map.match(key)
+        if match is None:
+            if is_embedding(key):
+                words.append(key)
+            else:
+                missing = key_map.missing_component(key)
+                reason = f"this model has no {missing}" if missing else UNKNOWN_MODULE
+                contents.unused.append(UnusedKey(key, reason))
+            continue
+        adapter = adapter or key[len(match.stem) + 1 :] not in ("weight", "bias")
+        module = modules.get(match.target)
+        if module is None:
+            module = modules[match.target] = Module(match.target, match.stem)
+        twin = module.keys.setdefault(match.slot, key)
+        if twin is not key:
+            contents.unused.append(UnusedKey(key, f"says the same as {twin[:MAX_SHOWN]}"))
+    if modules and not adapter:
+        raise LoraUnsupported(
+            "the file holds a model's own weights, and none of an adapter",
+            "Extract a LoRA from it first.",
+        )
+    return words
+
+
+def _drop(contents: Contents, module: Module, reasons: Mapping[str, str]) -> None:
+    """Lists slots as unused, and takes the module out if none is left."""
+    for slot, reason in reasons.items():
+        del module.slots[slot]
+        if slot in module.keys:
+            contents.unused.append(UnusedKey(module.keys.pop(slot), reason))
+    if not module.slots:
+        del contents.modules[module.target]
+
+
+def _check(module: Module, *, check_shapes: bool) -> Mapping[str, str]:
+    """Makes the module's layers. Returns a reason for each slot that cannot be used."""
+    slots = module.slots
+    if trouble := _trouble(slots):
+        return dict.fromkeys(slots, trouble)
+    used, left = recipes(frozenset(slots))
+    alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}
+    if left and not alone:
+        fault = (
+            "a part is missing" if left <= KNOWN_SLOTS else "no known algorithm has such tensors"
+        )
+        shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
+        more = ", ..." * (len(slots) > MAX_SLOTS_SHOWN)
+        return dict.fromkeys(slots, f"{fault} (the layer has {', '.join(shown)}{more})")
+    target = module.target
+    for recipe in used if check_shapes else ():
+        algorithm = recipe.make(slots)
+        parameter = target.parameter(algorithm.parameter)
+        if parameter is None:
+            return dict.fromkeys(slots, f"the module has no {algorithm.parameter}")
+        shape = target.parameters[parameter]
+        if misfit := algorithm.misfit(shape):
+            return dict.fromkeys(slots, misfit)
+        count = len(recipe.used & module.keys.keys())
+        module.layers.append(Layer(target, parameter, algorithm, count))
+        for more_of_it in algorithm.companions(shape):
+            if name := target.parameter(more_of_it.parameter):
+                module.layers.append(Layer(target, name, more_of_it, 0))
+    return alone
+
+
+def _trouble(slots: Mapping[str, Tensor]) -> str | None:
+    """What is wrong with a module's tensors, whatever algorithm they are."""
+    for slot, tensor in slots.items():
+        if slot in REFUSED:
+            return REFUSED[slot]
+        if slot in ONE_NUMBER and tensor.numel() != 1:
+            return f"{slot} is not one number"
+        if 0 in tensor.shape:
+            return "a tensor is empty"
+        if not tensor.dtype.is_floating_point and (slot not in NOT_FLOATING or tensor.is_complex()):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"{slot} is {dtype}, not a floating point number"
+    return None
+
+
+HINT = "Choose a LoRA for this model."
+
+
+def refuse_other_models(
+    header: Header, key_map: KeyMap | None, unused: list[UnusedKey], *, used: bool
+) -> None:
+    """Refuses a file of which nothing can be used, and one whose cross attention is not the model's:
+    some layers of another family's file may fit by chance. Without `key_map` the latter is not checked.
+
+    Raises: LoraIncompatible; LoraUnsupported if the file has modules of this model, and none can be applied.
+    """
+    width, ours = cross_attention_width(header), key_map and _cross_attention_of(key_map)
+    fits = not (width and ours) or width == ours
+    if fits and used:
+        return
+    family = identify(header)
+    made_for = f"the file was made for {family}" if family else "the file is for an unknown model"
+    if not fits:
+        raise LoraIncompatible(
+            f"{made_for} (its cross attention reads {width} values per token, this model's {ours})",
+            HINT,
+        )
+    bound = [u for u in unused if u.reason != UNKNOWN_MODULE and "has no" not in u.reason]
+    if bound:
+        raise LoraUnsupported(
+            f"none of the file's {len(unused)} tensors can be applied "
+            f"({bound[0].key[:MAX_SHOWN]}: {bound[0].reason})",
+            "The README lists the algorithms that are read.",
+        )
+    raise LoraIncompatible(
+        f"{made_for}, and none of its {len(unused)} tensors fits this model "
+        f"({unused[0].key[:MAX_SHOWN]}: {unused[0].reason})",
+        HINT,
+    )
+
+
+def _cross_attention_of(key_map: KeyMap) -> int | None:
+    widths = {t.parameters["weight"][1] for t in key_map.targets if t.path.endswith(".attn2.to_k")}
+    return widths.pop() if len(widths) == 1 else None

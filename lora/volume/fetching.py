@@ -1,0 +1,177 @@
+"""Fetching a source into the cache: once per worker, and by one of the workers that share a volume."""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from lora.durable import part_file
+from lora.errors import CacheFull, DownloadFailed, LoraCorrupt
+from lora.fetch.download import Download, Limits, NotModified, OnBytes
+from lora.fetch.sources import RemoteFile
+from lora.fetch.web import Web
+from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG
+from lora.volume.lease import Lease
+from lora.volume.publishing import Publisher
+from lora.volume.records import INCOMING, Record, record_path, write
+from lora.volume.shelf import CacheEntry, Damaged, file_name
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+POLL = 0.1
+"""Seconds between two looks at what another worker downloads."""
+
+
+@dataclass
+class Fetch:
+    """A source that is asked for its file. Whatever fails, no temporary file stays."""
+
+    remote: RemoteFile
+    publisher: Publisher
+    web: Web
+    limits: Limits
+    lease: Callable[[Path, float], Lease]
+    on_bytes: OnBytes
+    begun: float = field(default_factory=time.time)
+    deadline: float = 0.0
+    """When `run` must be done, by time.monotonic()."""
+
+    def is_current(self, entry: CacheEntry) -> bool:
+        """Whether the file need not be asked for: its content cannot change, or it was asked for lately."""
+        asked = entry.record.asked
+        lately = asked is not None and time.time() - asked < self.limits.ttl
+        return self.remote.fixed or bool(self.remote.sha256) or lately
+
+    def run(self, old: CacheEntry | None) -> CacheEntry:
+        """The file as its source has it now. `old`: what lies in the cache of it. Raises: LoraError."""
+        shelf, self.deadline = self.publisher.shelf, time.monotonic() + self.limits.timeout
+        for root in shelf.writable():
+            try:
+                return self._into(root, old)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise CacheFull(
+                        "the volume of the LoRA cache is full", "Remove files, or make it larger."
+                    ) from error
+                shelf.lost(root, error)
+        raise CacheFull("the LoRA cache cannot be written", "The volume may be gone or read-only.")
+
+    def _into(self, root: Path, old: CacheEntry | None) -> CacheEntry:
+        def newer(entry: CacheEntry | None) -> CacheEntry | None:
+            """The entry if another worker fetched it meanwhile."""
+            if entry is None or (old and (entry.record.asked or 0.0) < self.begun):
+                return None
+            return entry if old or self.is_current(entry) else None
+
+        path = root / INCOMING / f"{file_name(self.remote)}.lease"
+        lease = self.lease(path, self.limits.lease)
+        too_late = DownloadFailed(
+            f"{self.remote.shown} is being downloaded by another worker, which takes too long",
+            "Try again later.",
+        )
+        theirs = lease.wait(lambda: newer(self._there()), self.deadline, POLL, too_late)
+        if theirs:
+            return theirs
+        with lease:
+            # What lies there now may be newer than before waiting: a 304 says that this one is the newest.
+            there = self._there()
+            return newer(there) or self._download(root, there)
+
+    def _there(self) -> CacheEntry | None:
+        try:
+            return self.publisher.shelf.kept(self.remote)
+        except Damaged:
+            return None
+
+    def _download(self, root: Path, kept: CacheEntry | None) -> CacheEntry:
+        room, path = self.publisher.room, root / file_name(self.remote)
+        known = _conditions(kept.record) if kept and kept.path.is_relative_to(root) else {}
+        try:
+            with part_file(root / INCOMING, path.name) as part:
+                download = Download(
+                    self.web, self.remote, part, self.limits, self.on_bytes, deadline=self.deadline
+                )
+                with room.in_use(kept.path) if kept else nullcontext():
+                    fetched = download.run(lambda more: room.make(path, more, more), known)
+                config = self._config(root)
+                return self.publisher.publish(part, root, self.remote, fetched, config)
+        except NotModified:
+            if kept is None:
+                raise DownloadFailed(f"{self.remote.shown} answered HTTP 304") from None
+            record = replace(kept.record, checked=time.time())
+            write(root, record_path(kept.path), record)
+            return replace(kept, record=record)
+
+    def _config(self, root: Path) -> str | None:
+        """The config that belongs to a PEFT adapter: without it, its scale is not known."""
+        url = self.remote.config_url
+        if url is None:
+            return None
+        config = RemoteFile(url, "", f"{self.remote.shown}'s {PEFT_CONFIG}", PEFT_CONFIG)
+        limits = replace(self.limits, file_bytes=CONFIG_BYTES)
+        with part_file(root / INCOMING, PEFT_CONFIG) as part:
+            Download(self.web, config, part, limits, deadline=self.deadline).run(lambda size: None)
+            try:
+                return part.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise LoraCorrupt(f"{config.shown} is no text") from error
+
+
+def _conditions(record: Record) -> dict[str, str]:
+    """The headers by which a server answers 304 if it still has what is here."""
+    headers = {"If-None-Match": record.etag, "If-Modified-Since": record.modified}
+    return {name: value for name, value in headers.items() if value}
+
+
+@dataclass
+class _Running:
+    """A fetch that several threads wait for."""
+
+    future: Future[CacheEntry] = field(default_factory=Future)
+    listeners: list[OnBytes] = field(default_factory=list)
+
+    def on_bytes(self, done: int, total: int | None) -> None:
+        for listener in self.listeners:
+            listener(done, total)
+
+
+class SharedFetches:
+    """The fetches that run in this worker now, by what they fetch."""
+
+    def __init__(self) -> None:
+        self._guard = threading.Lock()
+        self._running: dict[Hashable, _Running] = {}
+
+    def run(
+        self,
+        key: Hashable,
+        shown: str,
+        fetch: Callable[[OnBytes], CacheEntry],
+        on_bytes: OnBytes | None,
+    ) -> CacheEntry:
+        """The outcome of `fetch`, or of another thread's that began with the same key and still runs."""
+        with self._guard:
+            ours = key not in self._running
+            running = self._running.setdefault(key, _Running())
+            if on_bytes:
+                running.listeners.append(on_bytes)
+        if not ours:
+            return replace(running.future.result(), downloaded=False)
+        try:
+            entry = fetch(running.on_bytes)
+        except BaseException as error:
+            ended = DownloadFailed(f"{shown}: the download was broken off")
+            running.future.set_exception(error if isinstance(error, Exception) else ended)
+            raise
+        else:
+            running.future.set_result(entry)
+            return entry
+        finally:
+            with self._guard:
+                del self._running[key]

@@ -1,0 +1,167 @@
+"""The folders of a cache: which of them can be written, and which adapters lie in them."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from lora.errors import SourceInvalid
+from lora.formats.endings import EXTENSIONS
+from lora.formats.peft import STEMS
+from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden, leads_out
+from lora.volume.records import DAMAGED, INCOMING
+
+log = logging.getLogger(__name__)
+
+DAMAGED_DAYS = 1.0
+"""How long a damaged file is kept to be looked at."""
+
+LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "overlay"})
+"""File systems whose open files stay readable whatever happens to their names. All others count as remote."""
+
+MOUNTS = Path("/proc/self/mountinfo")
+
+
+class Folders:
+    """The volume's folder and, for when that cannot be written, another."""
+
+    def __init__(self, root: Path, fallback: Path | None, stale_after: float) -> None:
+        """`stale_after`: seconds without a write after which an unfinished file is a dead worker's."""
+        self.root, self.fallback = root, fallback
+        self._stale_after = stale_after
+        self._local = {folder: on_local_disk(folder) for folder in self.roots}
+        self.trouble: str | None = None
+        """Why files go to the fallback, as long as they do."""
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """The folders that files are looked for in, in this order."""
+        return (self.root, self.fallback) if self.fallback else (self.root,)
+
+    # --- writing ---------------------------------------------------------------------------------
+
+    def prepare(self) -> Path:
+        """The folder that is written to: the volume if it can be, else the fallback, and a warning.
+
+        Raises: OSError if nothing can be written.
+        """
+        for root in self.writable():
+            return root
+        raise OSError(errno.EROFS, "neither the volume nor this container's disk can be written")
+
+    def writable(self) -> Iterator[Path]:
+        """The folders that can be written, the volume first. Leftovers of dead workers are removed there."""
+        for root in self.roots:
+            try:
+                _probe(root)
+            except OSError as error:
+                self.lost(root, error)
+                continue
+            if root == self.root:
+                self.trouble = None
+            _sweep(root, self._stale_after)
+            yield root
+
+    def lost(self, root: Path, error: OSError) -> None:
+        """Takes note that a folder cannot be written."""
+        trouble = f"the LoRA cache on the volume cannot be written ({error.strerror})"
+        if root == self.root and self.fallback:
+            trouble += "; LoRAs are kept on this container's disk"
+            if self.trouble != trouble:
+                log.warning("%s: %s", root, trouble)
+            self.trouble = trouble
+
+    # --- looking ---------------------------------------------------------------------------------
+
+    def root_of(self, path: Path) -> Path:
+        """The folder of the cache that a file is in."""
+        return next(root for root in self.roots if path.is_relative_to(root))
+
+    def name_of(self, path: Path) -> str:
+        """The name of a file in the cache, as a request would give it."""
+        return str(path.relative_to(self.root_of(path)))
+
+    def is_local(self, path: Path) -> bool:
+        """Whether a file of the cache is on a disk of this machine."""
+        return self._local[self.root_of(path)]
+
+    def adapters(self) -> list[StoredAdapter]:
+        """Every adapter that has its weights, in the order of their files' names, the volume's first."""
+
+        def steps(adapter: StoredAdapter) -> list[str]:
+            return str(adapter.weights).split("/")
+
+        walks = [sorted(adapters_in(root), key=steps) for root in self.roots]
+        return [adapter for walk in walks for adapter in walk if adapter.weights]
+
+    def files(self) -> list[Path]:
+        """The files of `adapters`."""
+        return [adapter.root / str(adapter.weights) for adapter in self.adapters()]
+
+    def existing(self, name: str) -> Path | None:
+        """The file of this name; .safetensors is preferred to pickles, the volume to the fallback.
+
+        Raises: SourceInvalid if it leads out of the folders.
+        """
+        stems = (name, *(f"{name}/{stem}" for stem in STEMS))
+        candidates = [name, *(stem + ext for stem in stems for ext in EXTENSIONS)]
+        for root in self.roots if not is_hidden(name) else ():
+            for candidate in candidates:
+                path = root / candidate
+                with suppress(OSError):
+                    if candidate.endswith(EXTENSIONS) and path.is_file():
+                        if leads_out(path, root):
+                            raise SourceInvalid(f"{name!r} leads out of the LoRA cache")
+                        return path
+        return None
+
+    def adapter(self, name: str) -> StoredAdapter | None:
+        """The adapter of this name: unlike `existing`, also a PEFT folder that lacks its weights.
+
+        Raises: SourceInvalid if it leads out of the folders.
+        """
+        if path := self.existing(name):
+            return adapter_at(self.root_of(path), self.name_of(path))
+        if is_hidden(name) or name.startswith("/") or ".." in PurePosixPath(name).parts:
+            return None
+        return next(filter(None, (adapter_at(root, name) for root in self.roots)), None)
+
+
+def on_local_disk(folder: Path, mounts: Path = MOUNTS) -> bool:
+    """Whether the folder, which need not exist yet, is on a local file system; False if unknown."""
+    try:
+        lines = mounts.read_text().splitlines()
+    except OSError:
+        return False
+    target, best, kind = folder.resolve(), -1, ""
+    for line in lines:
+        # "36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw" (man proc_pid_mountinfo)
+        before, _, after = line.partition(" - ")
+        mount = Path(before.split(" ")[4].replace("\\040", " "))
+        if target.is_relative_to(mount) and len(mount.parts) >= best:
+            best, kind = len(mount.parts), after.split(" ")[0]
+    return kind in LOCAL
+
+
+def _probe(root: Path) -> None:
+    """Raises: OSError if the folder cannot be made or written."""
+    folder = root / INCOMING
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f"probe-{uuid.uuid4().hex}.part"
+    probe.touch()
+    probe.unlink()
+
+
+def _sweep(root: Path, age: float) -> None:
+    """Removes leftovers of dead workers: parts and leases that were not written to for `age` seconds."""
+    for folder, oldest in ((INCOMING, age), (DAMAGED, DAMAGED_DAYS * 86_400)):
+        with suppress(OSError):
+            for path in (root / folder).iterdir():
+                with suppress(OSError):  # another worker finished or swept it just now
+                    if time.time() - path.stat().st_mtime > oldest:
+                        path.unlink()

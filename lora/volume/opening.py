@@ -1,0 +1,98 @@
+"""Opens the cache in a folder: from environment variables, or from values that were read elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lora.fetch.civitai import Civitai
+from lora.fetch.hub import Hub
+from lora.fetch.rules import WebRules, auth_headers, origin_of
+from lora.fetch.sources import CIVITAI, HUB
+from lora.fetch.web import Web
+from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
+
+FOLDER = "/models/loras"
+"""The cache's folder where LORA_CACHE_DIR is not set."""
+
+Server = tuple[str, str]
+"""(endpoint, token) of a hub; an empty endpoint means the public one."""
+
+
+def open_cache(
+    folder: Path | str | None = None, environ: Mapping[str, str] | None = None
+) -> VolumeCache:
+    """The cache in a folder, by default LORA_CACHE_DIR. Nothing is requested or written yet.
+
+    The environment variables are the worker's: tokens and endpoints of the hubs, LORA_AUTH_HEADERS,
+    LORA_ALLOWED_HOSTS, LORA_ALLOW_PRIVATE_URLS, LORA_CACHE_MAX_GB, LORA_MAX_FILE_MB,
+    LORA_DOWNLOAD_TIMEOUT and LORA_TTL_HOURS.
+    Raises: ValueError that names the variable and repeats nothing of its text.
+    """
+    values = {name: text.strip() for name, text in (environ or os.environ).items()}
+
+    def text(name: str) -> str:
+        return values.get(name, "")
+
+    def number(name: str, default: float) -> float:
+        try:
+            value = float(text(name) or default)
+        except ValueError:
+            value = math.nan
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is not a number of at least 0")
+        return value
+
+    try:
+        headers = auth_headers(text("LORA_AUTH_HEADERS"))
+    except ValueError as error:
+        raise ValueError(f"LORA_AUTH_HEADERS: {error}") from None
+    return make_cache(
+        Path(folder or text("LORA_CACHE_DIR") or FOLDER),
+        Limits(
+            file_bytes=int(number("LORA_MAX_FILE_MB", 2048) * 1e6),
+            total_bytes=int(number("LORA_CACHE_MAX_GB", 0) * 1e9) or None,
+            timeout=number("LORA_DOWNLOAD_TIMEOUT", 300),
+            ttl=number("LORA_TTL_HOURS", 24) * 3600,
+        ),
+        hub=(text("HF_ENDPOINT"), text("HF_TOKEN")),
+        civitai=(text("CIVITAI_ENDPOINT"), text("CIVITAI_TOKEN")),
+        headers=headers,
+        allowed_hosts=tuple(text("LORA_ALLOWED_HOSTS").replace(",", " ").split()),
+        allow_private=text("LORA_ALLOW_PRIVATE_URLS") in ("1", "true"),
+    )
+
+
+def make_cache(
+    root: Path,
+    limits: Limits,
+    *,
+    hub: Server,
+    civitai: Server,
+    headers: Mapping[str, tuple[str, str]],
+    allowed_hosts: tuple[str, ...],
+    allow_private: bool,
+) -> VolumeCache:
+    """The cache in a folder. Nothing is requested or written yet.
+
+    `headers`: origin -> (name, value) of the header that it gets; the rest as in `WebRules`. An endpoint
+    that is named here may lie in the private network. Raises: ValueError if an endpoint is no URL.
+    """
+    own, tokens = set(), dict(headers)
+    for public, (endpoint, token) in ((HUB, hub), (CIVITAI, civitai)):
+        origin = origin_of(endpoint or public)
+        if endpoint:
+            own.add(origin)
+        if token:
+            tokens[origin] = ("Authorization", f"Bearer {token}")
+    web = Web(WebRules(allow_private, allowed_hosts, frozenset(own), tokens))
+    return VolumeCache(
+        root,
+        limits,
+        web,
+        hub=Hub(hub[1] or None, hub[0] or HUB),
+        civitai=Civitai(web, civitai[0] or CIVITAI),
+        fallback=FALLBACK_ROOT,
+    )

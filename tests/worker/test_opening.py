@@ -1,0 +1,91 @@
+"""What the settings mean, once it is opened."""
+
+import pytest
+
+from settings import Settings, SettingsError
+from worker.opening import open_cache, read_settings
+
+
+def test_secrets_do_not_show_in_what_is_opened() -> None:
+    headers = '{"models.example.com": "X-Key: canary"}'
+    settings = read_settings({"LORA_AUTH_HEADERS": headers, "HF_TOKEN": "canary"})
+    assert "canary" not in repr(settings)
+    assert "canary" not in repr(open_cache(settings).web.rules)
+
+
+def test_limits_are_in_bytes() -> None:
+    environ = {"LORA_CACHE_MAX_GB": "1.5", "LORA_MAX_FILE_MB": "10", "LORA_DOWNLOAD_TIMEOUT": "7"}
+    limits = open_cache(Settings.from_env(environ)).limits
+    assert (limits.total_bytes, limits.file_bytes) == (1_500_000_000, 10_000_000)
+    assert limits.timeout == 7.0
+    assert open_cache(Settings()).limits.total_bytes is None
+
+
+def test_tokens_belong_to_origins() -> None:
+    environ = {
+        "HF_TOKEN": "hf",
+        "HF_ENDPOINT": "http://10.0.0.7:8080",
+        "CIVITAI_TOKEN": "civ",
+        "LORA_AUTH_HEADERS": '{"Models.example.com": "X-Key: a:b", "http://10.0.0.8": "Cookie: c"}',
+        "LORA_ALLOWED_HOSTS": "*.example.com, huggingface.co",
+    }
+    rules = open_cache(read_settings(environ)).web.rules
+    assert rules.tokens == {
+        "http://10.0.0.7:8080": ("Authorization", "Bearer hf"),
+        "https://civitai.com:443": ("Authorization", "Bearer civ"),
+        "https://models.example.com:443": ("X-Key", "a:b"),
+        "http://10.0.0.8:80": ("Cookie", "c"),
+    }
+    assert rules.own == {"http://10.0.0.7:8080"}
+    assert rules.allowed_hosts == ("*.example.com", "huggingface.co")
+    assert not rules.allow_private
+
+
+def test_private_urls_are_allowed_by_a_boolean() -> None:
+    for text, allowed in {"1": True, "true": True, "0": False, "False": False}.items():
+        rules = open_cache(read_settings({"LORA_ALLOW_PRIVATE_URLS": text})).web.rules
+        assert rules.allow_private is allowed
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("canary", "it is no JSON"),
+        ('["canary"]', "no JSON object"),
+        ('{"h.example": "canary"}', "not written as 'Name: value'"),
+        ('{"h.example": 5}', "not written as 'Name: value'"),
+        ('{"ftp://canary": "A: b"}', "no host name"),
+        ('{"h.example": "A: canary\\r\\nB: c"}', "no header may"),
+    ],
+)
+def test_bad_auth_headers_are_refused_without_repeating_them(text: str, said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"LORA_AUTH_HEADERS": text})
+    assert said in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+def test_a_bad_endpoint_is_refused_at_start() -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"HF_ENDPOINT": "ftp://x", "CIVITAI_ENDPOINT": "://"})
+    assert str(caught.value).count("is no http(s) URL") == 2
+
+
+def test_faults_of_values_and_of_their_meaning_come_together() -> None:
+    environ = {
+        "WORKER_CONCURRENCY": "2.7",
+        "LORA_MOOD": "1",
+        "HF_ENDPOINT": "ftp://x",
+        "LORA_CONFIG": "/nowhere/config.json",
+        "LORA_DEFAULT_PRESET": "ink",
+    }
+    with pytest.raises(SettingsError) as caught:
+        read_settings(environ)
+    for part in (
+        "WORKER_CONCURRENCY: '2.7'",
+        "LORA_MOOD is not a setting",
+        "HF_ENDPOINT: it is no http(s) URL",
+        "LORA_CONFIG: config.json cannot be read",
+        "only one of them can be the default",
+    ):
+        assert part in str(caught.value)

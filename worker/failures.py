@@ -1,0 +1,39 @@
+"""Errors of the worker itself, and the answers to jobs that failed."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+
+from lora.errors import CodedError
+from worker.parts import Answer
+
+log = logging.getLogger("worker")
+
+
+class OutOfMemory(CodedError):
+    """The device's memory did not suffice for the job."""
+
+    code = "OUT_OF_MEMORY"
+
+
+OOM_HINT = "Ask for fewer or smaller pictures."
+
+
+class Unexpected(CodedError):
+    """An error that nobody foresaw: a fault of the worker."""
+
+    code = "INTERNAL"
+
+
+def unexpected(error: Exception) -> Unexpected:
+    """Logs the traceback without the error's text, which may hold a URL or a token."""
+    log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    words = f"the job failed unexpectedly ({type(error).__name__})"
+    return Unexpected(words, "This is a fault of the worker; its log has the place.")
+
+
+def failure(error: CodedError, *, refresh: bool = False) -> Answer:
+    """Logs the error and returns the answer with it; `refresh` asks the platform for a new process."""
+    log.info("job failed: %s", error)
+    return {"error": str(error), "refresh_worker": True} if refresh else {"error": str(error)}

@@ -1,0 +1,72 @@
+"""Opens what the settings name: the LoRA cache and the LoRAs of LORA_CONFIG."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lora.errors import CodedError
+from lora.fetch.rules import auth_headers, origin_of
+from lora.fetch.sources import CIVITAI, HUB, Reference, parse
+from lora.volume.cache import Limits, VolumeCache
+from lora.volume.opening import make_cache
+from lora.volume.presets import cached_names, read_config
+from settings import Settings, split_list
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """The worker's settings, every one of which can be opened. Raises: SettingsError, with every fault."""
+    return Settings.from_env(environ, _faults)
+
+
+def _faults(settings: Settings) -> Iterator[str]:
+    """What `Settings` itself cannot know to be wrong."""
+    if settings.lora_default_preset and settings.lora_config:
+        yield "LORA_DEFAULT_PRESET and LORA_CONFIG: only one of them can be the default"
+    checks: dict[str, Callable[[], object]] = {
+        "HF_ENDPOINT": lambda: origin_of(settings.hf_endpoint or HUB),
+        "CIVITAI_ENDPOINT": lambda: origin_of(settings.civitai_endpoint or CIVITAI),
+        "LORA_CONFIG": lambda: default_loras(settings),
+        "LORA_AUTH_HEADERS": lambda: auth_headers(settings.lora_auth_headers),
+    }
+    for env, check in checks.items():
+        try:
+            check()
+        except ValueError as error:
+            yield f"{env}: {error}"
+
+
+def open_cache(settings: Settings) -> VolumeCache:
+    """The LoRA cache on the volume. Nothing is requested or written yet."""
+    budget = settings.lora_cache_max_gb
+    limits = Limits(
+        file_bytes=int(settings.lora_max_file_mb * 1e6),
+        total_bytes=int(budget * 1e9) if budget else None,
+        timeout=settings.lora_download_timeout,
+        ttl=settings.lora_ttl_hours * 3600,
+    )
+    return make_cache(
+        settings.lora_cache_dir,
+        limits,
+        hub=(settings.hf_endpoint, settings.hf_token),
+        civitai=(settings.civitai_endpoint, settings.civitai_token),
+        headers=auth_headers(settings.lora_auth_headers),
+        allowed_hosts=split_list(settings.lora_allowed_hosts),
+        allow_private=settings.lora_allow_private_urls,
+    )
+
+
+def default_loras(settings: Settings) -> tuple[dict[str, Any], ...]:
+    """The LoRAs of LORA_CONFIG, as entries of a job's `loras`. Raises: ValueError."""
+    if not settings.lora_config:
+        return ()
+    try:
+        entries = cached_names(read_config(Path(settings.lora_config)), settings.lora_cache_dir)
+        for entry in entries:
+            parse(Reference(entry["path"]))
+    except CodedError as error:
+        raise ValueError(f"{error.sentence}. {error.hint}".strip()) from error
+    if not entries:
+        raise ValueError("it names no LoRA")
+    return entries
