@@ -39,8 +39,8 @@ from lora.engine.stack import LoraUse
 from lora.formats.adapter import load
 from lora.formats.names.keys import Shape
 from lora.tools.adapters.saving import WriteOptions
-from lora.tools.extract.forms import takes_factors
-from lora.tools.extract.run import ExtractOptions, extract
+from lora.tools.extract.options import ExtractOptions, takes_factors
+from lora.tools.extract.run import extract
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import energy, truncated_svd
 from lora.tools.merge import MergeOptions, merge

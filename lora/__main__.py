@@ -1,7 +1,7 @@
 """The command line: `lora COMMAND ...`, or `python -m lora COMMAND ...`. See docs/tools.md.
 
-Exit codes: 0; 2 for input that does not do, with one line `error: CODE: sentence. hint` for each fault;
-130 when interrupted; 1, with a traceback, for what nobody foresaw.
+Exit codes: 0; 2 for input that cannot be used, with a line `error: CODE: sentence. hint` for each fault; 130
+for an interrupt; 1, with a traceback, for an error in the program.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_error(str(error))
         return 2
     except OSError as error:
-        # The name is the user's own: this is their machine, and not an answer of the worker.
+        # The name may be shown: this is the user's machine, and not an answer of the worker.
         _print_error(str(ToolError(f"{error.filename or 'a file'}: {error.strerror or error}")))
         return 2
     except KeyboardInterrupt:
@@ -71,10 +71,8 @@ def _generate() -> Command:
     except ModuleNotFoundError as error:
         if error.name not in ("worker", "worker.generate"):
             raise
-        raise ToolError(
-            "`generate` draws with the worker, whose code is not here",
-            "Call `python -m lora generate` in the worker's own folder.",
-        ) from error
+        hint = "Call `python -m lora generate` in the worker's own folder."
+        raise ToolError("`generate` draws with the worker, whose code is not here", hint) from error
 
 
 def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -98,7 +96,7 @@ def _print_error(sentence: str) -> None:
 
 
 def _write(text: str) -> None:
-    """To stdout, in what its encoding has; a reader that has seen enough may go."""
+    """Writes to stdout, in its encoding; the reader may close it early."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding) + "\n" if text else "")

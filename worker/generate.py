@@ -1,4 +1,4 @@
-"""`generate --prompt ... --lora PATH[:SCALE] ...`: the worker's own pipeline, its pictures as files."""
+"""`lora generate --prompt ... --lora PATH[:SCALE] ...`: draws with the worker, into files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,9 @@ from worker.opening import read_settings
 if TYPE_CHECKING:
     from lora.tools import OnProgress
 
+Wanted = tuple[str, float]
+"""The source and the scale of a LoRA."""
+
 FIELDS: Mapping[str, tuple[type, str]] = {
     "negative_prompt": (str, "what not to draw"),
     "seed": (int, "same seed, same picture; drawn if it is not given"),
@@ -31,13 +34,14 @@ FIELDS: Mapping[str, tuple[type, str]] = {
     "scheduler": (str, "the sampler, as in a job"),
     "lora_mode": (str, "auto, dynamic or merged"),
 }
-"""Fields of a job -> their type and help; their defaults and limits are the job's own."""
+"""Field of a job -> its type and help; defaults and limits are those of the job."""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--prompt", required=True, help="what to draw")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--prompt", required=True, help="what to draw")
+    add(
         "--lora",
         nargs="+",
         action="extend",
@@ -45,30 +49,22 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="LORA[:SCALE]",
         help="a file or PEFT folder, or whatever a job may name; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--config_json",
         "--config-json",
         type=Path,
         metavar="FILE",
         help="LoRAs in LightX2V's form: lora_path and strength_model, or lora_configs",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
-    parser.add_argument("--model", help="as WORKER_MODEL: a repo, a folder, a checkpoint or `demo`")
-    parser.add_argument("--steps", type=int, dest="num_inference_steps", help="denoising steps")
+    add("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
+    add("--model", help="as WORKER_MODEL: a repo, a folder, a checkpoint or `demo`")
+    add("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     for name, (kind, words) in FIELDS.items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=words)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A LoRA of the command line or the config file."""
-
-    source: str
-    scale: float
+        add(f"--{name.replace('_', '-')}", type=kind, help=words)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
-    """Draws, and writes the pictures. Raises: CodedError, before the model is loaded if it can."""
+    """Draws, and writes the pictures. Raises: CodedError, if possible before the model is loaded."""
     wanted = _wanted(options)
     if options.out.exists() and not options.out.is_dir():
         raise ToolError(f"{options.out} is no folder")
@@ -87,20 +83,20 @@ def run(options: Namespace) -> Mapping[str, Any]:
         answer = _draw(own, _input(options, entries), on_progress)
     if "error" in answer:
         error = answer["error"]
-        for entry, one in zip(entries, wanted, strict=False):
-            error = error.replace(entry["path"], one.source)
+        for entry, (source, _) in zip(entries, wanted, strict=False):
+            error = error.replace(entry["path"], source)
         return {"images": [], "errors": [error]}
     options.out.mkdir(parents=True, exist_ok=True)
     written = [_written(uri, options.out, answer["seed"]) for uri in answer.pop("images")]
     del answer["image_url"]
-    for report, one in zip(answer["loras"], wanted, strict=False):
-        report["source"] = one.source
+    for report, (source, _) in zip(answer["loras"], wanted, strict=False):
+        report["source"] = source
     return {"images": [str(path) for path in written], **answer}
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Finds out before the work that a folder can be made, and leaves none behind."""
+    """Checks before the work that the folder can be made; afterwards it is removed if it was not there."""
     there = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -111,17 +107,12 @@ def _folder(path: Path) -> Iterator[None]:
 
 
 def _wanted(options: Namespace) -> list[Wanted]:
-    found = []
-    if options.config_json:
-        from lora.volume.presets import read_config
+    from lora.volume.presets import read_config
 
-        found = [
-            Wanted(one["path"], one.get("scale", 1.0)) for one in read_config(options.config_json)
-        ]
-    for text in options.lora:
-        source, scale = with_scale(text)
-        found.append(Wanted(source, 1.0 if scale is None else scale))
-    return found
+    entries = read_config(options.config_json) if options.config_json else ()
+    given = [(entry["path"], entry.get("scale")) for entry in entries]
+    given += [with_scale(text) for text in options.lora]
+    return [(source, 1.0 if scale is None else scale) for source, scale in given]
 
 
 def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,11 +121,7 @@ def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
     return {**given, **({"loras": entries} if entries else {})}
 
 
-# --- the worker -------------------------------------------------------------------------------
-
-
 def _settings() -> Settings:
-    """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
     try:
         return read_settings(os.environ)
     except SettingsError as error:
@@ -142,7 +129,7 @@ def _settings() -> Settings:
 
 
 def _draw(settings: Settings, values: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
-    """The answer of a worker of our own. Raises: ToolError if the model cannot be had."""
+    """The answer of a worker in this process. Raises: ToolError if the model cannot be loaded."""
     _quiet()
     from handler import Worker
     from pipelines.weights import WeightsMissing
@@ -161,7 +148,7 @@ def _draw(settings: Settings, values: dict[str, Any], on_progress: OnProgress) -
 
 
 def _quiet() -> None:
-    """Keeps libraries' own bars and advice off stderr: they would stand between the errors."""
+    """Silences the libraries' progress bars and advice, which would mix with the errors on stderr."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -176,25 +163,25 @@ def _gathered(
 ) -> Iterator[tuple[list[dict[str, Any]], Settings]]:
     """The entries of a job that name the LoRAs, and the settings of a worker that finds them.
 
-    A job cannot name a path, by design. So each LoRA, the user's own file or the cache's, is linked
-    into a cache for this run alone, or copied where it cannot be linked; the originals stay as they are.
+    A job cannot name a path, by design. So each LoRA, from the user's files or from the cache, is linked into
+    a cache for this run, or copied if it cannot be linked. The originals do not change.
     """
     if not wanted:
         yield [], settings
         return
     with TemporaryDirectory(prefix="lora-") as folder:
         root, entries = Path(folder), []
-        for index, one in enumerate(wanted):
+        for index, (source, scale) in enumerate(wanted):
             place = root / f"{index}"
             place.mkdir()
-            name = _local(one.source, place) or _fetched(one.source, settings, place, on_progress)
-            entries.append({"path": f"{index}/{name}", "scale": one.scale})
+            name = _local(source, place) or _fetched(source, settings, place, on_progress)
+            entries.append({"path": f"{index}/{name}", "scale": scale})
         own = replace(settings, lora_cache_dir=root, lora_config="", lora_default_preset="")
         yield entries, own
 
 
 def _local(source: str, place: Path) -> str | None:
-    """Puts the user's file or folder into `place`; its name there, or None if there is none."""
+    """Puts the user's file or folder into `place`. Returns its name there, or None if there is none."""
     from lora.formats.endings import EXTENSIONS
     from lora.formats.opening import file_of
 
@@ -211,7 +198,7 @@ def _local(source: str, place: Path) -> str | None:
 
 
 def _put(path: Path, place: Path) -> str:
-    """An adapter's file, and PEFT's config beside it."""
+    """Links an adapter's file into `place`, with PEFT's config if there is one. Returns its name."""
     from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 
     _link(path, place / path.name)
@@ -221,7 +208,7 @@ def _put(path: Path, place: Path) -> str:
 
 
 def _fetched(source: str, settings: Settings, place: Path, on_progress: OnProgress) -> str:
-    """Puts what a source means into `place`, by way of the user's own cache; its name there."""
+    """Fetches a source into the user's cache, and from there into `place`. Returns its name there."""
     from lora.fetch.sources import Reference
     from lora.formats.endings import SAFETENSORS
     from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
@@ -245,11 +232,8 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-# --- pictures ---------------------------------------------------------------------------------
-
-
 def _written(uri: str, folder: Path, seed: int) -> Path:
-    """The picture of a data URI as SEED.png, or SEED-2.png and so on where that is taken."""
+    """Writes the picture of a data URI as SEED.png, or SEED-2.png and so on if that exists."""
     head, _, body = uri.partition(",")
     ending = head.partition("/")[2].partition(";")[0]
     path, number = folder / f"{seed}.{ending}", 1
@@ -261,16 +245,17 @@ def _written(uri: str, folder: Path, seed: int) -> Path:
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """The files, the LoRAs that were applied, and what there is to warn of."""
+    """The files, the LoRAs that were applied, and the warnings."""
     if not result["images"]:
         return ""
     lines = [f"{path}" for path in result["images"]]
     lines.append(f"seed {result['seed']}, model {result['model']}")
     lines += [
-        f"{one['source']}: {one['algorithm']}, scale {one['scale']}, {one['layers']} layers, {one['status']}"
-        for one in result["loras"]
+        f"{lora['source']}: {lora['algorithm']}, scale {lora['scale']}, {lora['layers']} layers, "
+        f"{lora['status']}"
+        for lora in result["loras"]
     ]
     seconds = sum(result["timings"].values())
     steps = result["timings"].get("denoise", 0.0)
     lines.append(f"{seconds:.1f} s, {steps:.1f} s of it in the model")
-    return "\n".join([*lines, *(f"warning: {words}" for words in result["warnings"])])
+    return "\n".join([*lines, *(f"warning: {text}" for text in result["warnings"])])

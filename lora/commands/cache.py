@@ -35,10 +35,10 @@ def add_arguments(parser: ArgumentParser) -> None:
     pin = actions.add_parser("pin", help="keep files from being evicted")
     pin.add_argument("--off", action="store_true", help="take the pin away")
     delete = actions.add_parser("delete", help="remove files, their records and pins")
-    for one in (pin, delete):
-        one.add_argument("names", nargs="+", metavar="NAME", help="as `cache list` shows it")
-    for one in actions.choices.values():
-        add_json(one)
+    for action in (pin, delete):
+        action.add_argument("names", nargs="+", metavar="NAME", help="as `cache list` shows it")
+    for action in actions.choices.values():
+        add_json(action)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
@@ -76,9 +76,9 @@ def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     with progress() as on_progress:
         for source in options.sources:
             reference = Reference(source)
-            told = partial(_tell_bytes, on_progress, reference.shown)
+            on_bytes = partial(_report_bytes, on_progress, reference.shown)
             try:
-                entry = cache.get(cache.resolve(reference), told)
+                entry = cache.get(cache.resolve(reference), on_bytes)
             except LoraError as error:
                 errors.append(_naming(error, reference.shown))
             else:
@@ -95,36 +95,29 @@ def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     return {"loras": added, "errors": errors}
 
 
-def _tell_bytes(on_progress: OnProgress, what: str, done: int, total: int | None) -> None:
+def _report_bytes(on_progress: OnProgress, what: str, done: int, total: int | None) -> None:
     on_progress(done, total or 0, what)
 
 
 def _naming(error: CodedError, shown: str) -> str:
-    """The error's text, which says what it is about."""
+    """The text of the error, with the source that it concerns."""
     if shown in error.sentence:
         return str(error)
     return str(type(error)(f"{shown}: {error.sentence}", error.hint))
 
 
 def _verify(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
-    found = cache.shelf.verify()
-    damaged = [name for name, whole in found.items() if not whole]
+    checked = cache.shelf.verify()
+    damaged = [name for name, whole in checked.items() if not whole]
     removed = []
     for name in damaged if options.remove else []:
         for root in cache.shelf.roots:
             if (root / name).is_file() and cache.shelf.set_aside(root / name):
                 removed.append(name)
+    hint = "--remove sets it aside; a job fetches it again."
     left = [name for name in damaged if name not in removed]
-    errors = [
-        str(
-            LoraCorrupt(
-                f"{name} is damaged",
-                "--remove sets it aside; a job fetches it again.",
-            )
-        )
-        for name in left
-    ]
-    return {"checked": len(found), "damaged": damaged, "removed": removed, "errors": errors}
+    errors = [str(LoraCorrupt(f"{name} is damaged", hint)) for name in left]
+    return {"checked": len(checked), "damaged": damaged, "removed": removed, "errors": errors}
 
 
 def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
@@ -153,18 +146,15 @@ def _delete(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
 
 
 def _each(names: list[str], act: Callable[[str], object], done: str) -> Mapping[str, Any]:
-    """Does it for every name; what fails is told, and the others go on."""
-    worked, errors = [], []
+    """Calls `act` for every name; an error with one is reported, and the others go on."""
+    succeeded, errors = [], []
     for name in names:
         try:
             act(name)
-            worked.append(name)
+            succeeded.append(name)
         except LoraError as error:
             errors.append(str(error))
-    return {"done": done, "names": worked, "errors": errors}
-
-
-# --- for a person -----------------------------------------------------------------------------
+    return {"done": done, "names": succeeded, "errors": errors}
 
 
 def show(result: Mapping[str, Any]) -> str:
@@ -190,15 +180,15 @@ def _show_list(result: Mapping[str, Any]) -> list[str]:
 
     rows = [
         (
-            clean(one["name"], 100),
-            size(one["bytes"]),
-            _date(one["used"]),
-            "pinned" if one["pinned"] else "",
-            clean(one["source"], 80) if one["downloaded"] else "put here by hand",
+            clean(entry["name"], 100),
+            size(entry["bytes"]),
+            _date(entry["used"]),
+            "pinned" if entry["pinned"] else "",
+            clean(entry["source"], 80) if entry["downloaded"] else "put here by hand",
         )
-        for one in result["loras"]
+        for entry in result["loras"]
     ]
-    total = sum(one["bytes"] for one in result["loras"])
+    total = sum(entry["bytes"] for entry in result["loras"])
     head = ("name", "size", "last used", "", "source")
     return [
         *(table([head, *rows]) if rows else []),
@@ -208,10 +198,10 @@ def _show_list(result: Mapping[str, Any]) -> list[str]:
 
 def _show_added(result: Mapping[str, Any]) -> list[str]:
     lines = []
-    for one in result["loras"]:
-        how = "downloaded" if one["downloaded"] else "was there"
-        lines.append(f"{one['source']} -> {one['name']} ({size(one['bytes'])}, {how})")
-        lines += [f"  note: {words}" for words in one["warnings"]]
+    for entry in result["loras"]:
+        how = "downloaded" if entry["downloaded"] else "was there"
+        lines.append(f"{entry['source']} -> {entry['name']} ({size(entry['bytes'])}, {how})")
+        lines += [f"  note: {warning}" for warning in entry["warnings"]]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Bars: as text for a terminal, as SVG, or as a PNG by Pillow."""
+"""Bar charts: as text for a terminal, as SVG, or as PNG by Pillow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from lora.errors import ToolError
 
 EIGHTHS = "▏▎▍▌▋▊▉█"
-"""Blocks of one to eight eighths of a letter's width."""
+"""Blocks that fill one to eight eighths of a character's width."""
 
 MIN_BAR = 10
 
@@ -26,7 +26,7 @@ class Bar:
 
 
 def text_bars(bars: Sequence[Bar], width: int, *, unicode: bool) -> list[str]:
-    """The chart in lines of at most `width` letters (or as many as a bar of 10 needs)."""
+    """The chart in lines of at most `width` characters, or of what a bar of 10 needs."""
     if not bars:
         return []
     largest = max(bar.value for bar in bars) or 1.0
@@ -55,7 +55,8 @@ def _drawn(length: float, *, unicode: bool) -> str:
 
 
 ROW, MARGIN, LABELS, BARS, VALUES = 20, 16, 190, 420, 150
-"""Pixels of a drawn chart."""
+LEFT = MARGIN + LABELS
+"""Sizes in a drawn chart, in pixels."""
 
 INK, COLOUR = "#1f2933", "#2f6fb0"
 
@@ -69,27 +70,29 @@ def drawn_chart(title: str, bars: Sequence[Bar], path: Path) -> bytes:
     raise ToolError(f"{path.name} is neither .png nor .svg", "Give the plot one of these endings.")
 
 
-def _size(bars: Sequence[Bar]) -> tuple[int, int]:
-    return LABELS + BARS + VALUES + 2 * MARGIN, ROW * (len(bars) + 1) + 3 * MARGIN
+def _layout(bars: Sequence[Bar]) -> tuple[int, int, list[tuple[int, float, str]]]:
+    """Width and height of the picture; for each bar its top edge, its length and the text after it."""
+    largest = max((bar.value for bar in bars), default=1.0) or 1.0
+    rows = [
+        (2 * MARGIN + ROW * n, bar.value / largest * BARS, f"{_number(bar.value)}  {bar.note}")
+        for n, bar in enumerate(bars, 1)
+    ]
+    return LABELS + BARS + VALUES + 2 * MARGIN, ROW * (len(bars) + 1) + 3 * MARGIN, rows
 
 
 def _svg(title: str, bars: Sequence[Bar]) -> str:
-    width, height = _size(bars)
-    largest = max((bar.value for bar in bars), default=1.0) or 1.0
+    width, height, rows = _layout(bars)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="12" fill="{INK}">',
         '<rect width="100%" height="100%" fill="white"/>',
         f'<text x="{MARGIN}" y="{MARGIN + 12}" font-size="14">{escape(title)}</text>',
     ]
-    for index, bar in enumerate(bars):
-        top = 2 * MARGIN + ROW * (index + 1)
-        length, left = bar.value / largest * BARS, MARGIN + LABELS
-        value = escape(f"{_number(bar.value)}  {bar.note}")
+    for bar, (top, length, text) in zip(bars, rows, strict=True):
         lines += [
-            f'<text x="{left - 8}" y="{top + 13}" text-anchor="end">{escape(bar.label)}</text>',
-            f'<rect x="{left}" y="{top + 3}" width="{length:.1f}" height="{ROW - 6}" fill="{COLOUR}"/>',
-            f'<text x="{left + length + 6:.1f}" y="{top + 13}">{value}</text>',
+            f'<text x="{LEFT - 8}" y="{top + 13}" text-anchor="end">{escape(bar.label)}</text>',
+            f'<rect x="{LEFT}" y="{top + 3}" width="{length:.1f}" height="{ROW - 6}" fill="{COLOUR}"/>',
+            f'<text x="{LEFT + length + 6:.1f}" y="{top + 13}">{escape(text)}</text>',
         ]
     return "\n".join([*lines, "</svg>\n"])
 
@@ -97,17 +100,15 @@ def _svg(title: str, bars: Sequence[Bar]) -> str:
 def _png(title: str, bars: Sequence[Bar]) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
-    picture = Image.new("RGB", _size(bars), "white")
+    width, height, rows = _layout(bars)
+    picture = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(picture)
     font, large = ImageFont.load_default(12), ImageFont.load_default(14)
-    largest = max((bar.value for bar in bars), default=1.0) or 1.0
     draw.text((MARGIN, MARGIN), title, INK, large)
-    for index, bar in enumerate(bars):
-        top = 2 * MARGIN + ROW * (index + 1)
-        length, left = bar.value / largest * BARS, MARGIN + LABELS
-        draw.text((left - 8, top + 3), bar.label, INK, font, anchor="ra")
-        draw.rectangle((left, top + 3, left + length, top + ROW - 4), COLOUR)
-        draw.text((left + length + 6, top + 3), f"{_number(bar.value)}  {bar.note}", INK, font)
+    for bar, (top, length, text) in zip(bars, rows, strict=True):
+        draw.text((LEFT - 8, top + 3), bar.label, INK, font, anchor="ra")
+        draw.rectangle((LEFT, top + 3, LEFT + length, top + ROW - 4), COLOUR)
+        draw.text((LEFT + length + 6, top + 3), text, INK, font)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.rewriting import add_write_options, show, told, write_options
+from lora.commands.rewriting import add_write_options, as_result, show, write_options
 from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy, with_scale
 
 __all__ = ["SUMMARY", "add_arguments", "run", "show"]
@@ -17,35 +17,30 @@ SUMMARY = "make one LoRA of several: exactly, at a rank, or by TIES or DARE"
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "loras", nargs="+", metavar="L[:SCALE]", help="files or PEFT folders, and how strongly (1)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("loras", nargs="+", metavar="L[:SCALE]", help="files or PEFT folders, and how strongly (1)")
+    add(
         "--method",
         choices=("concat", "ties", "dare"),
         default="concat",
         help="concat adds them up, and is exact unless a rank is chosen (concat)",
     )
-    parser.add_argument(
-        "--density", type=float, default=0.5, metavar="X", help="what TIES and DARE keep (0.5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
-    parser.add_argument(
-        "--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ"
-    )
-    add_rank_options(parser, "", None)
+    add("--density", type=float, default=0.5, metavar="X", help="what TIES and DARE keep (0.5)")
+    add("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
+    add("--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ")
+    add_rank_options(parser)
     add_write_options(parser)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Combines. Raises: ToolError, LoraError."""
-    from lora.tools.combine import CombineOptions, Method, Source, combine
+    from lora.tools.combine import CombineOptions, Method, ScaledFile, combine
 
     pairs = [with_scale(text) for text in options.loras]
-    sources = [Source(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
+    sources = [ScaledFile(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
     chosen = CombineOptions(
         method=Method(options.method),
-        policy=rank_policy(options, None),
+        policy=rank_policy(options),
         density=options.density,
         seed=options.seed,
         write=write_options(options),
@@ -53,4 +48,4 @@ def run(options: Namespace) -> Mapping[str, Any]:
     )
     with progress() as on_progress:
         report = combine(sources, options.output, chosen, key_map_of(options.model), on_progress)
-    return told(report, options.output)
+    return as_result(report, options.output)

@@ -7,74 +7,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.shared import (
-    KINDS,
-    NAMINGS,
-    add_rank_options,
-    dtype_of,
-    output_format,
-    plain,
-    progress,
-    rank_policy,
-    size,
-    table,
-)
+from lora.commands import shared
+from lora.tools import FILE_FORMATS
 
 SUMMARY = "make a LoRA of the difference of two models"
 
 DEFAULT_RANK = 32
-"""LightX2V's own."""
+"""The default of LightX2V."""
 
-WORST, SHOWN = 5, 20
+SHOWN = 20
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options; the names that LightX2V's extractor has mean the same."""
-    parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
-    parser.add_argument("--target-model", type=Path, required=True, metavar="B", help="the tuned")
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="the LoRA")
+    """Adds the command's options; those that LightX2V's extractor has too mean the same."""
+    add = parser.add_argument
+    add("--source-model", type=Path, required=True, metavar="A", help="the base")
+    add("--target-model", type=Path, required=True, metavar="B", help="the tuned")
+    add("--output", type=Path, required=True, metavar="F", help="the LoRA")
     for which in ("source", "target"):
-        parser.add_argument(f"--{which}-type", choices=KINDS, help="by default what the file is")
-    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
-    parser.add_argument(
-        "--output-dtype", choices=("fp32", "fp16", "bf16"), default="bf16", help="(bf16)"
-    )
-    parser.add_argument("--diff-only", action="store_true", help="exact differences, no factors")
-    parser.add_argument("--naming", choices=NAMINGS, help="kohya's for SDXL, else the model's own")
-    parser.add_argument("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
-    parser.add_argument(
-        "--components", nargs="+", metavar="C", help="only these: unet, text_encoder …"
-    )
-    parser.add_argument(
-        "--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)"
-    )
-    parser.add_argument(
+        text = "by default what the file is"
+        add(f"--{which}-type", choices=FILE_FORMATS, help=text)
+    shared.add_format_option(parser)
+    add("--output-dtype", choices=shared.DTYPES, default="bf16", help="(bf16)")
+    add("--diff-only", action="store_true", help="exact differences, no factors")
+    shared.add_naming_option(parser, "kohya's for SDXL, else the model's own")
+    add("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
+    add("--components", nargs="+", metavar="C", help="only these: unet, text_encoder …")
+    add("--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)")
+    add(
         "--clamp-quantile",
         type=float,
         metavar="Q",
         help="cut factors off, as sd-scripts does (off)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the randomised SVD (0)")
-    parser.add_argument(
-        "--verify", action="store_true", help="merge the result back, and measure against B"
-    )
-    add_rank_options(parser, "rank-", DEFAULT_RANK)
+    add("--seed", type=int, default=0, help="of the randomised SVD (0)")
+    add("--verify", action="store_true", help="merge the result back, and measure against B")
+    shared.add_rank_options(parser, "rank-", DEFAULT_RANK)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
-    """Extracts; a run that was killed goes on where it was. Raises: ToolError."""
-    from lora.formats.names.naming import Naming
-    from lora.tools.adapters.saving import Format
+    """Extracts; a run that was killed is continued. Raises: ToolError."""
     from lora.tools.extract.options import Conv, ExtractOptions
     from lora.tools.extract.run import extract
     from lora.tools.factors.ranks import RankPolicy
     from lora.tools.models.checkpoints import Checkpoint
 
     chosen = ExtractOptions(
-        policy=rank_policy(options, DEFAULT_RANK) or RankPolicy(rank=DEFAULT_RANK),
-        dtype=dtype_of(options.output_dtype),
-        naming=Naming(options.naming) if options.naming else None,
-        format=Format(output_format(options)),
+        policy=shared.rank_policy(options, DEFAULT_RANK) or RankPolicy(rank=DEFAULT_RANK),
+        dtype=shared.dtype_of(options.output_dtype),
+        naming=shared.naming(options),
+        format=shared.output_format(options),
         diff_only=options.diff_only,
         conv=Conv(options.conv),
         components=frozenset(options.components) if options.components else None,
@@ -86,37 +68,35 @@ def run(options: Namespace) -> Mapping[str, Any]:
     with (
         Checkpoint.open(options.source_model, options.source_type) as source,
         Checkpoint.open(options.target_model, options.target_type) as target,
-        progress() as on_progress,
+        shared.progress() as on_progress,
     ):
         report = extract(source, target, options.output, chosen, on_progress)
-    layers = [{**plain(one), "relative_error": one.relative_error} for one in report.layers]
     return {
-        **plain(report),
-        "layers": layers,
+        **shared.plain(report),
+        "layers": shared.with_errors(report.layers),
         "energy": report.energy,
         "kept": report.kept,
         "relative_error": report.relative_error,
-        "inexact": [one.name for one in report.inexact],
+        "inexact": [layer.name for layer in report.inexact],
     }
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """The totals, the layers that came out worst, and what was left out."""
+    """The totals, the layers with the largest errors, and what was left out."""
     layers = result["layers"]
-    factors = [one for one in layers if one["rank"]]
+    factors = [layer for layer in layers if layer["rank"]]
     lines = [
-        f"{result['output']}: {size(result['bytes'])}, {len(factors)} layers as factors, "
+        f"{result['output']}: {shared.size(result['bytes'])}, {len(factors)} layers as factors, "
         f"{len(layers) - len(factors)} as differences, in {result['seconds']:.1f} s",
         f"energy kept {result['kept']:.4%}, relative error {result['relative_error']:.3g} "
         "(as stored, over all layers)",
     ]
     if result["resumed"]:
         lines.append(f"{result['resumed']} layers were there from an earlier run")
-    worst = sorted(layers, key=lambda one: -one["relative_error"])[:WORST]
-    if worst:
-        lines.append(f"layers with the largest error, {len(worst)} of {len(layers)}:")
+    if shown := shared.worst(layers):
+        lines.append(f"layers with the largest error, {len(shown)} of {len(layers)}:")
         head = ("  layer", "shape", "kind", "rank", "energy kept", "relative error")
-        lines += table([head, *(_row(one) for one in worst)])
+        lines += shared.table([head, *map(_row, shown)])
     lines.append(f"unchanged: {result['unchanged']} tensors")
     left = result["left_out"]
     if left:
@@ -133,12 +113,7 @@ def show(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _row(one: Mapping[str, Any]) -> tuple[str, ...]:
-    return (
-        f"  {one['name']}",
-        "x".join(map(str, one["shape"])),
-        one["kind"],
-        str(one["rank"] or ""),
-        f"{one['kept']:.4%}",
-        f"{one['relative_error']:.3g}",
-    )
+def _row(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    shape, rank = "x".join(map(str, layer["shape"])), str(layer["rank"] or "")
+    kept, error = f"{layer['kept']:.4%}", f"{layer['relative_error']:.3g}"
+    return f"  {layer['name']}", shape, layer["kind"], rank, kept, error

@@ -1,4 +1,4 @@
-"""`inspect FILE...`: what adapter files are, and how much they change."""
+"""`inspect FILE...`: describes adapter files, and how much they change."""
 
 from __future__ import annotations
 
@@ -20,21 +20,18 @@ SHOWN_WORDS = 15
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="a file, or a folder that PEFT saved"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, metavar="FILE", help="a file, or a folder that PEFT saved")
+    add(
         "--against",
         metavar="MODEL",
         help="also tell what fits a model: a checkpoint, a diffusers folder, or `sdxl`",
     )
-    parser.add_argument(
-        "--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg"
-    )
+    add("--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
-    """Describes every file; a fault in one is told, and the others go on."""
+    """Describes every file; an error in one is reported, and the others are described."""
     from lora.tools.describe import describe
 
     if options.plot and len(options.files) > 1:
@@ -65,65 +62,62 @@ def _plot(described: Mapping[str, Any], path: Path) -> None:
 def _bars(described: Mapping[str, Any]) -> list[Bar]:
     return [
         Bar(
-            one["component"] if one["block"] == "all" else f"{one['component']} {one['block']}",
-            one["norm"],
-            f"{one['layers']} layer{'s' * (one['layers'] != 1)}",
+            row["component"] if row["block"] == "all" else f"{row['component']} {row['block']}",
+            row["norm"],
+            f"{row['layers']} layer{'s' * (row['layers'] != 1)}",
         )
-        for one in described["norms"]
+        for row in described["norms"]
     ]
 
 
-# --- for a person -----------------------------------------------------------------------------
-
-
 def show(result: Mapping[str, Any]) -> str:
-    """A paragraph for each file, and its chart."""
-    return "\n\n".join("\n".join(_lines(one)) for one in result["files"])
+    """A paragraph and a chart for each file."""
+    return "\n\n".join("\n".join(_lines(file)) for file in result["files"])
 
 
-def _lines(one: Mapping[str, Any]) -> Iterator[str]:
-    yield f"{one['file']}  {size(one['bytes'])}, {one['tensors']} tensors, {one['form']}"
-    yield from _facts(one)
-    yield from _components(one["components"])
-    if one["training"]:
+def _lines(file: Mapping[str, Any]) -> Iterator[str]:
+    yield f"{file['file']}  {size(file['bytes'])}, {file['tensors']} tensors, {file['form']}"
+    yield from _fact_lines(file)
+    yield from _component_lines(file["components"])
+    if file["training"]:
         yield "  training"
-        yield from (f"    {name}: {text}" for name, text in one["training"].items())
+        yield from (f"    {name}: {text}" for name, text in file["training"].items())
     yield "  hashes"
-    yield from _hashes(one)
-    yield from _norms(one)
-    yield from _keys("unused by any model", len(one["unused"]), one["unused"])
-    if fit := one["fit"]:
-        yield from _fit(fit)
-    yield from (f"  note: {words}" for words in one["warnings"])
+    yield from _hash_lines(file)
+    yield from _norm_lines(file)
+    yield from _unused_lines("unused by any model", len(file["unused"]), file["unused"])
+    if fit := file["fit"]:
+        yield from _fit_lines(fit)
+    yield from (f"  note: {warning}" for warning in file["warnings"])
 
 
-def _facts(one: Mapping[str, Any]) -> Iterator[str]:
-    told = "; ".join(f"{name}: {text}" for name, text in one["base_told_by"].items())
-    words = list(one["words"].items())
+def _fact_lines(file: Mapping[str, Any]) -> Iterator[str]:
+    bases = "; ".join(f"{name}: {text}" for name, text in file["base_told_by"].items())
+    words = list(file["words"].items())
     shown = [f"{word} ({count})" if count else word for word, count in words[:SHOWN_WORDS]]
     more = [f"and {len(words) - SHOWN_WORDS} more"] if len(words) > SHOWN_WORDS else []
     facts = {
-        "algorithm": ", ".join(f"{name} ({n} modules)" for name, n in one["algorithms"].items()),
-        "layout": ", ".join(f"{name} ({n} tensors)" for name, n in one["layouts"].items()),
-        "base model": f"{one['base'] or 'unknown'}{f' ({told})' if told else ''}",
-        "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in one["dtypes"].items()),
+        "algorithm": ", ".join(f"{name} ({n} modules)" for name, n in file["algorithms"].items()),
+        "layout": ", ".join(f"{name} ({n} tensors)" for name, n in file["layouts"].items()),
+        "base model": f"{file['base'] or 'unknown'}{f' ({bases})' if bases else ''}",
+        "dtype": ", ".join(f"{name} ({n} tensors)" for name, n in file["dtypes"].items()),
         "trigger words": ", ".join(shown + more),
-        "embeddings": ", ".join(word or "named after the file" for word in one["embeddings"]),
+        "embeddings": ", ".join(word or "named after the file" for word in file["embeddings"]),
     }
     yield from (f"  {name}: {text}" for name, text in facts.items() if text)
 
 
-def _components(components: Mapping[str, Any]) -> Iterator[str]:
-    for name, part in components.items():
-        kinds = ", ".join(f"{count} {kind}" for kind, count in part["kinds"].items())
-        yield f"  {name}: {part['modules']} modules ({kinds})"
-        spreads = ((what, part[what]) for what in ("rank", "alpha", "scaling"))
-        words = [f"{what} {_spread(spread)}" for what, spread in spreads if spread]
-        if words:
-            yield f"    {', '.join(words)}"
+def _component_lines(components: Mapping[str, Any]) -> Iterator[str]:
+    for name, component in components.items():
+        kinds = ", ".join(f"{count} {kind}" for kind, count in component["kinds"].items())
+        yield f"  {name}: {component['modules']} modules ({kinds})"
+        spreads = ((number, component[number]) for number in ("rank", "alpha", "scaling"))
+        ranges = [f"{number} {_range(spread)}" for number, spread in spreads if spread]
+        if ranges:
+            yield f"    {', '.join(ranges)}"
 
 
-def _spread(spread: Mapping[str, float]) -> str:
+def _range(spread: Mapping[str, float]) -> str:
     if spread["least"] == spread["most"]:
         return f"{spread['least']:g}"
     return f"{spread['least']:g} to {spread['most']:g} (mostly {spread['usual']:g})"
@@ -140,22 +134,22 @@ HASHES = {
 }
 
 
-def _hashes(one: Mapping[str, Any]) -> Iterator[str]:
+def _hash_lines(file: Mapping[str, Any]) -> Iterator[str]:
     for name, label in HASHES.items():
-        if value := one["hashes"][name]:
+        if value := file["hashes"][name]:
             yield f"    {label}: {value}"
-    yield from (f"    in the file, {name}: {text}" for name, text in one["hashes_told"].items())
+    yield from (f"    in the file, {name}: {text}" for name, text in file["hashes_told"].items())
 
 
-def _norms(one: Mapping[str, Any]) -> Iterator[str]:
-    bars = _bars(one)
+def _norm_lines(file: Mapping[str, Any]) -> Iterator[str]:
+    bars = _bars(file)
     if bars:
         yield "  norm of the change per block, at scale 1"
         width = shutil.get_terminal_size().columns - 4
         lines = text_bars(bars, width, unicode=_has_blocks())
         yield from (f"    {line}" for line in lines)
-    if one["without_norm"]:
-        yield f"    not counted: {one['without_norm']} layers whose change depends on the model's weights"
+    if file["without_norm"]:
+        yield f"    not counted: {file['without_norm']} layers whose change depends on the model's weights"
 
 
 def _has_blocks() -> bool:
@@ -166,15 +160,15 @@ def _has_blocks() -> bool:
     return True
 
 
-def _fit(fit: Mapping[str, Any]) -> Iterator[str]:
+def _fit_lines(fit: Mapping[str, Any]) -> Iterator[str]:
     if fit["trouble"]:
         yield f"  does not fit the model: {fit['trouble']}"
         return
     yield f"  fits the model: {fit['matched']} tensors matched, on {fit['modules']} modules"
-    yield from _keys("unmatched", fit["unmatched"], fit["keys"])
+    yield from _unused_lines("unmatched", fit["unmatched"], fit["keys"])
 
 
-def _keys(what: str, count: int, keys: list[Mapping[str, str]]) -> Iterator[str]:
+def _unused_lines(what: str, count: int, keys: list[Mapping[str, str]]) -> Iterator[str]:
     if count:
         yield f"  {what}: {count} tensors"
         yield from key_lines(keys, count)

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.shared import KINDS, key_lines, plain, progress, size, with_scale
+from lora.commands import shared
 from lora.errors import ToolError
+from lora.tools import FILE_FORMATS
 
 SUMMARY = "write a model with LoRAs merged into its weights"
 
@@ -17,9 +18,10 @@ COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_enc
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """Adds the command's options; the names that LightX2V's merger has mean the same."""
-    parser.add_argument("--source-model", type=Path, required=True, metavar="A", help="the base")
-    parser.add_argument(
+    """Adds the command's options; those that LightX2V's merger has too mean the same."""
+    add = parser.add_argument
+    add("--source-model", type=Path, required=True, metavar="A", help="the base")
+    add(
         "--lora-model",
         nargs="+",
         action="extend",
@@ -27,30 +29,21 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="L[:SCALE]",
         help="files or PEFT folders; may be repeated",
     )
-    parser.add_argument(
+    add(
         "--output", type=Path, required=True, metavar="F", help="a file, or a folder as the input's"
     )
-    parser.add_argument(
-        "--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)"
-    )
-    parser.add_argument("--source-type", choices=KINDS, help="by default what the file is")
-    parser.add_argument("--lora-type", choices=KINDS, help="accepted; the file itself decides")
-    parser.add_argument("--output-format", choices=KINDS, help="by default what F's ending says")
-    parser.add_argument(
+    add("--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)")
+    add("--source-type", choices=FILE_FORMATS, help="by default what the file is")
+    add("--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides")
+    shared.add_format_option(parser)
+    add(
         "--output-dtype",
-        choices=("same", "fp32", "fp16", "bf16", "fp8"),
+        choices=("same", *shared.DTYPES, "fp8"),
         default="same",
         help="`same` keeps each tensor's own (same)",
     )
-    parser.add_argument(
-        "--allow-unused", action="store_true", help="merge the rest if tensors have no place"
-    )
-    _add_factors(parser)
-
-
-def _add_factors(parser: ArgumentParser) -> None:
-    """What scales every L further."""
-    parser.add_argument(
+    add("--allow-unused", action="store_true", help="merge the rest if tensors have no place")
+    add(
         "--components",
         nargs="+",
         type=component_factor,
@@ -58,7 +51,7 @@ def _add_factors(parser: ArgumentParser) -> None:
         metavar="C=X",
         help="a further factor per component: text_encoder=0",
     )
-    parser.add_argument(
+    add(
         "--blocks",
         type=block_factors,
         default={},
@@ -96,7 +89,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
     loras = []
     for text in options.lora_model:
-        source, scale = with_scale(text)
+        source, scale = shared.with_scale(text)
         if not Path(source).exists():
             raise ToolError(f"there is no file {source}", "Look at --lora-model.")
         factors = dict(options.components), options.blocks
@@ -104,24 +97,24 @@ def run(options: Namespace) -> Mapping[str, Any]:
     chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
     with (
         Checkpoint.open(options.source_model, options.source_type) as model,
-        progress() as on_progress,
+        shared.progress() as on_progress,
     ):
         report = merge(model, loras, options.output, chosen, on_progress)
-    return {"output": str(options.output), **plain(report)}
+    return {"output": str(options.output), **shared.plain(report)}
 
 
 def show(result: Mapping[str, Any]) -> str:
-    """What was written, and what of each LoRA is in it."""
+    """What was written, and how many tensors of each LoRA were used."""
     count = len(result["files"])
     lines = [
-        f"{result['output']}: {size(result['bytes'])}{f' in {count} files' if count > 1 else ''}, "
+        f"{result['output']}: {shared.size(result['bytes'])}{f' in {count} files' if count > 1 else ''}, "
         f"{result['parameters']} parameters changed, dtype {result['dtype']}, {result['seconds']:.1f} s"
     ]
-    for one in result["loras"]:
-        unused = one["unused"]
+    for lora in result["loras"]:
+        unused = lora["unused"]
         lines.append(
-            f"{one['name']}: scale {one['scale']:g}, {one['used']} tensors used, {len(unused)} unused"
+            f"{lora['name']}: scale {lora['scale']:g}, {lora['used']} tensors used, {len(unused)} unused"
         )
-        lines += key_lines(unused)
+        lines += shared.key_lines(unused)
     lines += [f"left out: {name}" for name in result["left_out"]]
     return "\n".join(lines)

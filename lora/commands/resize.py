@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lora.commands.rewriting import add_write_options, show, told, write_options
+from lora.commands.rewriting import add_write_options, as_result, show, write_options
 from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy
 from lora.errors import ToolError
 
@@ -22,7 +22,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--model", metavar="A", help="the model that it is for, where --naming needs its names"
     )
-    add_rank_options(parser, "", None)
+    add_rank_options(parser)
     add_write_options(parser)
 
 
@@ -30,14 +30,13 @@ def run(options: Namespace) -> Mapping[str, Any]:
     """Resizes. Raises: ToolError, LoraError."""
     from lora.tools.resize import ResizeOptions, resize
 
-    policy = rank_policy(options, None)
+    policy = rank_policy(options)
     if policy is None:
-        raise ToolError(
-            "nothing says how far to shrink it", "Give --rank, --energy or --max-bytes."
-        )
+        hint = "Give --rank, --energy or --max-bytes."
+        raise ToolError("nothing says how far to shrink it", hint)
     chosen = ResizeOptions(policy, write_options(options), options.allow_unused)
     with progress() as on_progress:
         report = resize(
             options.file, options.output, chosen, on_progress, key_map_of(options.model)
         )
-    return told(report, options.output)
+    return as_result(report, options.output)

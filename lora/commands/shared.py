@@ -1,27 +1,29 @@
-"""What several commands share: a source with a scale, the rank's options, progress and results."""
+"""What several commands share: options, the progress bar, and how results are shown."""
 
 from __future__ import annotations
 
 import re
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace, _ArgumentGroup
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lora.formats.names.naming import Naming
+from lora.tools import FILE_FORMATS, Format, OnProgress
+
 if TYPE_CHECKING:
     import torch
 
     from lora.formats.names.keys import KeyMap
-    from lora.tools import OnProgress
     from lora.tools.factors.ranks import RankPolicy
 
 
 class Command(Protocol):
-    """What a module of `lora.commands` has."""
+    """What each module of `lora.commands` has."""
 
     SUMMARY: str
 
@@ -29,29 +31,24 @@ class Command(Protocol):
         """Adds the command's own options."""
 
     def run(self, options: Namespace) -> Mapping[str, Any]:
-        """Does the work; everything that there is to tell, as JSON can hold it.
-
-        `errors`, if it is there and not empty, has a sentence for each part that failed.
-        Raises: CodedError; OSError.
+        """Does the work. The result can be written as JSON; its `errors`, if any, has a sentence for each
+        part that failed. Raises: CodedError; OSError.
         """
 
     def show(self, result: Mapping[str, Any]) -> str:
-        """The result for a person, in lines."""
-
-
-# --- arguments --------------------------------------------------------------------------------
+        """The result as text for a person."""
 
 
 def add_json(parser: ArgumentParser) -> None:
-    """`--json`, on a command and on each of its actions."""
-    words = "the whole result as JSON on stdout"
-    parser.add_argument("--json", action="store_true", default=SUPPRESS, help=words)
+    """Adds `--json` to a command or to one of its actions."""
+    text = "the whole result as JSON on stdout"
+    parser.add_argument("--json", action="store_true", default=SUPPRESS, help=text)
 
 
 def with_scale(text: str) -> tuple[str, float | None]:
-    """`L:0.8` -> (L, 0.8); None where no scale is given.
+    """`L:0.8` -> (L, 0.8); None without a scale.
 
-    What is a file by its whole name is no scale; nor is a model's number on Civitai.
+    The end of an existing file's name is no scale, and neither is the number of a model on Civitai.
     """
     source, colon, tail = text.rpartition(":")
     number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", tail, re.IGNORECASE)
@@ -60,52 +57,57 @@ def with_scale(text: str) -> tuple[str, float | None]:
     return (text, None) if Path(text).exists() else (source, float(tail))
 
 
-RANKS: Mapping[str, tuple[type, str]] = {
-    "energy": (float, "as few as keep this share of each layer's ||change||^2 (0.99, say)"),
-    "threshold": (float, "the singular values that are at least this"),
-    "ratio": (float, "the singular values that are at least this share of the layer's largest"),
+RANKS = {
+    "energy": "as few as keep this share of each layer's ||change||^2 (0.99, say)",
+    "threshold": "the singular values that are at least this",
+    "ratio": "the singular values that are at least this share of the layer's largest",
 }
+"""Rule of a `RankPolicy` -> its help."""
 
 
-KINDS = ("safetensors", "pytorch")
-"""How checkpoints, and what is written, may be stored."""
-
-PYTORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt")
-
-
-def output_format(options: Namespace) -> str:
-    """`--output-format`, or what the ending of `--output` says."""
-    by_name = "pytorch" if options.output.suffix in PYTORCH_ENDINGS else "safetensors"
-    return str(options.output_format or by_name)
+def add_format_option(parser: ArgumentParser) -> None:
+    """Adds `--output-format`."""
+    text = "by default what F's ending says"
+    parser.add_argument("--output-format", choices=FILE_FORMATS, help=text)
 
 
-NAMINGS = ("kohya", "diffusers", "peft", "original")
+def output_format(options: Namespace) -> Format:
+    """`--output-format`, or the format that the ending of `--output` means."""
+    from lora.tools.models.folders import WEIGHTS
+
+    pickle = options.output.suffix in WEIGHTS[1:]
+    return Format(options.output_format or ("pytorch" if pickle else "safetensors"))
+
+
+def add_naming_option(parser: ArgumentParser, text: str) -> None:
+    """Adds `--naming`."""
+    parser.add_argument("--naming", choices=tuple(map(str, Naming)), help=text)
+
+
+def naming(options: Namespace) -> Naming | None:
+    """The option of `add_naming_option`."""
+    return Naming(options.naming) if options.naming else None
+
+
+DTYPES = ("fp32", "fp16", "bf16")
+"""The dtypes in which adapters are written."""
 
 
 def dtype_of(name: str) -> torch.dtype:
     """The dtype that an option names. Raises: KeyError."""
-    from lora.tools.merged_tensors import NAMED
+    from lora.tools.models.weights import NAMED_DTYPES
 
-    return NAMED[name]
+    return NAMED_DTYPES[name]
 
 
-def add_rank_options(parser: ArgumentParser, prefix: str, default: int | None) -> None:
-    """How many ranks are kept; `prefix` stands before the rules' names (`rank-`, or nothing)."""
+def add_rank_options(parser: ArgumentParser, prefix: str = "", default: int | None = None) -> None:
+    """Adds the options of a `RankPolicy`; `prefix` (`rank-`, say) goes before the names of the rules."""
     group = parser.add_argument_group("rank, one rule and bounds")
     rule = group.add_mutually_exclusive_group()
-    rule.add_argument("--rank", type=int, metavar="N", help=_rank_help(default))
-    for name, (kind, words) in RANKS.items():
-        rule.add_argument(f"--{prefix}{name}", type=kind, dest=name, metavar="X", help=words)
-    _add_bounds(group)
-
-
-def _rank_help(default: int | None) -> str:
-    return "the same for every layer" + (
-        f" ({default}, if nothing else is said)" if default else ""
-    )
-
-
-def _add_bounds(group: _ArgumentGroup) -> None:
+    usual = f" ({default}, if nothing else is said)" if default else ""
+    rule.add_argument("--rank", type=int, metavar="N", help=f"the same for every layer{usual}")
+    for name, text in RANKS.items():
+        rule.add_argument(f"--{prefix}{name}", type=float, dest=name, metavar="X", help=text)
     group.add_argument("--max-rank", type=int, metavar="N", help="never more in a layer")
     group.add_argument(
         "--max-bytes",
@@ -126,22 +128,22 @@ def byte_count(text: str) -> int:
         raise ArgumentTypeError(f"{text!r} is no number of bytes, such as 60M or 5G") from None
 
 
-def rank_policy(options: Namespace, default: int | None) -> RankPolicy | None:
-    """The policy of `add_rank_options`; None if nothing is said and there is no default.
+def rank_policy(options: Namespace, default: int | None = None) -> RankPolicy | None:
+    """The policy of `add_rank_options`; None if there is neither an option nor a default.
 
-    Raises: ToolError for a number out of its range.
+    Raises: ToolError for a number out of range.
     """
     from lora.tools.factors.ranks import RankPolicy
 
     names = ("rank", *RANKS, "max_rank", "max_bytes")
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if not set(given) - {"max_rank"} and default is not None:
-        given["rank"] = default
-    return RankPolicy(**given) if given else None
+    rules = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if not set(rules) - {"max_rank"} and default is not None:
+        rules["rank"] = default
+    return RankPolicy(**rules) if rules else None
 
 
 def key_map_of(model: str | None) -> KeyMap | None:
-    """The names of a model's modules: of a checkpoint, or of SDXL itself for `sdxl`. Raises: ToolError."""
+    """The names of the modules of a checkpoint, or of SDXL for `sdxl`. Raises: ToolError."""
     if model is None:
         return None
     if model.lower() == "sdxl" and not Path(model).exists():
@@ -154,16 +156,13 @@ def key_map_of(model: str | None) -> KeyMap | None:
         return checkpoint.key_map()
 
 
-# --- progress ---------------------------------------------------------------------------------
-
-
 INTERVAL = 0.1
-"""Least seconds between two looks of a bar."""
+"""Seconds between two updates of the bar, at least."""
 
 
 @contextmanager
 def progress() -> Iterator[OnProgress]:
-    """A bar on stderr where that is a terminal, else nothing."""
+    """A progress bar on stderr if that is a terminal, else nothing."""
     if not sys.stderr.isatty():
         yield lambda done, total, what: None
         return
@@ -187,27 +186,32 @@ def progress() -> Iterator[OnProgress]:
         yield on_progress
 
 
-# --- results ----------------------------------------------------------------------------------
-
-
 def plain(value: Any) -> Any:
-    """A result as JSON can hold it: dataclasses as objects, paths by their names."""
+    """A result as values that JSON has: dataclasses as objects, paths as texts."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): plain(one) for name, one in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(one) for one in value]
+        return [plain(item) for item in value]
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return str(value)
 
 
+def with_errors(layers: Sequence[Any]) -> list[dict[str, Any]]:
+    """Layers as `plain` has them, with their relative errors."""
+    return [{**plain(layer), "relative_error": layer.relative_error} for layer in layers]
+
+
+def worst(layers: Sequence[Mapping[str, Any]], count: int = 5) -> list[Mapping[str, Any]]:
+    """The layers of `with_errors` that have the largest errors."""
+    return sorted(layers, key=lambda layer: -layer["relative_error"])[:count]
+
+
 def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines with columns of the same width; the first column is words, the others numbers."""
-    if not rows:
-        return []
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    """Lines with aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         first = row[0].ljust(widths[0])
@@ -220,16 +224,16 @@ SHOWN_KEYS = 20
 
 
 def key_lines(keys: Sequence[Mapping[str, str]], count: int | None = None) -> list[str]:
-    """Tensors with their reasons, the first of them; `count` if there are more than `keys`."""
+    """The first tensors, with their reasons; `count` if there are more than `keys`."""
     from lora.tools.adapters.metadata import clean
 
-    lines = [f"    {clean(one['key'])}: {clean(one['reason'])}" for one in keys[:SHOWN_KEYS]]
+    lines = [f"    {clean(key['key'])}: {clean(key['reason'])}" for key in keys[:SHOWN_KEYS]]
     more = (len(keys) if count is None else count) - len(lines)
     return [*lines, f"    and {more} more (see --json)"] if more > 0 else lines
 
 
 def size(count: float) -> str:
-    """Bytes for a person."""
+    """A number of bytes for a person."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
@@ -240,7 +244,7 @@ def size(count: float) -> str:
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file, whole or not at all. Raises: ToolError if the disk is full or fails."""
     from lora.durable import write_durably
-    from lora.tools.writing import telling
+    from lora.tools.writing import write_errors
 
-    with telling(path):
+    with write_errors(path):
         write_durably(path, data)

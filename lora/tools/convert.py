@@ -1,8 +1,7 @@
-"""An adapter in another naming, another file format, or as another algorithm: a plain LoRA."""
+"""Converts an adapter to another naming, another file format, or another algorithm: a plain LoRA."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -19,29 +18,20 @@ from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
 from lora.formats.algorithms.lora import LoRA
 from lora.formats.algorithms.oft import OFT, PeftOFT
 from lora.formats.names.keys import Shape
-from lora.tools import OnProgress, ignore_progress
+from lora.tools import EMBEDDINGS, OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
-from lora.tools.factors.cutting import (
-    Cut,
-    Layer,
-    LayerChange,
-    Module,
-    Report,
-    cut_modules,
-    report_of,
-)
+from lora.tools.factors import cutting
+from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, Module, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
+from lora.tools.factors.svd import layer_seed
 from lora.tools.models.checkpoints import Checkpoint, Place
 from lora.tools.writing import refuse_overwriting
 
 NEEDS_WEIGHT = (DoRA, GLoRA, OFT, PeftOFT, IA3, PeftIA3, PeftIA3Bias, WeightValue, BiasValue)
-"""What is no change of its own: it depends on the weights that it is applied to."""
-
-TABLES = ("token_embedding", "position_embedding", "shared", "embed_tokens")
-"""Modules whose weight is a table of rows, not a matrix that anything is multiplied by."""
+"""Algorithms whose change depends on the weights that they are applied to."""
 
 NEEDS_MODEL = "Name the model that it was trained on with --model."
 
@@ -49,23 +39,23 @@ ReadWeight = Callable[[Place], Tensor]
 
 
 class Goal(StrEnum):
-    """What an adapter can be made into."""
+    """The algorithms that an adapter can be converted to."""
 
     LORA = "lora"
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What is to become of an adapter."""
+    """What an adapter is converted to."""
 
     write: WriteOptions = field(default_factory=WriteOptions)
-    """Its naming, dtype and format; by default each is kept."""
+    """Naming, dtype and format; by default they stay."""
     algorithm: Goal | None = None
-    """None: every layer stays what it is, number by number."""
+    """None: the algorithm and the numbers of every layer stay."""
     policy: RankPolicy | None = None
     """The rank of the layers that become a LoRA and are none yet."""
     seed: int = 0
-    """Where singular values are searched for."""
+    """Of the randomised SVD."""
     allow_unused: bool = False
 
 
@@ -78,14 +68,14 @@ def convert(
 ) -> Report:
     """Writes the adapter of `path` to `output` as the options say.
 
-    From naming to naming nothing is lost: the tensors' numbers stay as they are, and alpha / rank means the
-    same. As a LoRA, each layer that is none becomes the nearest product of the chosen rank, told with its
-    error; what depends on the weights (DoRA, OFT, GLoRA, IA3, new values) needs `model`, and is then its
-    change to that model alone. Biases become differences, exactly; LoRA layers stay, a Tucker core is
-    multiplied out. Without `model`, only SDXL's modules are known by other names than the file's.
+    A change of the naming loses nothing: the numbers and alpha / rank stay. With `Goal.LORA`, each layer of
+    another algorithm becomes the nearest product of the chosen rank, with its error in the report. What
+    depends on the weights (DoRA, OFT, GLoRA, IA3, new values) needs `model`, and becomes its change to that
+    model. Biases become differences, exactly; LoRA layers stay; a Tucker core is multiplied out. Without
+    `model`, only SDXL's modules can get other names than the file's.
 
-    Raises: ToolError if the naming cannot hold a layer, if the model or the rank is missing for one, and as
-    `read_adapter` and `write_adapter` do.
+    Raises: ToolError if the naming cannot express a layer, if the model or the rank is missing for one, and
+    as `read_adapter` and `write_adapter` do.
     """
     refuse_overwriting(output, [path])
     key_map = model.key_map() if model else None
@@ -95,7 +85,7 @@ def convert(
     if options.algorithm is Goal.LORA:
         result, changes = as_lora(adapter, options, model.read if model else None, on_progress)
     write_adapter(output, result, options.write)
-    return report_of(result, changes, [adapter])
+    return cutting.report_of(result, changes, [adapter])
 
 
 def as_lora(
@@ -106,30 +96,31 @@ def as_lora(
 ) -> tuple[Adapter, list[LayerChange]]:
     """The adapter with every change of a weight as a LoRA, and the layers that were approximated."""
     modules = [_module(part, options, read_weight) for part in adapter.parts]
-    about = {key: text for key, text in adapter.metadata.items() if key != "ss_network_args"}
-    if "ss_network_module" in about:
-        about["ss_network_module"] = "networks.lora"
-    return cut_modules(replace(adapter, metadata=about), modules, options.policy, on_progress)
+    metadata = {key: text for key, text in adapter.metadata.items() if key != "ss_network_args"}
+    if "ss_network_module" in metadata:
+        metadata["ss_network_module"] = "networks.lora"
+    renamed = replace(adapter, metadata=metadata)
+    return cutting.cut_modules(renamed, modules, options.policy, on_progress)
 
 
 def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None) -> Module:
-    made = [recipe.make(part.slots) for recipe in recipes(frozenset(part.slots))[0]]
-    on_weight = [one for one in made if one.parameter == "weight"]
+    algorithms = [recipe.make(part.slots) for recipe in recipes(frozenset(part.slots))[0]]
+    on_weight = [algorithm for algorithm in algorithms if algorithm.parameter == "weight"]
     if len(on_weight) == 1 and isinstance(on_weight[0], LoRA) and on_weight[0].is_low_rank:
-        return _low_rank(part, made, options, read_weight)
-    slots = _other_slots(part, made, read_weight)
-    matrices = [one for one in on_weight if not _stays(part, one)]
+        return _low_rank(part, algorithms, options, read_weight)
+    slots = _other_slots(part, algorithms, read_weight)
+    matrices = [algorithm for algorithm in on_weight if not _stays(part, algorithm)]
     if not matrices:
         kept = {s: part.slots[s] for s in ("diff",) if s in part.slots}
         return Module(replace(part, slots={**kept, **slots}))
-    _refuse_missing_weight(part, matrices, read_weight)
+    _needs_weight(part, matrices, read_weight)
     shape = _shape(part, matrices)
 
     def change() -> Tensor:
         weight = _weight(part, "weight", shape, matrices, read_weight)
         total = torch.zeros(shape)
-        for one in matrices:
-            total += one.delta(weight)
+        for algorithm in matrices:
+            total += algorithm.delta(weight)
         return total
 
     if len(shape) < 2 or _is_table(part):
@@ -137,8 +128,8 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
     policy = options.policy
     if policy is None:
         raise ToolError(f"{part.name} is {matrices[0].name}, and no rank is chosen", "Give --rank.")
-    layer = Layer(part.name, None, options.write.dtype or _dtype(part))
-    seed = options.seed + zlib.crc32(layer.name.encode())
+    layer = CutLayer(part.name, None, options.write.dtype or _dtype(part))
+    seed = layer_seed(options.seed, layer.name)
     return Module(
         replace(part, slots=slots),
         lambda: Cut.of_matrix(layer, change().flatten(1), shape[1:], policy, seed),
@@ -146,58 +137,58 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
 
 
 def _low_rank(
-    part: Part, made: list[Algorithm], options: ConvertOptions, read_weight: ReadWeight | None
+    part: Part, algorithms: list[Algorithm], options: ConvertOptions, read_weight: ReadWeight | None
 ) -> Module:
-    """A LoRA: as it is; with a Tucker core, multiplied out, and cut where a rank is chosen."""
-    others = _other_slots(part, made, read_weight)
+    """A LoRA stays as it is; a Tucker core is multiplied out, and the result cut if a rank is chosen."""
+    others = _other_slots(part, algorithms, read_weight)
     factors = {slot: t for slot, t in part.slots.items() if slot in FACTOR_SLOTS}
     if "lora_mid" not in factors:
         return Module(replace(part, slots={**factors, **others}))
-    layer = Layer(part.name, part.rank, options.write.dtype or _dtype(part))
+    layer = CutLayer(part.name, part.rank, options.write.dtype or _dtype(part))
     if options.policy is None:
         return Module(replace(part, slots={**product_of(part).slots(layer.dtype), **others}))
     return Module(replace(part, slots=others), lambda: Cut.of_product(layer, product_of(part)))
 
 
-def _stays(part: Part, one: Algorithm) -> bool:
-    """Whether a weight's difference is no matrix's: a norm's, or an embedding's table of rows."""
-    return isinstance(one, WeightDifference) and (_is_table(part) or one.diff.dim() < 2)
+def _stays(part: Part, algorithm: Algorithm) -> bool:
+    """Whether it is the difference of a norm or of a table of rows, and not of a matrix."""
+    return isinstance(algorithm, WeightDifference) and (_is_table(part) or algorithm.diff.dim() < 2)
 
 
 def _is_table(part: Part) -> bool:
-    return part.target.path.rpartition(".")[2] in TABLES
+    return part.target.path.rpartition(".")[2] in EMBEDDINGS
 
 
 def _other_slots(
-    part: Part, made: list[Algorithm], read_weight: ReadWeight | None
+    part: Part, algorithms: list[Algorithm], read_weight: ReadWeight | None
 ) -> dict[str, Tensor]:
     """The changes of biases and modulations, as differences."""
     slots = {slot: part.slots[slot] for slot in ("diff_b", "diff_m") if slot in part.slots}
     shape = part.target.parameters.get("weight")
-    every = [*made, *(more for one in made if shape for more in one.companions(shape))]
-    for one in every:
-        if one.parameter == "bias" and "diff_b" not in one.__dict__:
+    companions = [more for algorithm in algorithms if shape for more in algorithm.companions(shape)]
+    for algorithm in [*algorithms, *companions]:
+        if algorithm.parameter == "bias" and "diff_b" not in algorithm.__dict__:
             name = part.target.parameter("bias")
-            if isinstance(one, PeftIA3Bias) and name is None:
+            if isinstance(algorithm, PeftIA3Bias) and name is None:
                 continue  # the module has none
-            size = part.target.parameters.get("bias") or _bias_shape(one)
-            bias = _weight(part, "bias", size, [one], read_weight)
-            change = one.delta(bias)
+            size = part.target.parameters.get("bias") or _bias_shape(algorithm)
+            bias = _weight(part, "bias", size, [algorithm], read_weight)
+            change = algorithm.delta(bias)
             slots["diff_b"] = slots["diff_b"].float() + change if "diff_b" in slots else change
     return slots
 
 
-def _bias_shape(one: Algorithm) -> Shape:
-    return next(tuple(t.shape) for t in one.__dict__.values() if isinstance(t, Tensor))
+def _bias_shape(algorithm: Algorithm) -> Shape:
+    return next(tuple(t.shape) for t in algorithm.__dict__.values() if isinstance(t, Tensor))
 
 
 def _shape(part: Part, matrices: list[Algorithm]) -> Shape:
-    """The weight's. Raises: ToolError if it is not known, or the part is for another one."""
+    """The shape of the weight. Raises: ToolError if it is not known, or does not fit the part."""
     shape = part.target.parameters.get("weight")
     if shape is None:
         raise ToolError(f"the shape of {part.name} is not known", NEEDS_MODEL)
-    for one in matrices:
-        if misfit := one.misfit(shape):
+    for algorithm in matrices:
+        if misfit := algorithm.misfit(shape):
             raise ToolError(f"{part.name}: {misfit}", NEEDS_MODEL)
     return shape
 
@@ -206,33 +197,26 @@ def _weight(
     part: Part,
     parameter: str,
     shape: Shape,
-    made: list[Algorithm],
+    algorithms: list[Algorithm],
     read_weight: ReadWeight | None,
 ) -> Tensor:
-    """The parameter that changes are taken from; where none depends on it, a stand-in of its shape."""
-    if read_weight is None or not _needing(made):
-        _refuse_missing_weight(part, made, read_weight)
+    """The model's parameter; zeros of its shape if no change depends on it. Raises: ToolError."""
+    if not _needs_weight(part, algorithms, read_weight) or read_weight is None:
         return torch.zeros(()).expand(shape)
     name = part.target.parameter(parameter) or parameter
     return read_weight(Place(part.target.component, part.target.path, name))
 
 
-def _needing(made: list[Algorithm]) -> Algorithm | None:
-    return next((one for one in made if isinstance(one, NEEDS_WEIGHT)), None)
-
-
-def _refuse_missing_weight(
-    part: Part, made: list[Algorithm], read_weight: ReadWeight | None
-) -> None:
-    needing = _needing(made)
+def _needs_weight(part: Part, algorithms: list[Algorithm], read_weight: ReadWeight | None) -> bool:
+    """Whether a change depends on the weight. Raises: ToolError if so, and there is no model."""
+    needing = next((a for a in algorithms if isinstance(a, NEEDS_WEIGHT)), None)
     if needing and read_weight is None:
-        raise ToolError(
-            f"{part.name} is {needing.name}, whose change depends on the model's weights",
-            NEEDS_MODEL,
-        )
+        why = f"{part.name} is {needing.name}, whose change depends on the model's weights"
+        raise ToolError(why, NEEDS_MODEL)
+    return needing is not None
 
 
 def _dtype(part: Part) -> torch.dtype:
-    """The precision of the part's tensors: that of its largest."""
+    """That of the largest tensor."""
     tensors = [t for s, t in part.slots.items() if t.is_floating_point() and s != "alpha"]
     return max(tensors, key=lambda tensor: tensor.numel()).dtype

@@ -1,63 +1,58 @@
-"""What an adapter file is: algorithms, layout, base model, ranks, training, hashes, and how much it changes.
+"""Describes an adapter file: algorithms, layout, base model, ranks, training, hashes, and norms of its
+changes.
 
-Nothing needs a model: the file is read against the modules that it names itself (`own_names`). With a
-model's `KeyMap`, what fits and what does not is told besides.
+No model is needed: the file is bound to the modules that it names itself (`own_names`). With the `KeyMap` of
+a model, the description also says what fits that model.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, DoRA
-from lora.formats.contents import Layer
+from lora.formats.contents import Layer, UnusedKey
 from lora.formats.families import family_of, identify
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.opening import Opened, opened
-from lora.tools.adapters.hashes import Hashes, hashes_of
-from lora.tools.adapters.metadata import (
-    MAX_WORD,
-    clean,
-    named_bases,
-    training_facts,
-    trigger_words,
-)
+from lora.tools.adapters.hashes import HASH_FIELDS, Hashes, hashes_of
+from lora.tools.adapters.metadata import MAX_WORD, clean, named_bases, training_facts, trigger_words
 from lora.tools.adapters.own_names import own_key_map
 from lora.tools.describe_names import block_of, kind_of, layout_of
-from lora.tools.factors.norms import delta_norm
+from lora.tools.factors.lowrank import delta_norm
 
 MAX_KEYS = 1000
-"""How many tensors a list names; its count is told whole."""
+"""How many tensors a list has at most; the counts are complete."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """The values that layers have."""
+    """The range of a number among layers."""
 
     least: float
     most: float
     usual: float
-    """The most frequent; the least of several."""
+    """The most frequent value; of several the least."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """What the file does to one component."""
+    """What the file changes in one component."""
 
     modules: int
     kinds: Mapping[str, int]
     """Kind of layer -> modules."""
     rank: Spread | None
     alpha: Spread | None
-    """None where no layer has one: then it counts as the rank."""
+    """None if no layer has one; then the rank takes its place."""
     scaling: Spread | None
-    """What the product of the factors is multiplied by, at scale 1."""
+    """By what the product of the factors is multiplied at scale 1."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,7 @@ class BlockNorm:
     block: str
     layers: int
     norm: float
-    """The Frobenius norm of the block's deltas, taken together, at scale 1."""
-
-
-@dataclass(frozen=True)
-class Key:
-    """A tensor that is not used, and why."""
-
-    key: str
-    reason: str
+    """The Frobenius norm of all deltas of the block together, at scale 1."""
 
 
 @dataclass(frozen=True)
@@ -86,54 +73,54 @@ class Fit:
     modules: int
     """How many modules of the model it changes."""
     matched: int
-    """Tensors with a place in the model."""
+    """How many tensors have a place in the model."""
     unmatched: int
-    keys: tuple[Key, ...]
-    """The unmatched; the first `MAX_KEYS`."""
+    keys: tuple[UnusedKey, ...]
+    """The unmatched tensors; at most `MAX_KEYS`."""
     trouble: str | None
-    """Why the file as a whole cannot be applied."""
+    """Why the file cannot be applied at all."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """Everything that can be told of an adapter file. Its texts are cleaned of what a terminal would obey."""
+    """Everything that is known of an adapter file. Control characters are removed from all texts."""
 
     file: str
     form: str
     bytes: int
     tensors: int
     algorithms: Mapping[str, int]
-    """Algorithm -> modules; nothing if it is no adapter."""
+    """Algorithm -> number of modules; nothing if it is no adapter."""
     layouts: Mapping[str, int]
-    """Convention of the names -> tensors."""
+    """Naming convention -> number of tensors."""
     base: str | None
     """The family of models that it is for."""
     base_told_by: Mapping[str, str]
-    """What says so -> what it says: fields of the metadata, and `names and shapes`."""
+    """Evidence (a field of the metadata, or `names and shapes`) -> the base model by it."""
     dtypes: Mapping[str, int]
     components: Mapping[str, Component]
     words: Mapping[str, int]
-    """Trigger words -> how often they were in the captions; 0 where that is not known."""
+    """Trigger word -> how often the captions had it; 0 if that is not known."""
     embeddings: tuple[str, ...]
-    """New words of the prompt whose vectors are in the file; empty text for one named after the file."""
+    """New words of the prompt, of which the file has the vectors; empty for one named after the file."""
     training: Mapping[str, str]
     hashes: Hashes
     hashes_told: Mapping[str, str]
     """The hashes in the file's own metadata."""
     norms: tuple[BlockNorm, ...]
     without_norm: int
-    """Layers whose change depends on the model's weights, or is larger than any layer."""
-    unused: tuple[Key, ...]
-    """Tensors that no model could use; the first `MAX_KEYS`."""
+    """How many layers have a change that depends on the model's weights, or that is larger than any layer."""
+    unused: tuple[UnusedKey, ...]
+    """Tensors that no model could use; at most `MAX_KEYS`."""
     fit: Fit | None = None
     warnings: tuple[str, ...] = field(default=())
 
 
 def describe(path: Path, against: KeyMap | None = None) -> Description:
-    """Describes a .safetensors file, a pickle or a PEFT folder. Reads all of it; changes nothing.
+    """Describes a .safetensors file, a pickle or a PEFT folder, which is read whole.
 
-    Raises: LoraNotFound, LoraCorrupt (NaN and infinity too), LoraUnsupported for what is no adapter, as a
-    whole model's weights; OSError.
+    Raises: LoraNotFound; LoraCorrupt, for NaN and infinity too; LoraUnsupported for what is no adapter, such
+    as the weights of a whole model; OSError.
     """
     with opened(path) as found:
         header = read_header(found.file)
@@ -142,7 +129,7 @@ def describe(path: Path, against: KeyMap | None = None) -> Description:
         file = load(found.file, key_map, hashes.sha256, config=found.config)
         fit = _fit(found, against, hashes.sha256) if against else None
     norms, without = _norms(file)
-    told = _told_bases(header, found.config)
+    bases = _bases(header, found.config)
     return Description(
         file=clean(path.name),
         form=found.form,
@@ -150,25 +137,27 @@ def describe(path: Path, against: KeyMap | None = None) -> Description:
         tensors=len(header.tensors),
         algorithms=_algorithms(file),
         layouts=_counted(layout_of(key) for key in header.tensors),
-        base=_family(told),
-        base_told_by=told,
+        base=_family(bases),
+        base_told_by=bases,
         dtypes=_counted(info.dtype for info in header.tensors.values()),
         components=_components(file),
         words=trigger_words(header.metadata),
         embeddings=tuple(sorted({clean(one.word, MAX_WORD) for one in file.embeddings})),
         training=training_facts(header.metadata),
         hashes=hashes,
-        hashes_told=_told_hashes(header.metadata),
+        hashes_told={
+            name: clean(text, 80) for name in HASH_FIELDS if (text := header.metadata.get(name))
+        },
         norms=norms,
         without_norm=without,
         unused=_keys(file),
         fit=fit,
-        warnings=_warnings(file, header, hashes, told),
+        warnings=tuple(_warnings(file, header, hashes, bases)),
     )
 
 
 def _counted(names: Iterable[str]) -> dict[str, int]:
-    """The most frequent first; of as many, in the order of the alphabet."""
+    """The most frequent name first; names of the same count in alphabetical order."""
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
@@ -181,52 +170,44 @@ def _algorithms(file: LoraFile) -> dict[str, int]:
 BY_SHAPES = "names and shapes"
 
 
-def _told_bases(header: Header, config: str | None) -> dict[str, str]:
-    """What says which base model it is for -> what it says; names and shapes first."""
+def _bases(header: Header, config: str | None) -> dict[str, str]:
+    """Evidence -> the base model that the file is for by it; names and shapes come first."""
     by_shapes = identify(Header(header.tensors, {}))
     first = {BY_SHAPES: by_shapes} if by_shapes else {}
     return first | named_bases(header.metadata, config)
 
 
-def _family(told: Mapping[str, str]) -> str | None:
-    families = (family_of(base) for name, base in told.items() if name != BY_SHAPES)
-    return told.get(BY_SHAPES) or next((family for family in families if family), None)
-
-
-HASHES_TOLD = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
-
-
-def _told_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {name: clean(metadata[name], 80) for name in HASHES_TOLD if metadata.get(name)}
+def _family(bases: Mapping[str, str]) -> str | None:
+    families = (family_of(base) for name, base in bases.items() if name != BY_SHAPES)
+    return bases.get(BY_SHAPES) or next(filter(None, families), None)
 
 
 def _warnings(
-    file: LoraFile, header: Header, hashes: Hashes, told: Mapping[str, str]
-) -> tuple[str, ...]:
-    found = []
+    file: LoraFile, header: Header, hashes: Hashes, bases: Mapping[str, str]
+) -> Iterator[str]:
     model_hash = header.metadata.get("sshs_model_hash", "").lower()
     if model_hash and hashes.model_hash and model_hash != hashes.model_hash:
-        found.append("sshs_model_hash is not the tensors' hash: they were changed after training")
+        yield "sshs_model_hash is not the tensors' hash: they were changed after training"
     if not file.scaled and any(layer.algorithm.rank for layer in file.layers):
-        found.append("the file says nothing of alpha: it counts as the rank")
-    for name, base in told.items():
+        yield "the file says nothing of alpha: it counts as the rank"
+    by_shapes = bases.get(BY_SHAPES)
+    for name, base in bases.items():
         family = family_of(base) if name != BY_SHAPES else None
-        if family and BY_SHAPES in told and family != told[BY_SHAPES]:
-            found.append(f"{name} says {family}, names and shapes say {told[BY_SHAPES]}")
-    return tuple(found)
+        if family and by_shapes and family != by_shapes:
+            yield f"{name} says {family}, names and shapes say {by_shapes}"
 
 
 def _components(file: LoraFile) -> dict[str, Component]:
     layers: dict[str, list[Layer]] = defaultdict(list)
     for layer in file.layers:
         layers[layer.target.component].append(layer)
-    return {component: _component(found) for component, found in layers.items()}
+    return {component: _component(changed) for component, changed in layers.items()}
 
 
 def _component(layers: list[Layer]) -> Component:
-    parts = [_inner(layer.algorithm) for layer in layers]
-    ranked = [(part, rank) for part in parts if (rank := part.rank)]
-    alphas = [_alpha(part) for part, _ in ranked]
+    inner = (_inner(layer.algorithm) for layer in layers)
+    ranked = [(algorithm, rank) for algorithm in inner if (rank := algorithm.rank)]
+    alphas = [_alpha(algorithm) for algorithm, _ in ranked]
     return Component(
         modules=len({layer.target for layer in layers}),
         kinds=_counted(kind_of(target.path) for target in {layer.target for layer in layers}),
@@ -238,12 +219,12 @@ def _component(layers: list[Layer]) -> Component:
     )
 
 
-def _inner(part: Algorithm) -> Algorithm:
-    return part.inner if isinstance(part, DoRA) else part
+def _inner(algorithm: Algorithm) -> Algorithm:
+    return algorithm.inner if isinstance(algorithm, DoRA) else algorithm
 
 
-def _alpha(part: Algorithm) -> float | None:
-    alpha = getattr(part, "alpha", None)
+def _alpha(algorithm: Algorithm) -> float | None:
+    alpha = getattr(algorithm, "alpha", None)
     return None if alpha is None else float(alpha)
 
 
@@ -265,21 +246,20 @@ def _norms(file: LoraFile) -> tuple[tuple[BlockNorm, ...], int]:
             without += 1
         else:
             squares[target.component, block_of(target.component, target.path)].append(norm**2)
-    found = (
-        BlockNorm(component, block, len(parts), math.sqrt(math.fsum(parts)))
-        for (component, block), parts in squares.items()
-    )
-    return tuple(
-        sorted(found, key=lambda one: (one.component != "unet", one.component, one.block))
-    ), without
+    norms = [
+        BlockNorm(component, block, len(layers), math.sqrt(math.fsum(layers)))
+        for (component, block), layers in squares.items()
+    ]
+    norms.sort(key=lambda norm: (norm.component != "unet", norm.component, norm.block))
+    return tuple(norms), without
 
 
-def _keys(file: LoraFile) -> tuple[Key, ...]:
-    return tuple(Key(clean(one.key), clean(one.reason)) for one in file.unused[:MAX_KEYS])
+def _keys(file: LoraFile) -> tuple[UnusedKey, ...]:
+    return tuple(UnusedKey(clean(one.key), clean(one.reason)) for one in file.unused[:MAX_KEYS])
 
 
 def _fit(found: Opened, key_map: KeyMap, sha256: str) -> Fit:
-    """What of the file has a place in a model."""
+    """Which tensors of the file have a place in a model."""
     try:
         file = load(found.file, key_map, sha256, config=found.config)
     except (LoraIncompatible, LoraUnsupported) as error:

@@ -1,7 +1,8 @@
-"""Adapters into a model's weights: W + sum of scale * delta in float32, rounded once, one tensor at a time.
+"""Merges adapters into a model's weights: W + sum of scale * delta in float32, rounded once, tensor by
+tensor.
 
-Every algorithm of the engine, with the engine's own numbers: those that `Mode.MERGED` computes.
-What no adapter touches is copied bit for bit, as long as its dtype stays.
+The numbers are those of the engine in `Mode.MERGED`, for each of its algorithms. What no adapter changes is
+copied bit for bit, as long as its dtype stays.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from lora.engine.merging import merge as merge_changes
 from lora.engine.stack import LoraUse
 from lora.errors import ToolError
 from lora.formats.adapter import LoraFile, load
@@ -24,34 +28,39 @@ from lora.formats.algorithms import Algorithm
 from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap
 from lora.formats.opening import opened
-from lora.tools import OnProgress, ignore_progress
-from lora.tools.merged_tensors import DTYPES, Changes, MergedTensors
-from lora.tools.models.checkpoints import Checkpoint, Place, Raw, file_sha256
-from lora.tools.models.outputs import Job, Output
+from lora.tools import OnProgress, dtype_name, ignore_progress, read_ahead
+from lora.tools.adapters.hashes import HASH_FIELDS
+from lora.tools.adapters.metadata import parse_json
+from lora.tools.models.checkpoints import Checkpoint, Place, Stored, file_sha256
+from lora.tools.models.outputs import FileToWrite, Output
+from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
 from lora.tools.writing import StreamWriter
 
-STALE = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-"""Metadata that would be wrong of a merged model."""
+DTYPES: Mapping[str, torch.dtype | None] = {"same": None, **NAMED_DTYPES}
+"""The names of the output's dtypes; `same`: each tensor keeps its own."""
 
 NOT_WEIGHTS = "a word's vectors cannot be merged into weights"
+
+Changes = Mapping[Place, Sequence[tuple[Algorithm, float]]]
+"""Parameter -> what changes it, and the scale of each change."""
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """How the result is to be."""
+    """How the result is written."""
 
     dtype: str = "same"
-    """One of `DTYPES`. fp8 is float8_e4m3fn, and only for weights of two and more axes: the others and the
-    VAE become bf16. Tensors that are no parameters, such as EMA copies, always keep theirs."""
+    """One of `DTYPES`. fp8 (float8_e4m3fn) is only for weights of two or more axes; the others and the VAE
+    become bf16. Tensors that are no parameters, such as EMA copies, always keep their dtype."""
     format: str | None = None
-    """`safetensors` or `pytorch`; by default what the output's name says."""
+    """One of `FILE_FORMATS`; by default what the output's name says."""
     allow_unused: bool = False
     """Whether adapters may hold tensors that have no place in the model."""
 
 
 @dataclass(frozen=True)
 class MergedLora:
-    """What became of one adapter."""
+    """What was merged of one adapter."""
 
     name: str
     sha256: str
@@ -66,12 +75,12 @@ class MergeReport:
     """What was done."""
 
     parameters: int
-    """How many of the model's were changed."""
+    """How many of the model's parameters were changed."""
     loras: tuple[MergedLora, ...]
     files: tuple[str, ...]
     """The names of the written files with weights."""
     left_out: tuple[str, ...]
-    """Files of the input's folder that are not in the output's: the same weights in other forms, unmerged."""
+    """Files of the input's folder that were not copied: the same weights in other forms, not merged."""
     bytes: int
     """Of the written tensors."""
     dtype: str
@@ -85,35 +94,42 @@ def merge(
     options: MergeOptions = MergeOptions(),
     on_progress: OnProgress = ignore_progress,
 ) -> MergeReport:
-    """Writes the model with the adapters merged, published whole or not at all.
+    """Writes the model with the adapters merged; it is published whole or not at all.
 
-    `output` with the ending of weights is one file in the model's own names; any other is a folder with the
-    model's files, each with weights written anew under its own name. The metadata gets `merged_from`, a
-    JSON list of name, sha256 and scale, and `model_sha256`. `on_progress` counts bytes.
+    If `output` has the ending of a file with weights, it is one file in the model's own names; otherwise it
+    is a folder with the model's files, of which those with weights are rewritten. The metadata gets
+    `merged_from`, a JSON list of name, sha256 and scale, and `model_sha256`. `on_progress` counts bytes.
 
-    Raises: ToolError if the output is the input or cannot be written, an adapter's tensor has no place and
-    that is not allowed, or a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
+    Raises: ToolError if the output is the input or cannot be written, if an adapter's tensor has no place and
+    that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
     """
-    started = time.monotonic()
+    started, done = time.monotonic(), 0
     if options.dtype not in DTYPES:
         raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(DTYPES)}.")
     if not all(math.isfinite(factor) for use in loras for factor in use.factors):
         raise ToolError("a scale is not a number")
     target = Output.of(model, output, options.format, [use.lora for use in loras])
-    files = _load([use.lora for use in loras], model.key_map())
+    key_map = model.key_map()
+    files = [_load(use.lora, key_map) for use in loras]
     merged = [_merged(use, file, options) for use, file in zip(loras, files, strict=True)]
     merging = MergedTensors(model, _changes(loras, files), options.dtype)
-    total = sum(merging.bytes_of(raw) for job in target.jobs for raw in job.tensors)
+    total = sum(merging.bytes_of(raw) for file in target.files for raw in file.tensors)
     target.refuse_full_disk(total)
-    with ThreadPoolExecutor(1) as pool, target.published():
+
+    def count(raw: Raw) -> None:
+        nonlocal done
+        done += merging.bytes_of(raw)
+        on_progress(done, total, raw.name)
+
+    origin = [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in merged]
+    with ThreadPoolExecutor(1) as pool, target.published() as folder:
         sha256 = pool.submit(model.sha256)
-        progress = _Progress(total, on_progress)
-        for job in target.jobs:
-            _write(merging, job, lambda: _metadata(merged, sha256.result()), progress)
+        for file in target.files:
+            _write(merging, file, folder, count, lambda: (origin, sha256.result()))
     return MergeReport(
         parameters=len(merging.changes),
         loras=tuple(merged),
-        files=tuple(job.path.name for job in target.jobs),
+        files=tuple(file.name.name for file in target.files),
         left_out=target.left_out,
         bytes=total,
         dtype=options.dtype,
@@ -121,26 +137,18 @@ def merge(
     )
 
 
-def _load(paths: Sequence[Path], key_map: KeyMap) -> list[LoraFile]:
-    """Raises: LoraError or ToolError with the adapter's name."""
-    files = []
-    for path in paths:
-        try:
-            files.append(_bind(path, key_map))
-        except OSError as error:
-            why = error.strerror or type(error).__name__
-            raise ToolError(f"{path.name} cannot be read ({why})") from error
-    return files
-
-
-def _bind(path: Path, key_map: KeyMap) -> LoraFile:
-    with opened(path) as found:
-        return load(found.file, key_map, file_sha256(found.original), config=found.config)
+def _load(path: Path, key_map: KeyMap) -> LoraFile:
+    """Raises: LoraError or ToolError, with the adapter's name."""
+    try:
+        with opened(path) as found:
+            return load(found.file, key_map, file_sha256(found.original), config=found.config)
+    except OSError as error:
+        raise unreadable(path, error) from error
 
 
 def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> MergedLora:
-    """Raises: ToolError if not all of its tensors have a place, and that is not allowed."""
-    words = {word for one in file.embeddings for word in (one.word or "a new word",)}
+    """Raises: ToolError if a tensor has no place in the model, and that is not allowed."""
+    words = {embedding.word or "a new word" for embedding in file.embeddings}
     unused = (*file.unused, *(UnusedKey(word, NOT_WEIGHTS) for word in sorted(words)))
     used = file.keys - len(file.embeddings)
     if unused and not options.allow_unused:
@@ -154,7 +162,6 @@ def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> Merged
 
 
 def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Changes:
-    """In the stack's order."""
     changes: dict[Place, list[tuple[Algorithm, float]]] = defaultdict(list)
     for use, file in zip(loras, files, strict=True):
         for layer in file.layers:
@@ -164,61 +171,115 @@ def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Chang
     return changes
 
 
-@dataclass
-class _Progress:
-    total: int
-    on_progress: OnProgress
-    done: int = 0
-
-    def add(self, count: int, what: str) -> None:
-        self.done += count
-        self.on_progress(self.done, self.total, what)
-
-
 def _write(
-    merging: MergedTensors, job: Job, metadata: Callable[[], dict[str, str]], progress: _Progress
+    merging: MergedTensors,
+    file: FileToWrite,
+    folder: Path,
+    count: Callable[[Raw], None],
+    origin: Callable[[], tuple[list[dict[str, Any]], str]],
 ) -> None:
-    """Writes one of the output's files."""
-    # The widest numbers first, so that none lies across its own boundaries.
-    order = sorted(job.tensors, key=lambda raw: -merging.dtype_of(raw).itemsize)
-    kept = {name: text for name, text in job.metadata.items() if name not in STALE}
-    with job.scratch() as path, StreamWriter(path, [raw.name for raw in order], kept) as writer:
-        with ThreadPoolExecutor(1) as hand:
+    """Writes one of the output's files. `origin`: the merged adapters, and the hash of the model."""
+    # The widest numbers first, so that every tensor is aligned to the size of its own numbers.
+    order = sorted(file.tensors, key=lambda raw: -merging.dtype_of(raw).itemsize)
+    kept = {name: text for name, text in file.metadata.items() if name not in HASH_FIELDS}
+    names = [raw.name for raw in order]
+    with file.stream(folder) as path, StreamWriter(path, names, kept) as writer:
+        with ThreadPoolExecutor(1) as pool:
             writing: Future[None] | None = None
-            for raw, whole in _ahead(merging.model, order):
+            for raw, whole in read_ahead(order, merging.model.read_raw):
                 tensor = merging.tensor(raw, whole)
                 if writing is not None:
                     writing.result()
-                writing = hand.submit(writer.put, {raw.name: tensor})
-                progress.add(merging.bytes_of(raw), raw.name)
+                writing = pool.submit(writer.put, {raw.name: tensor})
+                count(raw)
             if writing is not None:
                 writing.result()
-        added = metadata()
-        earlier = _list(kept.get("merged_from", ""))
-        added["merged_from"] = json.dumps([*earlier, *json.loads(added["merged_from"])])
-        writer.finish(added)
-        job.convert(path)
+        adapters, sha256 = origin()
+        earlier = parse_json(kept.get("merged_from"), list)
+        writer.finish({"merged_from": json.dumps([*earlier, *adapters]), "model_sha256": sha256})
 
 
-def _ahead(model: Checkpoint, order: Sequence[Raw]) -> Iterator[tuple[Raw, Tensor]]:
-    """Each tensor, read while the one before it is worked on."""
-    with ThreadPoolExecutor(1) as pool:
-        coming: Future[Tensor] | None = None
-        for raw, after in zip(order, (*order[1:], None), strict=True):
-            whole = model.read_raw(raw) if coming is None else coming.result()
-            coming = None if after is None else pool.submit(model.read_raw, after)
-            yield raw, whole
+@dataclass(frozen=True)
+class MergedTensors:
+    """The model's tensors with the adapters merged: their numbers and dtypes."""
+
+    model: Checkpoint
+    changes: Changes
+    dtype: str
+
+    def dtype_of(self, raw: Raw) -> torch.dtype:
+        """The dtype in which a tensor is written."""
+        stored = self.model.holds.get(raw)
+        dtype = DTYPES[self.dtype]
+        if dtype is None or not stored:
+            return raw.dtype
+        small = dtype.itemsize == 1 and (len(raw.shape) < 2 or stored[0].place.component == "vae")
+        return torch.bfloat16 if small else dtype
+
+    def bytes_of(self, raw: Raw) -> int:
+        """The bytes that a tensor will have."""
+        return torch.Size(raw.shape).numel() * self.dtype_of(raw).itemsize
+
+    @torch.no_grad()
+    def tensor(self, raw: Raw, whole: Tensor) -> Tensor:
+        """The tensor with every change. Raises: ToolError if a number overflows."""
+        stored, dtype = self.model.holds.get(raw, ()), self.dtype_of(raw)
+        if not any(parameter.place in self.changes for parameter in stored):
+            return _rounded(raw.name, whole, dtype)
+        merged = torch.empty_like(whole, dtype=dtype)
+        for parameter in stored:
+            place, original = parameter.place, _view(whole, parameter).contiguous()
+            name, changes = str(place), self.changes.get(place)
+            weight = _changed(name, original, changes, dtype) if changes else original
+            _view(merged, parameter).copy_(_rounded(name, weight, dtype))
+        return merged
 
 
-def _metadata(loras: Sequence[MergedLora], sha256: str) -> dict[str, str]:
-    merged = [{"name": one.name, "sha256": one.sha256, "scale": one.scale} for one in loras]
-    return {"merged_from": json.dumps(merged), "model_sha256": sha256}
+def _changed(
+    name: str, original: Tensor, changes: Sequence[tuple[Algorithm, float]], dtype: torch.dtype
+) -> Tensor:
+    """The merged weight; for fp8 in float32, because rounding to fp8 would hide an overflow."""
+    weight = torch.empty_like(original, dtype=torch.float32 if dtype.itemsize == 1 else dtype)
+    total = merge_changes(weight, original, changes)
+    # Only where the dtype stays does a finite sum prove that no number overflowed.
+    if weight.dtype == original.dtype and bool(total.isfinite()):
+        return weight
+    return _checked(name, weight, original)
 
 
-def _list(text: str) -> list[object]:
-    """What an earlier merge wrote; nothing if it is something else."""
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return []
-    return found if isinstance(found, list) else []
+def _rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in another dtype. Raises: ToolError if a number is too large for it."""
+    if dtype == tensor.dtype:
+        return tensor
+    # torch rounds what is too large for float8_e4m3fn to its largest number.
+    if dtype.itemsize == 1 and tensor.numel():
+        largest = float(tensor.float().abs().max())
+        if not largest <= torch.finfo(dtype).max:  # true for NaN, too
+            raise _overflow(name, dtype)
+    return _checked(name, tensor.to(dtype), tensor)
+
+
+def _view(whole: Tensor, stored: Stored) -> Tensor:
+    """The parameter's own numbers in a stored tensor, [out, in(, kh, kw)]."""
+    if stored.third is not None:
+        rows = whole.shape[0] // 3
+        return whole.narrow(0, stored.third * rows, rows)
+    return whole.t() if stored.transposed else whole
+
+
+def _checked(name: str, tensor: Tensor, original: Tensor) -> Tensor:
+    """Raises: ToolError if the tensor holds NaN or infinity, and the original does not."""
+    if not _finite(tensor) and _finite(original):
+        raise _overflow(name, tensor.dtype)
+    return tensor
+
+
+def _overflow(name: str, dtype: torch.dtype) -> ToolError:
+    hint = "Choose a smaller scale or a wider dtype."
+    return ToolError(f"{name[:200]} overflows {dtype_name(dtype)}", hint)
+
+
+def _finite(tensor: Tensor) -> bool:
+    """First by the sum, in a tenth of the time; the sum may overflow where no number does."""
+    numbers = tensor.float()
+    return bool(numbers.sum().isfinite()) or bool(numbers.isfinite().all())

@@ -1,4 +1,4 @@
-"""An adapter at a smaller rank, the best that there is, without forming a layer's whole matrix."""
+"""Cuts an adapter to a smaller rank, with the smallest error, without forming whole matrices."""
 
 from __future__ import annotations
 
@@ -11,18 +11,11 @@ from torch import Tensor
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap
 from lora.tools import OnProgress, ignore_progress
-from lora.tools.adapters.parts import Adapter, Part
+from lora.tools.adapters.parts import Part
 from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
-from lora.tools.factors.cutting import (
-    Cut,
-    Layer,
-    LayerChange,
-    Module,
-    Report,
-    cut_modules,
-    report_of,
-)
+from lora.tools.factors import cutting
+from lora.tools.factors.cutting import Cut, CutLayer, Module, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.writing import refuse_overwriting
@@ -31,10 +24,10 @@ OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")
 """Algorithms whose rank cannot be changed."""
 
 SCALED = ("bias_values", "lora_up_bias")
-"""Slots that alpha / rank scales beside the factors."""
+"""Slots that are scaled by alpha / rank, as the factors are."""
 
 BOUND = {"bias_values", "lora_up_bias", "dora_scale", "magnitude"}
-"""Slots that mean nothing without factors."""
+"""Slots that have no meaning without factors."""
 
 
 @dataclass(frozen=True)
@@ -55,39 +48,29 @@ def resize(
 ) -> Report:
     """Writes the adapter of `path` to `output` with each LoRA layer at the rank that the policy chooses.
 
-    Each layer's change is the nearest of its rank (Eckart and Young), told with its error as stored. Layers
-    that have that rank already, differences and words stay bit for bit. A Tucker layer becomes flat, which
-    may be larger. Of a DoRA the inner change is resized and the magnitudes stay:
-    W' = m * (W + D') / norm(W + D'). `key_map` is needed for another naming of models that are not known.
+    Each layer's change becomes the nearest one of its rank (Eckart and Young); the report has the error as
+    stored. Layers that have that rank already, differences and new words stay bit for bit. A Tucker layer
+    becomes flat, which may be larger. Of a DoRA the inner change is resized, and the magnitudes stay: W' = m
+    * (W + D') / norm(W + D'). `key_map` is needed for another naming if the model is not known.
 
-    Raises: ToolError for algorithms that have no rank to cut, for tensors that cannot be carried, and as
-    `write_adapter` and `read_adapter` do.
+    Raises: ToolError for algorithms without a rank that can be cut, for tensors that cannot be carried, and
+    as `write_adapter` and `read_adapter` do.
     """
     refuse_overwriting(output, [path])
     adapter = open_adapter(
         path, key_map, named=bool(options.write.naming), lax=options.allow_unused
     )
-    resized, changes = resized_adapter(adapter, options.policy, options.write.dtype, on_progress)
+    modules = [_module(part, options.write.dtype) for part in adapter.parts]
+    resized, changes = cutting.cut_modules(adapter, modules, options.policy, on_progress)
     write_adapter(output, resized, options.write)
-    return report_of(resized, changes, [adapter])
-
-
-def resized_adapter(
-    adapter: Adapter,
-    policy: RankPolicy,
-    dtype: torch.dtype | None,
-    on_progress: OnProgress = ignore_progress,
-) -> tuple[Adapter, list[LayerChange]]:
-    """The adapter at the ranks that the policy chooses; layers that get none are dropped, and are told."""
-    modules = [_module(part, dtype) for part in adapter.parts]
-    return cut_modules(adapter, modules, policy, on_progress)
+    return cutting.report_of(resized, changes, [adapter])
 
 
 def _module(part: Part, dtype: torch.dtype | None) -> Module:
     if not _is_lora(part):
         return Module(part)
     rest = _scaled_rest(part)
-    layer = Layer(part.name, part.rank, dtype or part.slots["lora_up"].dtype)
+    layer = CutLayer(part.name, part.rank, dtype or part.slots["lora_up"].dtype)
     return Module(
         replace(part, slots=rest),
         lambda: Cut.of_product(layer, product_of(part)),
@@ -98,24 +81,17 @@ def _module(part: Part, dtype: torch.dtype | None) -> Module:
 
 def _is_lora(part: Part) -> bool:
     """Whether there are factors to cut. Raises: ToolError for an algorithm with a rank of another kind."""
-    other = next((name for name in part.algorithms if name in OTHERS), None)
     slots = part.slots
-    if (
-        other is None
-        and "lora_down" not in slots
-        and any(s.startswith(("hada", "lokr")) for s in slots)
-    ):
-        other = "dora"
-    if other:
-        raise ToolError(
-            f"{part.name} is {other}, which has no rank to cut",
-            "Make it a LoRA first: convert --algorithm lora.",
-        )
+    other = next((name for name in part.algorithms if name in OTHERS), None)
+    inner = "lora_down" not in slots and any(s.startswith(("hada", "lokr")) for s in slots)
+    if other := other or ("dora" if inner else None):
+        hint = "Make it a LoRA first: convert --algorithm lora."
+        raise ToolError(f"{part.name} is {other}, which has no rank to cut", hint)
     return "lora_down" in slots
 
 
 def _scaled_rest(part: Part) -> dict[str, Tensor]:
-    """What is beside the factors, with alpha / rank in it where that scales it: their scaling is 1 now."""
+    """The slots besides the factors; those that alpha / rank scales are multiplied by it."""
     rest = {slot: tensor for slot, tensor in part.slots.items() if slot not in FACTOR_SLOTS}
     if part.alpha is not None and part.rank and part.alpha != part.rank:
         scaling = part.alpha / part.rank

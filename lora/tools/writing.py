@@ -1,8 +1,8 @@
-"""A .safetensors file that is written tensor by tensor, and appears under its name only when it is whole.
+"""Writes a .safetensors file tensor by tensor; it gets its name only when it is whole.
 
-The header stands before the data and is known last, so room for it is left, and filled up with spaces. What
-a killed run has written can be taken up by the next one: a journal beside the part says which groups of
-tensors are in it, each with a checksum.
+The header stands before the data and is known last, so room is left for it and filled up with spaces. The
+next run can continue what a killed run has written: a journal beside the unfinished file lists the groups of
+tensors that are in it, each with a checksum.
 """
 
 from __future__ import annotations
@@ -12,36 +12,34 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lora.durable import replace_durably
+from lora.durable import part_file, published, replace_durably, sync_folder
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
+from lora.tools import HEADER_ALIGNMENT
 
 PIECE = 8 << 20
 """How many bytes are written or read at a time."""
 
 ROOM_PER_TENSOR, ROOM = 224, 1 << 16
-"""Bytes that a tensor's entry in the header takes at most, beside its name, for up to 8 axes; and bytes that
-are left for metadata that is known only in the end."""
-
-ALIGNMENT = 8
-"""Where the data begins, so that no number lies across a boundary."""
+"""Bytes of the header: at most for a tensor of up to 8 axes, besides its name; for metadata known at the end.
+"""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Entry(NamedTuple):
-    """A tensor that is in the file; its place counts from the data's beginning."""
+    """A tensor in the file; its offsets count from the beginning of the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,11 +47,20 @@ class _Entry(NamedTuple):
     end: int
 
 
+class _Group(NamedTuple):
+    """A line of the journal."""
+
+    entries: dict[str, _Entry]
+    check: int
+    note: dict[str, Any]
+
+
 class StreamWriter:
     """Writes one .safetensors file; a context manager.
 
-    Left without `finish`, or killed at any moment, it leaves nothing under its name: without a journal no
-    trace after an exception, with one the part and the journal, for the next writer of the same.
+    Left without `finish`, or killed at any moment, it leaves nothing under the file's name. After an
+    exception nothing is left at all, or, with a journal, the unfinished file and the journal for the next
+    writer.
     """
 
     def __init__(
@@ -63,51 +70,55 @@ class StreamWriter:
         metadata: Mapping[str, str],
         journal: str | None = None,
     ) -> None:
-        """`names`: of all tensors that may be put. `journal`: what the file will be, in one text (the inputs'
-        hashes, the options); what another run of the same text has written is taken up.
-
-        Raises: ToolError if the folder cannot be written, or another process is writing the same.
+        """`names`: of all tensors that may be put. `journal`: a text that identifies the file's content
+        (hashes of the inputs, options); what an earlier run with the same text has written is kept.
         """
         self.path, self._metadata = path, dict(metadata)
         self._names = frozenset(names)
         self._entries: dict[str, _Entry] = {}
         self.notes: list[dict[str, Any]] = []
-        """The notes of the groups that are in the file, in their order: at first those of a killed run."""
+        """The notes of the groups in the file, in order; at first those of an earlier run."""
         room = sum(len(json.dumps(name)) + ROOM_PER_TENSOR for name in self._names)
         room += len(_json({"__metadata__": self._metadata})) + ROOM
-        self._start = -(-(8 + room) // ALIGNMENT) * ALIGNMENT
+        self._start = -(-(8 + room) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT
         self._end = 0
-        token = uuid.uuid4().hex if journal is None else _digest(journal, self._start)
+        content = hashlib.sha256(f"{self._start} {journal}".encode())
+        token = uuid.uuid4().hex if journal is None else content.hexdigest()
         self._part = path.with_name(f".{path.name}.{token[:16]}.part")
+        self._journal_path = self._part.with_suffix(".journal")
         self._resumable = journal is not None
-        self._journal: int | None = None
+        self._file = self._journal = -1
         self._journal_end = 0
-        with telling(path):
-            alone = os.O_EXCL if journal is None else 0
-            self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | alone, 0o666)
-            try:
-                if journal is not None:
-                    self._take_up(journal)
-            except BaseException:
-                self.close()
-                raise
 
-    @property
-    def _journal_path(self) -> Path:
-        return self._part.with_suffix(".journal")
+    def __enter__(self) -> StreamWriter:
+        """Raises: ToolError if the folder cannot be written, or another process is writing the same file."""
+        # The file is made here and not before: an interrupt in between would leave it.
+        try:
+            with write_errors(self.path):
+                alone = 0 if self._resumable else os.O_EXCL
+                self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | alone, 0o666)
+                if self._resumable:
+                    self._resume()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def put(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any] | None = None) -> None:
-        """Appends a group of tensors, whole or not at all; `note` (JSON) says what it was.
+        """Appends a group of tensors, whole or not at all; `note` (JSON) says what the group is.
 
         Raises: ToolError if the disk is full or fails; ValueError for a name that was not announced or is
-        there already.
+        in the file already.
         """
         unknown = [name for name in tensors if name not in self._names or name in self._entries]
         if unknown:
             raise ValueError(f"{unknown[0]!r} was not announced, or is in the file already")
         entries: dict[str, _Entry] = {}
         place, check = self._end, 0
-        with telling(self.path):
+        with write_errors(self.path):
             for name, tensor in tensors.items():
                 view = _bytes_of(tensor)
                 _write_all(self._file, view, self._start + place)
@@ -115,7 +126,7 @@ class StreamWriter:
                 shape = tuple(tensor.shape)
                 entries[name] = _Entry(NAMES[tensor.dtype], shape, place, place + len(view))
                 place += len(view)
-            if self._journal is not None:
+            if self._resumable:
                 line = {"tensors": entries, "check": check, "note": dict(note or {})}
                 text = _json(line) + b"\n"
                 _write_all(self._journal, memoryview(text), self._journal_end)
@@ -125,9 +136,9 @@ class StreamWriter:
         self.notes.append(dict(note or {}))
 
     def finish(self, metadata: Mapping[str, str] = {}) -> None:
-        """Publishes the file: afterwards it is whole, on the disk, and under its name. `metadata` is added.
+        """Publishes the file: afterwards it is whole, on the disk and under its name. `metadata` is added.
 
-        Raises: ToolError if the disk fails; ValueError if the metadata outgrew the room for it.
+        Raises: ToolError if the disk fails; ValueError if the metadata is larger than the room for it.
         """
         self._metadata |= metadata
         fields: dict[str, Any] = {"__metadata__": self._metadata} if self._metadata else {}
@@ -137,74 +148,55 @@ class StreamWriter:
         length = self._start - 8
         if len(text) > length:
             raise ValueError("the header outgrew the room that was left for it")
-        with telling(self.path):
+        with write_errors(self.path):
             os.ftruncate(self._file, self._start + self._end)
             head = length.to_bytes(8, "little") + text.ljust(length)
             _write_all(self._file, memoryview(head), 0)
             replace_durably(self._part, self.path)
-        self._remove_part()
-        self.close()
+        self.discard()
 
     def discard(self) -> None:
-        """Removes what was written, the journal with it."""
-        self._remove_part()
+        """Removes what is not published, the journal too."""
+        for path in (self._part, self._journal_path):
+            with suppress(OSError):
+                path.unlink()
         self.close()
 
     def close(self) -> None:
-        """Lets the files go; without a journal, what is not published is removed."""
-        if self._file < 0:
-            return
+        """Closes the files; without a journal, what is not published is removed."""
         if not self._resumable:
-            self._remove_part()
-        if self._journal is not None:
-            os.close(self._journal)
-            self._journal = None
-        os.close(self._file)
-        self._file = -1
-
-    def __enter__(self) -> StreamWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _remove_part(self) -> None:
-        for left in (self._part, self._journal_path):
             with suppress(OSError):
-                left.unlink()
+                self._part.unlink()
+        for descriptor in (self._journal, self._file):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._journal = -1
 
-    def _take_up(self, journal: str) -> None:
-        """Opens the journal, alone, and goes on behind the last group that is whole."""
+    def _resume(self) -> None:
+        """Locks the file, opens the journal, and continues behind the last group that is whole."""
         locked = False
         with suppress(BlockingIOError):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Not one that its writer has published since it was opened.
+            # Its writer may have published it after it was opened here.
             locked = os.path.samestat(os.fstat(self._file), self._part.stat())
         if not locked:
             raise ToolError(f"another process is writing {self.path.name}", "Wait for it.")
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666)
-        text = self._journal_path.read_bytes()
-        for line in text.splitlines(keepends=True):
-            group = _group(line)
-            if group is None or not self._is_there(group):
+        for line in self._journal_path.read_bytes().splitlines(keepends=True):
+            group = _parse_group(line)
+            if group is None or not self._is_whole(group):
                 break
-            self._entries |= group[0]
-            self._end = max((one.end for one in group[0].values()), default=self._end)
-            self.notes.append(group[2])
+            self._entries |= group.entries
+            self._end = max((entry.end for entry in group.entries.values()), default=self._end)
+            self.notes.append(group.note)
             self._journal_end += len(line)
         os.ftruncate(self._journal, self._journal_end)
         os.ftruncate(self._file, self._start + self._end)
 
-    def _is_there(self, group: tuple[dict[str, _Entry], int, dict[str, Any]]) -> bool:
-        """Whether a group that the journal tells of stands in the part as it was written."""
-        entries, wanted, _ = group
+    def _is_whole(self, group: _Group) -> bool:
+        """Whether the bytes of a group in the journal are in the file as they were written."""
         check, place = 0, self._end
-        for entry in entries.values():
+        for entry in group.entries.values():
             if entry.start != place:
                 return False
             while place < entry.end:
@@ -212,7 +204,7 @@ class StreamWriter:
                 if not piece:
                     return False
                 check, place = zlib.crc32(piece, check), place + len(piece)
-        return check == wanted
+        return check == group.check
 
 
 def _write_all(descriptor: int, view: memoryview, place: int) -> None:
@@ -221,20 +213,16 @@ def _write_all(descriptor: int, view: memoryview, place: int) -> None:
         view, place = view[done:], place + done
 
 
-def _group(line: bytes) -> tuple[dict[str, _Entry], int, dict[str, Any]] | None:
-    """What a line of a journal tells; None if the process was killed while it wrote it."""
+def _parse_group(line: bytes) -> _Group | None:
+    """None for a line during whose writing the process was killed."""
     try:
         if not line.endswith(b"\n"):
             return None
-        found = json.loads(line)
-        entries = {name: _Entry(*fields) for name, fields in found["tensors"].items()}
-        return entries, found["check"], found["note"]
+        fields = json.loads(line)
+        entries = {name: _Entry(*entry) for name, entry in fields["tensors"].items()}
+        return _Group(entries, fields["check"], fields["note"])
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def _digest(journal: str, start: int) -> str:
-    return hashlib.sha256(f"{start} {journal}".encode()).hexdigest()
 
 
 def _json(value: Any) -> bytes:
@@ -246,19 +234,15 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 @contextmanager
-def telling(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turns the system's refusals to write `path` into a ToolError of one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise ToolError(
-                f"there is no room on the disk for {path.name}", "Free some."
-            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            hint = "Free some."
+            raise ToolError(f"there is no room on the disk for {path.name}", hint) from error
         why = error.strerror or type(error).__name__
         raise ToolError(f"{path.name} cannot be written ({why})") from error
 
@@ -272,23 +256,38 @@ def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
             raise ToolError(f"the output {output.name} is an input", "Name another output.")
 
 
+@contextmanager
+def published_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which becomes `path`, with all that is in it, when the block ends. If the
+    block fails, it is removed. The block itself sees to it that its files are on the disk.
+
+    Raises: ToolError if the disk is full or fails, or something else than an empty folder is at `path`.
+    """
+    with part_file(path.parent, path.name) as part:
+        try:
+            with write_errors(path):
+                part.mkdir()
+            yield part
+            with write_errors(path):
+                for folder, _, _ in os.walk(part):
+                    sync_folder(Path(folder))
+                part.rename(path)
+                sync_folder(path.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
 def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") -> None:
     """Writes a table of tensors with `torch.save`, whole or not at all; `wrapper`: a key to put it under.
 
     Raises: ToolError if the disk is full or fails.
     """
     table: Mapping[str, Any] = {wrapper: dict(tensors)} if wrapper else dict(tensors)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}.part")
     try:
-        with telling(path):
-            with part.open("wb") as stream:
-                torch.save(table, stream)
-            replace_durably(part, path)
-    except RuntimeError as error:  # torch's zip writer, which the system's own error has stopped
-        with telling(path):
+        with write_errors(path), published(path) as part, part.open("xb") as stream:
+            torch.save(table, stream)
+    except RuntimeError as error:  # torch's zip writer, stopped by an error of the system
+        with write_errors(path):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
         raise ToolError(f"{path.name} cannot be written (torch.save failed)") from error
-    finally:
-        with suppress(OSError):
-            part.unlink()

@@ -1,6 +1,6 @@
-"""Models whose modules are known without their weights: SDXL's UNet and both of its text encoders.
+"""The models whose modules are known without a checkpoint: SDXL's UNet and its two text encoders.
 
-Built on torch's `meta` device, which holds shapes and no numbers. The configs are those of
+They are built on torch's `meta` device, which has shapes and no numbers, with the configs of
 stabilityai/stable-diffusion-xl-base-1.0.
 """
 
@@ -32,41 +32,34 @@ UNET: Mapping[str, Any] = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-CLIP_L: Mapping[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-}
-OPEN_CLIP_G: Mapping[str, Any] = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-}
+
+
+def _clip(width: int, layers: int, heads: int) -> Mapping[str, Any]:
+    return {
+        **{"hidden_size": width, "intermediate_size": 4 * width, "projection_dim": width},
+        **{"num_hidden_layers": layers, "num_attention_heads": heads},
+    }
 
 
 @cache
 def sdxl_key_map() -> KeyMap:
-    """Every module of SDXL that an adapter can change. Seconds for the first call, which loads diffusers."""
+    """Every module of SDXL that an adapter can change. The first call loads diffusers, in seconds."""
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     with torch.device("meta"):
         components = {
             "unet": UNet2DConditionModel(**UNET),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**OPEN_CLIP_G)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**_clip(768, 12, 12))),
+            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**_clip(1280, 32, 20))),
         }
     return KeyMap(targets_of(components))
 
 
 def key_map_for(header: Header) -> KeyMap | None:
-    """The modules of the model that an adapter is for, by its keys, its shapes or what its metadata says;
-    None if that model is not known. A narrower model of the same make has the same names, not the shapes.
+    """The modules of the model that an adapter is for, by its keys, shapes or metadata; None if that model is
+    not known. A narrower model of the same architecture has the same names, but other shapes.
     """
-    told = identify(Header(header.tensors, {}))
+    family = identify(Header(header.tensors, {}))
     named = [family_of(header.metadata[base]) for base in BASES if header.metadata.get(base)]
-    return sdxl_key_map() if told == "SDXL" or (told is None and "SDXL" in named) else None
+    return sdxl_key_map() if family == "SDXL" or (family is None and "SDXL" in named) else None

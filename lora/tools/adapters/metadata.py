@@ -1,7 +1,7 @@
-"""What the metadata of an adapter file tells a person: training, trigger words, base model. No torch.
+"""Reads an adapter file's metadata for a person: training, trigger words, base model. No torch.
 
-All of it is a stranger's text: it is cleaned of what a terminal would obey, and cut. Keys: sd-scripts'
-`ss_*`, ModelSpec 1.0.1's `modelspec.*`, and what the tools here write.
+All of it is a stranger's text, so control characters are removed and long texts are cut. Keys: `ss_*` of
+sd-scripts, `modelspec.*` of ModelSpec 1.0.1, and those that the tools here write.
 """
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 MAX_TEXT = 300
 """Characters of one fact."""
 
 MAX_WORD, MAX_WORDS = 100, 50
-"""Characters of a trigger word, and how many of them are told."""
+"""Characters of a trigger word, and how many words are listed."""
 
 MAX_JSON = 20_000_000
-"""Characters of a field that is read as JSON."""
+"""Characters of a field that is parsed as JSON."""
 
 
 def clean(text: object, limit: int = MAX_TEXT) -> str:
-    """Text that a terminal shows and does not obey: on one line, without control characters, cut."""
+    """Text that is safe for a terminal: one line, no control characters, at most `limit` characters."""
     words = " ".join(str(text)[: 4 * limit].split())
     plain = "".join(letter if letter.isprintable() else "?" for letter in words)
     return plain if len(plain) <= limit else f"{plain[: limit - 1]}…"
@@ -69,41 +69,41 @@ TRAINING: Mapping[str, str] = {
     "merged_from": "merged from",
     "extracted_from": "extracted from",
 }
-"""Key of the metadata -> what it is called for a person."""
+"""Key of the metadata -> its label for a person."""
 
 EMPTY = ("", "None", "null", "{}", "[]")
 
 
 def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What is known of how the adapter was made, by name."""
-    found = {
+    """What the metadata says of the adapter's training: label -> text."""
+    facts = {
         label: clean(metadata[key])
         for key, label in TRAINING.items()
         if metadata.get(key, "").strip() not in EMPTY
     }
     if folders := _folders(metadata):
-        found["datasets"] = folders
-    return found
+        facts["datasets"] = folders
+    return facts
 
 
 def _folders(metadata: Mapping[str, str]) -> str:
-    """kohya's folders: `name (images x repeats)`."""
+    """kohya's folders of pictures: `name (images x repeats)`."""
     shown = []
-    for name, about in _object(metadata.get("ss_dataset_dirs")).items():
-        known = about if isinstance(about, Mapping) else {}
-        images, repeats = known.get("img_count"), known.get("n_repeats")
+    for name, fields in parse_json(metadata.get("ss_dataset_dirs"), dict).items():
+        counts = fields if isinstance(fields, Mapping) else {}
+        images, repeats = counts.get("img_count"), counts.get("n_repeats")
         counted = isinstance(images, int) and isinstance(repeats, int)
         shown.append(f"{name} ({images} images x {repeats})" if counted else str(name))
     return clean(", ".join(shown))
 
 
 def trigger_words(metadata: Mapping[str, str]) -> dict[str, int]:
-    """Word -> how often it was in the captions (kohya's `ss_tag_frequency`); the most frequent first.
+    """Word -> how often the captions had it (kohya's `ss_tag_frequency`), the most frequent first.
 
-    A trigger phrase of `modelspec.trigger_phrase` comes first, with 0 if the captions are not known.
+    The phrase in `modelspec.trigger_phrase` comes before all, with 0 if no caption had it.
     """
     counts: Counter[str] = Counter()
-    for tags in _object(metadata.get("ss_tag_frequency")).values():
+    for tags in parse_json(metadata.get("ss_tag_frequency"), dict).values():
         for tag, count in (tags if isinstance(tags, Mapping) else {}).items():
             if isinstance(count, int) and 0 < count < 1 << 53 and (word := clean(tag, MAX_WORD)):
                 counts[word] += count
@@ -113,21 +113,22 @@ def trigger_words(metadata: Mapping[str, str]) -> dict[str, int]:
 
 
 BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
-"""The fields that name a base model; the last one is of a PEFT config."""
+"""The fields that name a base model; the last is one of PEFT's config."""
 
 
 def named_bases(metadata: Mapping[str, str], config: str | None) -> dict[str, str]:
     """Field -> the base model that it names."""
-    fields: dict[str, Any] = {**_object(config), **metadata}
+    fields: dict[str, Any] = {**parse_json(config, dict), **metadata}
     return {name: clean(fields[name]) for name in BASES if fields.get(name)}
 
 
-def _object(text: str | None) -> Mapping[str, Any]:
-    """A JSON object; empty for what is none."""
-    if not text or len(text) > MAX_JSON:
-        return {}
+Parsed = TypeVar("Parsed", dict[str, Any], list[Any])
+
+
+def parse_json(text: str | None, kind: type[Parsed]) -> Parsed:
+    """The JSON object (dict) or array (list) of a field; empty if the field holds something else."""
     try:
-        found = json.loads(text)
+        value = json.loads(text) if text and len(text) <= MAX_JSON else None
     except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, Mapping) else {}
+        value = None
+    return value if isinstance(value, kind) else kind()

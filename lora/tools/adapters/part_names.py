@@ -1,9 +1,8 @@
-"""What the tensors of an adapter's parts are called in a file: in a naming, or as they were read."""
+"""The keys of an adapter's tensors in a file: in a naming, or as they were read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,43 +14,46 @@ from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.peft_configs import HINT
 
 
-class PartNames(Protocol):
-    """What a part's tensors are called."""
+class PartNames:
+    """The keys that the adapter was read with; tensors that are new get the suffixes of its naming."""
 
-    naming: Naming
-    has_config: bool
-    """Whether alphas go into a config."""
+    def __init__(self, adapter: Adapter) -> None:
+        self.naming = adapter.naming
+        self.has_config = adapter.has_config and not any("alpha" in p.keys for p in adapter.parts)
+        """Whether alphas go into a config."""
 
     def slots(self, part: Part) -> Mapping[str, Tensor]:
-        """The part's tensors as the naming has them."""
+        """The part's tensors in the form that the naming has."""
+        return part.slots
 
     def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
-        """Slot -> key; without those that a config says. Raises: ToolError if the naming cannot hold one."""
+        """Slot -> key, without what goes into a config. Raises: ToolError if the naming cannot express a
+        slot."""
+        keys = {slot: part.keys.get(slot) or self._new_key(part, slot) for slot in slots}
+        return {slot: key for slot, key in keys.items() if key is not None}
+
+    def _new_key(self, part: Part, slot: str) -> str | None:
+        in_config = self.has_config and slot in ONE_NUMBER
+        if in_config or (
+            slot == "alpha" and part.alpha == part.rank
+        ):  # no alpha means alpha = rank
+            return None
+        namings = (self.naming, Naming.ORIGINAL, Naming.PEFT)
+        ending = next(text for naming in namings if (text := suffix(naming, slot)))
+        return f"{part.stem}.{ending}"
 
     def component(self, part: Part) -> str:
-        """Whose config tells of it."""
+        """The component whose config has the part."""
+        return part.target.component or part.stem.partition(".")[0]
 
     def config_path(self, part: Part) -> str:
-        """What the config calls it."""
+        """The module's name in the config."""
+        path = part.stem.removeprefix(f"{part.target.component}.")
+        return path.removeprefix("base_model.model.").removeprefix("text_model.")
 
 
-def names_for(adapter: Adapter, naming: Naming | None) -> PartNames:
-    """Those of a naming, or, without one, those that the adapter was read under.
-
-    Raises: ToolError for a naming where the model is not known.
-    """
-    if naming is None:
-        return _OwnNames(adapter)
-    if adapter.key_map is None:
-        raise ToolError(
-            "the file's model is not known, so its modules have no other names",
-            "Name it with --model.",
-        )
-    return _ChosenNames(Namer(naming, adapter.key_map))
-
-
-class _ChosenNames:
-    """Those of one naming."""
+class _NewNames(PartNames):
+    """The keys of another naming."""
 
     def __init__(self, namer: Namer) -> None:
         self._namer, self.naming = namer, namer.naming
@@ -74,41 +76,22 @@ class _ChosenNames:
         return bare_path(part.target)
 
 
-class _OwnNames:
-    """The keys that the adapter was read under, and its naming's suffixes for tensors that are new."""
+def names_for(adapter: Adapter, naming: Naming | None) -> PartNames:
+    """The keys of a naming; without one, those that the adapter was read with.
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.naming = adapter.naming
-        self.has_config = adapter.has_config and not any("alpha" in p.keys for p in adapter.parts)
-
-    def slots(self, part: Part) -> Mapping[str, Tensor]:
-        return part.slots
-
-    def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
-        keys = {slot: part.keys.get(slot) or self._new(part, slot) for slot in slots}
-        return {slot: key for slot, key in keys.items() if key is not None}
-
-    def _new(self, part: Part, slot: str) -> str | None:
-        in_config = self.has_config and slot in ONE_NUMBER
-        if in_config or (
-            slot == "alpha" and part.alpha == part.rank
-        ):  # no alpha means alpha = rank
-            return None
-        namings = (self.naming, Naming.ORIGINAL, Naming.PEFT)
-        ending = next(found for naming in namings if (found := suffix(naming, slot)))
-        return f"{part.stem}.{ending}"
-
-    def component(self, part: Part) -> str:
-        return part.target.component or part.stem.partition(".")[0]
-
-    def config_path(self, part: Part) -> str:
-        path = part.stem.removeprefix(f"{part.target.component}.")
-        return path.removeprefix("base_model.model.").removeprefix("text_model.")
+    Raises: ToolError for a naming if the model is not known.
+    """
+    if naming is None:
+        return PartNames(adapter)
+    if adapter.key_map is None:
+        why = "the file's model is not known, so its modules have no other names"
+        raise ToolError(why, "Name it with --model.")
+    return _NewNames(Namer(naming, adapter.key_map))
 
 
 def in_naming(part: Part, naming: Naming) -> dict[str, Tensor]:
-    """A part's slots as a naming has them: its name and shape for magnitudes, alphas that are said, factors
-    with the layer's axes. A tensor's numbers stay as they are, whatever its shape becomes.
+    """A part's slots in the form of a naming: the name and shape of magnitudes, explicit alphas, factors with
+    as many axes as the layer. Shapes may change, numbers do not.
     """
     slots = dict(part.slots)
     if not naming.has_config:
@@ -131,7 +114,7 @@ def in_naming(part: Part, naming: Naming) -> dict[str, Tensor]:
 
 
 def _with_axes(factor: Tensor, axes: int, kernel: tuple[int, ...]) -> Tensor:
-    """A factor with as many axes as its layer: kohya has 1x1-shaped ones for linear layers."""
+    """A factor with as many axes as its layer; kohya gives linear layers factors of 1 x 1 convolutions."""
     if factor.dim() == axes:
         return factor
     if axes == 2:
@@ -140,7 +123,7 @@ def _with_axes(factor: Tensor, axes: int, kernel: tuple[int, ...]) -> Tensor:
 
 
 def _rename_magnitude(slots: dict[str, Tensor], out: int, axes: int, wanted: str) -> None:
-    """LyCORIS has a DoRA's magnitudes as [out, 1(, 1, 1)], PEFT as [out] or [1, out, 1, 1]."""
+    """LyCORIS stores the magnitudes of a DoRA as [out, 1(, 1, 1)], PEFT as [out] or [1, out, 1, 1]."""
     other = "magnitude" if wanted == "dora_scale" else "dora_scale"
     tensor = slots.get(other)
     if tensor is None:

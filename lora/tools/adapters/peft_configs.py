@@ -1,7 +1,7 @@
-"""What PEFT's configs say of an adapter's modules: ranks and alphas, and how its layers are to be built.
+"""Makes PEFT's configs, which hold the ranks and alphas of an adapter's modules and how its layers are built.
 
-Keys and defaults as peft 0.21 writes them (`LoraConfig.to_dict` and its like). A name in a config fits every
-module that ends in it, so names that are another's ending stand behind it or are told from it.
+Keys and defaults are those of peft 0.21 (`LoraConfig.to_dict` and its like). A name in a config fits every
+module whose path ends in it, so a name that is the end of another one must come after it, or be excluded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lora.formats.algorithms.lokr import LoKr
 from lora.formats.names.naming import peft_types
 
 PEFT_VERSION = "0.21.0"
-"""Whose forms these are; peft refuses some from before 0.18."""
+"""The version whose forms these are; peft refuses some of versions before 0.18."""
 
 HINT = "Write it as --naming kohya or original, or convert it to --algorithm lora."
 
@@ -29,16 +29,17 @@ class ConfigPart:
     """One module for a config."""
 
     path: str
-    """As PEFT names it: without what stands before the model's own names."""
+    """PEFT's name, which has no prefix before the model's own names."""
     slots: Mapping[str, Tensor]
     rank: int | None
     alpha: float | None
 
 
 def config_of(parts: Sequence[ConfigPart]) -> dict[str, Any]:
-    """The config of one network's adapter.
+    """The config of the adapter of one network.
 
-    Raises: ToolError if PEFT has no one adapter for these modules: different algorithms, or DoRA for some.
+    Raises: ToolError if one PEFT adapter cannot hold these modules: different algorithms, or DoRA for some
+    only.
     """
     types = {kind for part in parts for kind in peft_types(part.slots)}
     if len(types) != 1:
@@ -72,9 +73,8 @@ def config_of(parts: Sequence[ConfigPart]) -> dict[str, Any]:
 
 
 def _numbers(part: ConfigPart) -> tuple[int, float]:
-    """Rank and alpha. PEFT scales a LoKr of two whole factors too: so a rank that keeps them whole, over
-    itself.
-    """
+    """Rank and alpha. PEFT scales a LoKr of two whole factors too, so both become a rank that keeps them
+    whole."""
     if part.rank is not None and part.alpha is not None:
         return part.rank, part.alpha
     whole = LoKr(**{slot: part.slots[slot] for slot in ("lokr_w1", "lokr_w2")})
@@ -83,8 +83,8 @@ def _numbers(part: ConfigPart) -> tuple[int, float]:
 
 
 def _tables(default: str, patterns: str, numbers: Mapping[str, float]) -> dict[str, Any]:
-    """The most frequent number, and a table of the modules that have another, or that would be given one
-    by a shorter name's entry; longer names first, as the first that fits counts.
+    """The most frequent number, and a table of the modules that have another number, or that would get one
+    from the entry of a shorter name. Longer names come first, because the first that fits counts.
     """
     usual = Counter(numbers.values()).most_common(1)[0][0]
     table = {path: number for path, number in numbers.items() if number != usual}
@@ -94,7 +94,7 @@ def _tables(default: str, patterns: str, numbers: Mapping[str, float]) -> dict[s
 
 
 def _ends_in(path: str, names: Iterable[str]) -> bool:
-    """Whether what follows one of a path's dots is among the names."""
+    """Whether the path without its first words is one of the names."""
     wanted, rest = set(names), path.partition(".")[2]
     while rest:
         if rest in wanted:
@@ -104,10 +104,9 @@ def _ends_in(path: str, names: Iterable[str]) -> bool:
 
 
 def _targets(paths: Sequence[str]) -> list[str] | str:
-    """PEFT's `target_modules`: the paths, or one pattern for them where a short one is another's ending.
+    """PEFT's `target_modules`: the paths, or one pattern for all if a path has no dot.
 
-    Whether it also ends the name of a module without an adapter is not known here, so names without a dot
-    are told by the pattern as well.
+    A path without a dot could also be the end of another module's path, even of one without an adapter.
     """
     if all("." in path for path in paths):
         return sorted(paths)
@@ -146,14 +145,14 @@ def _oft(parts: Sequence[ConfigPart]) -> dict[str, Any]:
         "block_share": all(part.slots["oft_r"].shape[0] == 1 for part in parts),
         "use_cayley_neumann": number > 0,
         "num_cayley_neumann_terms": number or 5,
-        "coft": False,  # the rotations are held already
+        "coft": False,  # the rotations are constrained already
         "bias": "none",
         "fan_in_fan_out": False,
     }
 
 
 def _block_size(vectors: Tensor) -> int:
-    """b of b (b - 1) / 2 numbers."""
+    """The b for which the vectors have b (b - 1) / 2 numbers."""
     return int((1 + (1 + 8 * vectors.shape[-1]) ** 0.5) / 2)
 
 

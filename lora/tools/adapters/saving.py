@@ -1,15 +1,11 @@
-"""An adapter's tensors under the keys of a naming, as a file or a PEFT folder: whole, or not at all."""
+"""Writes an adapter's tensors under the keys of a naming, as a file or PEFT folder: whole, or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +13,21 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from lora.durable import sync_folder, write_durably
+from lora.durable import write_durably
 from lora.errors import ToolError
 from lora.formats.alphas import CONFIG_IN_FILE
 from lora.formats.contents import NOT_FLOATING
 from lora.formats.names.naming import Naming
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
-from lora.tools.adapters.hashes import LEGACY_BYTES, LEGACY_START
+from lora.tools import HEADER_ALIGNMENT, Format, dtype_name
+from lora.tools.adapters.hashes import HASH_FIELDS, LEGACY_BYTES, LEGACY_START
 from lora.tools.adapters.part_names import names_for
 from lora.tools.adapters.parts import Adapter
 from lora.tools.adapters.peft_configs import HINT, ConfigPart, config_of
-from lora.tools.writing import telling, write_pytorch
+from lora.tools.writing import published_folder, write_errors, write_pytorch
 
-STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", CONFIG_IN_FILE)
-"""Metadata that tells of a file's own bytes or of its naming."""
-
-
-class Format(StrEnum):
-    """What kind of file is written."""
-
-    SAFETENSORS = "safetensors"
-    PYTORCH = "pytorch"
+STALE = (*HASH_FIELDS, CONFIG_IN_FILE)
+"""Metadata about the bytes or the naming of the file that was read."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +35,9 @@ class WriteOptions:
     """How an adapter is written."""
 
     naming: Naming | None = None
-    """None: under the keys that it was read under."""
+    """None: the keys that the adapter was read with."""
     dtype: torch.dtype | None = None
-    """Of the tensors; None: each as it is. Alphas stay as they are, so that no scaling changes."""
+    """Of the tensors; None: each keeps its own. Alphas always keep theirs, so that no scaling changes."""
     format: Format = Format.SAFETENSORS
 
 
@@ -61,14 +51,13 @@ class _Laid:
 
 
 def write_adapter(output: Path, adapter: Adapter, options: WriteOptions = WriteOptions()) -> None:
-    """Writes the adapter, with its metadata and the hashes that kohya adds to them. The same adapter gives
-    the same bytes.
+    """Writes the adapter with its metadata and kohya's hashes. The same adapter gives the same bytes.
 
-    PEFT's naming makes `output` a folder. A pytorch file has no metadata; it holds tensors alone. Afterwards
-    the file is whole, on the disk and under its name; if anything fails, `output` is as it was before.
+    With PEFT's naming `output` is a folder. A pytorch file holds tensors and no metadata. Afterwards the file
+    is whole, on the disk and under its name; if anything fails, `output` is as it was before.
 
-    Raises: ToolError if the naming cannot hold a part, with the reason; if a number overflows the dtype; if
-    the disk is full or fails.
+    Raises: ToolError if the naming cannot express a part, if a number overflows the dtype, or if the disk is
+    full or fails.
     """
     laid = _lay(adapter, options)
     naming = options.naming or adapter.naming
@@ -83,7 +72,8 @@ def write_adapter(output: Path, adapter: Adapter, options: WriteOptions = WriteO
             table = {f"{c}.{k}": v for c, config in laid.configs.items() for k, v in config.items()}
             metadata[CONFIG_IN_FILE] = json.dumps(dict(sorted(table.items())), indent=2)
             metadata["format"] = "pt"
-        _write_file(output, *safetensors_of(laid.tensors, metadata))
+        with write_errors(output):
+            write_durably(output, *safetensors_of(laid.tensors, metadata))
 
 
 def _lay(adapter: Adapter, options: WriteOptions) -> _Laid:
@@ -98,8 +88,8 @@ def _lay(adapter: Adapter, options: WriteOptions) -> _Laid:
             if key in tensors:
                 raise ToolError(f"two tensors would have the name {key[:200]}")
             tensors[key] = _cast(key, slot, slots[slot], options.dtype)
-        one = ConfigPart(names.config_path(part), slots, part.rank, part.alpha)
-        by_component.setdefault(names.component(part), []).append(one)
+        entry = ConfigPart(names.config_path(part), slots, part.rank, part.alpha)
+        by_component.setdefault(names.component(part), []).append(entry)
     configs = {c: config_of(parts) for c, parts in by_component.items()} if names.has_config else {}
     return _Laid(tensors, configs)
 
@@ -109,8 +99,8 @@ def _cast(key: str, slot: str, tensor: Tensor, dtype: torch.dtype | None) -> Ten
         return tensor.contiguous()
     cast = tensor.to(dtype)
     if not bool(cast.float().isfinite().all()):
-        name = str(dtype).removeprefix("torch.")
-        raise ToolError(f"{key[:200]} overflows {name}", "Choose a dtype with a larger range.")
+        hint = "Choose a dtype with a larger range."
+        raise ToolError(f"{key[:200]} overflows {dtype_name(dtype)}", hint)
     return cast.contiguous()
 
 
@@ -129,63 +119,40 @@ def _metadata(metadata: Mapping[str, str]) -> dict[str, str]:
 def safetensors_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> tuple[bytes, memoryview]:
-    """A whole .safetensors file in two pieces, the same bytes for the same input, with kohya's hashes in its
-    metadata.
+    """A .safetensors file in two pieces, with kohya's hashes in its metadata; the same bytes for the same
+    input.
 
-    As sd-scripts' `precalculate_safetensors_hashes` computes them: `sshs_model_hash` of the tensors' bytes,
-    `sshs_legacy_hash` of 64 KiB behind the first MiB of the file with its `ss_` metadata alone. Where there
-    is a ModelSpec, its `hash_sha256` is that of the tensors too.
+    As sd-scripts' `precalculate_safetensors_hashes` computes them: `sshs_model_hash` covers the bytes of the
+    tensors, `sshs_legacy_hash` 64 KiB after the first MiB of the file with only its `ss_` metadata. If there
+    is a ModelSpec, its `hash_sha256` covers the tensors too.
     """
     trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     plain = save(dict(tensors), trained or None)
     start = 8 + int.from_bytes(plain[:8], "little")
     model_hash = hashlib.sha256(memoryview(plain)[start:]).hexdigest()
     legacy = hashlib.sha256(memoryview(plain)[LEGACY_START : LEGACY_START + LEGACY_BYTES])
-    told = {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy.hexdigest()[:8]}
+    hashed = {**metadata, "sshs_model_hash": model_hash, "sshs_legacy_hash": legacy.hexdigest()[:8]}
     if any(key.startswith("modelspec.") for key in metadata):
-        told["modelspec.hash_sha256"] = f"0x{model_hash}"
-    fields = json.loads(plain[8:start]) | {"__metadata__": dict(sorted(told.items()))}
+        hashed["modelspec.hash_sha256"] = f"0x{model_hash}"
+    fields = json.loads(plain[8:start]) | {"__metadata__": dict(sorted(hashed.items()))}
     header = json.dumps(
         dict(sorted(fields.items())), separators=(",", ":"), ensure_ascii=False
     ).encode()
-    header += b" " * (-len(header) % 8)
+    header += b" " * (-len(header) % HEADER_ALIGNMENT)
     return len(header).to_bytes(8, "little") + header, memoryview(plain)[start:]
 
 
-@contextmanager
-def _beside(output: Path) -> Iterator[Path]:
-    """A name in the output's folder that nobody else has; what stands there in the end is removed."""
-    part = output.with_name(f".{output.name}.{uuid.uuid4().hex[:16]}.part")
-    try:
-        yield part
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-
-
-def _write_file(output: Path, *pieces: bytes | memoryview) -> None:
-    with telling(output):
-        write_durably(output, *pieces)
-
-
 def _write_folder(output: Path, laid: _Laid, metadata: Mapping[str, str], written: Format) -> None:
-    """A PEFT folder. Raises: ToolError if something else than an empty folder stands there."""
+    """Writes a PEFT folder. Raises: ToolError if something else than an empty folder is there."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ToolError(
-            f"{output.name} exists, and a PEFT adapter is a folder of its own",
-            "Name a folder that does not exist yet.",
-        )
+        hint = "Name a folder that does not exist yet."
+        raise ToolError(f"{output.name} exists, and a PEFT adapter is a folder of its own", hint)
     (config,) = laid.configs.values()
-    with telling(output), _beside(output) as part:
-        part.mkdir()
+    with published_folder(output) as folder, write_errors(output):
+        stem = folder / PEFT_STEM
         if written is Format.PYTORCH:
-            write_pytorch(part / f"{PEFT_STEM}.bin", laid.tensors)
+            write_pytorch(stem.with_suffix(".bin"), laid.tensors)
         else:
-            _write_file(
-                part / f"{PEFT_STEM}.safetensors",
-                *safetensors_of(laid.tensors, _metadata(metadata)),
-            )
-        text = json.dumps(config, indent=2)
-        _write_file(part / PEFT_CONFIG, text.encode())
-        part.replace(output)
-        sync_folder(output.parent)
+            pieces = safetensors_of(laid.tensors, _metadata(metadata))
+            write_durably(stem.with_suffix(".safetensors"), *pieces)
+        write_durably(folder / PEFT_CONFIG, json.dumps(config, indent=2).encode())

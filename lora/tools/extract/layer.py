@@ -1,9 +1,8 @@
-"""One parameter of two models -> the tensors that lead from the one to the other, and how well they do."""
+"""Makes the tensors that lead from one parameter of the source to that of the target, and measures them."""
 
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,18 +11,23 @@ from torch import Tensor
 
 from lora.errors import ToolError
 from lora.formats.names.keys import Shape
-from lora.tools.extract.forms import is_tucker, numbers_of, slot_of_difference, takes_factors
-from lora.tools.extract.options import ExtractOptions
+from lora.tools import dtype_name
+from lora.tools.extract.options import (
+    ExtractOptions,
+    is_tucker,
+    numbers_of,
+    slot_of_difference,
+    takes_factors,
+)
 from lora.tools.extract.report import LayerReport
 from lora.tools.factors.ranks import RankPolicy
-from lora.tools.factors.svd import energy, svd_by_policy
-from lora.tools.factors.tucker import tucker_svd
+from lora.tools.factors.svd import energy, layer_seed, svd_by_policy, tucker_svd
 
 PIECE = 1 << 20
-"""Numbers that are compared at a time."""
+"""How many numbers are compared at a time."""
 
 EXACT_NUMBERS = 1 << 20
-"""A difference of more numbers than this is not made twice as large to be exact, if not asked for."""
+"""A difference of more numbers is not stored in float32 to be exact, unless all differences must be exact."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,24 +35,24 @@ class Pair:
     """The same parameter in both models, [out, in(, kh, kw)]."""
 
     name: str
-    """Component, module and parameter, with dots between."""
+    """Component, module and parameter, joined by dots."""
     source: Tensor
     target: Tensor
 
     @property
     def parameter(self) -> str:
-        """The module's name for it."""
+        """Its name in its module."""
         return self.name.rpartition(".")[2]
 
     @property
     def shape(self) -> Shape:
-        """Of both."""
+        """The shape in both models."""
         return tuple(self.source.shape)
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """What goes into the file for one parameter."""
+class StoredChange:
+    """What is written into the file for one parameter."""
 
     tensors: Mapping[str, Tensor]
     """Slot -> tensor."""
@@ -59,8 +63,10 @@ def difference(pair: Pair) -> Tensor:
     """target - source, float32. Raises: ToolError if either holds NaN or infinity."""
     change = torch.empty(pair.shape)
     three = (torch.split(t.reshape(-1), PIECE) for t in (change, pair.source, pair.target))
-    for part, source, target in zip(*three, strict=True):  # what is converted stays in the cache
-        part.copy_(target).sub_(source.float())
+    for piece, source, target in zip(
+        *three, strict=True
+    ):  # the converted numbers stay in the cache
+        piece.copy_(target).sub_(source.float())
     if not math.isfinite(float(change.sum())) and not bool(change.isfinite().all()):
         for which, tensor in (("source", pair.source), ("target", pair.target)):
             if not bool(tensor.float().isfinite().all()):
@@ -70,16 +76,15 @@ def difference(pair: Pair) -> Tensor:
 
 
 def spectrum_of(pair: Pair, policy: RankPolicy, options: ExtractOptions) -> list[float]:
-    """The singular values of a change that the policy chooses; none where it is no change."""
+    """The singular values of a change that the policy chooses; none if there is no change."""
     change = changed(pair, options)
     if isinstance(change, str):
         return []
-    found = svd_by_policy(change.flatten(1), policy, _seed(pair, options))
-    return [float(value) for value in found.s]
+    return svd_by_policy(change.flatten(1), policy, layer_seed(options.seed, pair.name)).s.tolist()
 
 
 def changed(pair: Pair, options: ExtractOptions) -> Tensor | str:
-    """target - source, float32; or why there is nothing to store, empty where both are the same.
+    """target - source, float32; or the reason to store nothing, which is empty if both are the same.
 
     Raises: as `difference`.
     """
@@ -96,28 +101,28 @@ def changed(pair: Pair, options: ExtractOptions) -> Tensor | str:
 
 def extract_layer(
     pair: Pair, change: Tensor, policy: RankPolicy, options: ExtractOptions
-) -> Part | None:
-    """The tensors for one parameter; `change` is `difference(pair)`, `policy` this layer's own.
+) -> StoredChange | None:
+    """The tensors for one parameter; `change` is `difference(pair)`, `policy` that of this layer.
 
-    Factors where `takes_factors`, and where they come out smaller than the change itself, else the
-    difference. None if an adapter has no slot for it.
+    Factors, if `takes_factors` and if they are smaller than the change itself; else the difference. None if
+    adapters have no slot for it.
 
     Raises: ToolError if the factors overflow the output's dtype.
     """
     if takes_factors(pair.name, pair.shape, options):
-        part = _factors(pair, change, policy, options)
-        if part is not None:
-            return part
+        factors = _factors(pair, change, policy, options)
+        if factors is not None:
+            return factors
     slot = slot_of_difference(pair.parameter)
     return _difference(pair, change, slot, options) if slot else None
 
 
 def _factors(
     pair: Pair, change: Tensor, policy: RankPolicy, options: ExtractOptions
-) -> Part | None:
-    shape, seed = pair.shape, _seed(pair, options)
-    found = svd_by_policy(change.flatten(1), policy, seed)
-    rank = found.rank
+) -> StoredChange | None:
+    shape, seed = pair.shape, layer_seed(options.seed, pair.name)
+    factors = svd_by_policy(change.flatten(1), policy, seed)
+    rank = factors.rank
     if options.holds_differences and numbers_of(shape, rank, options) >= math.prod(shape):
         return None
     if is_tucker(shape, options):
@@ -130,7 +135,7 @@ def _factors(
             "lora_mid": mid,
         }
     else:
-        (up, down), residual = found.balanced(), found.residual
+        (up, down), residual = factors.balanced(), factors.residual
         tensors = {"lora_up": _as_conv(up, shape), "lora_down": down.reshape(rank, *shape[1:])}
     rounded = {slot: _rounded(t, options, pair) for slot, t in tensors.items()}
     error, largest = _distance(change, rounded)
@@ -139,26 +144,26 @@ def _factors(
         shape=shape,
         kind="tucker" if "lora_mid" in tensors else "lora",
         rank=rank,
-        dtype=_short(options.dtype),
+        dtype=dtype_name(options.dtype),
         bytes=sum(t.nbytes for t in rounded.values()) + 4,
-        energy=found.total,
-        kept=1 - residual / found.total,
+        energy=factors.total,
+        kept=1 - residual / factors.total,
         error=error,
         largest=largest,
     )
-    return Part({**rounded, "alpha": _alpha(rank, options.dtype)}, report)
+    return StoredChange({**rounded, "alpha": _alpha(rank, options.dtype)}, report)
 
 
 def _alpha(rank: int, dtype: torch.dtype) -> Tensor:
-    """The rank, so that scaling is 1; in the file's own dtype where it is exact, so that the file loads as
-    one piece.
+    """The rank, so that the scaling is 1. In the dtype of the factors if it is exact in that, because a file
+    of one dtype is loaded as one piece.
     """
     alpha = torch.tensor(float(rank))
     return alpha.to(dtype) if float(alpha.to(dtype)) == rank else alpha
 
 
 def _as_conv(factor: Tensor, shape: Shape) -> Tensor:
-    """A matrix with the kernel's axes, of length 1, behind it where the layer is a convolution."""
+    """A matrix, followed by kernel axes of length 1 if the layer is a convolution."""
     return factor.reshape(*factor.shape, *[1] * (len(shape) - 2)).contiguous()
 
 
@@ -168,14 +173,13 @@ def _rounded(factor: Tensor, options: ExtractOptions, pair: Pair) -> Tensor:
     rounded = factor.to(options.dtype).contiguous()
     if not bool(rounded.isfinite().all()):
         raise ToolError(
-            f"the factors of {pair.name[:200]} are too large for {_short(options.dtype)}",
+            f"the factors of {pair.name[:200]} are too large for {dtype_name(options.dtype)}",
             "Choose bf16 or fp32.",
         )
     return rounded
 
 
 def _clamped(factor: Tensor, quantile: float) -> Tensor:
-    """Cut off at the quantile of the absolute values, both ways."""
     place = max(1, math.ceil(quantile * factor.numel()))
     limit = float(factor.abs().flatten().kthvalue(place).values)
     return factor.clamp(-limit, limit)
@@ -198,17 +202,18 @@ def _distance(change: Tensor, rounded: Mapping[str, Tensor]) -> tuple[float, flo
 
 
 def largest_of(tensor: Tensor) -> float:
-    """The largest absolute value; 0 of nothing. In a tenth of the time of `abs().amax()`."""
+    """The largest absolute value, 0 if there is none; in a tenth of the time of `abs().amax()`."""
     if not tensor.numel():
         return 0.0
     least, most = torch.aminmax(tensor)
     return max(-float(least), float(most))
 
 
-def _difference(pair: Pair, change: Tensor, slot: str, options: ExtractOptions) -> Part:
-    """The change itself, in the output's dtype if it gives the target back in it, else in float32.
+def _difference(pair: Pair, change: Tensor, slot: str, options: ExtractOptions) -> StoredChange:
+    """The change itself, in the output's dtype if that restores the target exactly, else in float32.
 
-    A large table of rows stays in the output's dtype, unless all is to be exact: the report tells.
+    A large table of rows is always in the output's dtype, unless all differences must be exact; the report
+    has the number of inexact numbers.
     """
     stored = change.to(options.dtype)
     unequal = _unequal(pair, stored)
@@ -223,7 +228,7 @@ def _difference(pair: Pair, change: Tensor, slot: str, options: ExtractOptions) 
         shape=pair.shape,
         kind="diff",
         rank=None,
-        dtype=_short(stored.dtype),
+        dtype=dtype_name(stored.dtype),
         bytes=stored.nbytes,
         energy=total,
         kept=1.0,
@@ -231,11 +236,11 @@ def _difference(pair: Pair, change: Tensor, slot: str, options: ExtractOptions) 
         largest=largest_of(left),
         unequal=unequal,
     )
-    return Part({slot: stored.contiguous()}, report)
+    return StoredChange({slot: stored.contiguous()}, report)
 
 
 def _unequal(pair: Pair, stored: Tensor) -> int:
-    """How many numbers of source + stored, summed in float32, do not round to the target's."""
+    """How many numbers of source + stored, added in float32, do not round to those of the target."""
     source, target, change = (
         torch.split(tensor.reshape(-1), PIECE) for tensor in (pair.source, pair.target, stored)
     )
@@ -245,12 +250,3 @@ def _unequal(pair: Pair, stored: Tensor) -> int:
 def _differing(source: Tensor, target: Tensor, stored: Tensor) -> int:
     merged = (source.float() + stored.float()).to(source.dtype)
     return int((merged.float() != target.to(source.dtype).float()).sum())
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _seed(pair: Pair, options: ExtractOptions) -> int:
-    """A layer's own, whatever is extracted beside it."""
-    return options.seed + zlib.crc32(pair.name.encode())

@@ -1,23 +1,25 @@
-"""What can be chosen of an extraction, checked when it is built."""
+"""The options of an extraction, and the form that they give to a parameter's change."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 import torch
 
 from lora.errors import ToolError
+from lora.formats.names.keys import MODULATIONS, Shape
 from lora.formats.names.naming import Naming
-from lora.tools.adapters.saving import Format
+from lora.tools import EMBEDDINGS, Format, dtype_name
 from lora.tools.factors.ranks import RankPolicy
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Conv(StrEnum):
-    """How a convolution's change becomes factors."""
+    """How the change of a convolution becomes factors."""
 
     FLAT = "flat"
     """LoCon: down [r, in, kh, kw], up [out, r, 1, 1]. The best approximation of its rank."""
@@ -33,27 +35,28 @@ class ExtractOptions:
     dtype: torch.dtype = torch.float16
     """Of the factors. A difference that is not exact in it is stored in float32."""
     naming: Naming | None = None
-    """None: kohya's for Stable Diffusion, the model's own (`original`) for others."""
+    """None: kohya's for Stable Diffusion, the model's own (`original`) for other models."""
     format: Format = Format.SAFETENSORS
     diff_only: bool = False
-    """No factors: every change as a difference, so that source + difference rounds to the target."""
+    """Store every change as a difference and none as factors, so that source + difference rounds to the
+    target."""
     conv: Conv = Conv.FLAT
     components: frozenset[str] | None = None
-    """Which are looked at; None for all that an adapter can change."""
+    """The components that are compared; None for all that an adapter can change."""
     min_diff: float = 0.0
-    """A tensor none of whose numbers changed by more is left out."""
+    """A tensor is left out if none of its numbers changed by more."""
     clamp_quantile: float | None = None
-    """sd-scripts' habit, off: factors are cut off at this quantile of their absolute values."""
+    """Clamp the factors at this quantile of their absolute values, as sd-scripts does."""
     small: int = 1024
     """Tensors of up to this many numbers are stored exactly, as differences."""
     seed: int = 0
     verify: bool = False
-    """Read the result again, merge it into the source, and measure how far that is from the target."""
+    """Read the result, merge it into the source, and measure the distance to the target."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            name = str(self.dtype).removeprefix("torch.")
-            raise ToolError(f"an adapter cannot be stored as {name}", "Take fp32, fp16 or bf16.")
+            hint = "Take fp32, fp16 or bf16."
+            raise ToolError(f"an adapter cannot be stored as {dtype_name(self.dtype)}", hint)
         if not 0 <= self.min_diff < float("inf"):
             raise ToolError(f"min_diff is {self.min_diff}", "It is 0 or more.")
         if self.clamp_quantile is not None and not 0 < self.clamp_quantile <= 1:
@@ -61,28 +64,70 @@ class ExtractOptions:
         if self.components is not None and not self.components:
             raise ToolError("no component is chosen")
         if self.diff_only and self.policy.max_bytes is not None:
-            raise ToolError(
-                "exact differences have the size that they have", "Leave out max_bytes."
-            )
+            hint = "Leave out max_bytes."
+            raise ToolError("exact differences have the size that they have", hint)
         if self.diff_only and not self.holds_differences:
-            raise ToolError(
-                f"the naming {self.naming} has no names for differences", "Take kohya or original."
-            )
+            hint = "Take kohya or original."
+            raise ToolError(f"the naming {self.naming} has no names for differences", hint)
 
     @property
     def holds_differences(self) -> bool:
-        """Whether the naming can say what is no pair of factors."""
+        """Whether the naming has keys for differences."""
         return self.naming is None or not self.naming.has_config
 
     def identity(self, *sources: str) -> str:
         """A hash of everything that the result's bytes depend on; `sources` are the models' hashes."""
-        own = [
-            f"{one.name}={_text(getattr(self, one.name))}"
-            for one in fields(self)
-            if one.name not in ("verify", "format")
-        ]
-        return hashlib.sha256("\n".join([*own, *sources]).encode()).hexdigest()
+        lines = []
+        for name in (option.name for option in fields(self)):
+            value = getattr(self, name)
+            if name not in ("verify", "format"):
+                lines.append(f"{name}={sorted(value) if isinstance(value, frozenset) else value}")
+        return hashlib.sha256("\n".join([*lines, *sources]).encode()).hexdigest()
 
 
-def _text(value: object) -> str:
-    return str(sorted(value)) if isinstance(value, frozenset) else str(value)
+def slot_of_difference(parameter: str) -> str | None:
+    """The slot for a parameter's difference; None if no adapter changes a parameter of that name."""
+    if parameter in MODULATIONS:
+        return "diff_m"
+    return {"weight": "diff", "bias": "diff_b"}.get(parameter)
+
+
+def takes_factors(name: str, shape: Shape, options: ExtractOptions) -> bool:
+    """Whether a parameter's change is approximated by factors: the weight of a linear layer or a convolution,
+    unless it is so small that factors of the wanted rank would be larger. If the naming has no differences,
+    small weights too. Never a table of rows, for whose factors PEFT has other names.
+    """
+    module, _, parameter = name.rpartition(".")
+    if options.diff_only or parameter != "weight" or len(shape) < 2:
+        return False
+    if module.rpartition(".")[2] in EMBEDDINGS:
+        return False
+    if not options.holds_differences:
+        return True
+    if math.prod(shape) <= options.small:
+        return False
+    return numbers_of(shape, options.policy.known or 1, options) < math.prod(shape)
+
+
+def slots_of_factors(shape: Shape, options: ExtractOptions) -> tuple[str, ...]:
+    """The slots that `extract_layer` fills for a parameter that takes factors."""
+    mid = ("lora_mid",) if is_tucker(shape, options) else ()
+    return ("lora_up", "lora_down", *mid, "alpha")
+
+
+def bytes_per_rank(shape: Shape, options: ExtractOptions) -> int:
+    """The bytes in the file for one more rank of a layer; a Tucker layer counts as a flat one."""
+    return (shape[0] + math.prod(shape[1:])) * options.dtype.itemsize
+
+
+def is_tucker(shape: Shape, options: ExtractOptions) -> bool:
+    """Whether a layer gets a core between its factors."""
+    return options.conv is Conv.TUCKER and len(shape) == 4 and math.prod(shape[2:]) > 1
+
+
+def numbers_of(shape: Shape, rank: int, options: ExtractOptions) -> int:
+    """How many numbers a layer's factors have."""
+    if is_tucker(shape, options):
+        rank = min(rank, *shape[:2])
+        return rank * (shape[0] + shape[1] + rank * math.prod(shape[2:]))
+    return rank * (shape[0] + math.prod(shape[1:]))

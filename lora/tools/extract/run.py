@@ -1,46 +1,56 @@
-"""The difference of two models as an adapter: factors where they do, exact differences where they do not.
+"""Extracts the difference of two models as an adapter: factors for matrices, exact differences for the rest.
 
-D = target - source, tensor by tensor, so that memory holds a few of them and never a model. A linear
-layer's or a convolution's D becomes the best product of two thin matrices of its rank (truncated SVD,
-`lora.tools.factors.svd`), stored so that alpha = rank and nothing is scaled; norms, biases, embeddings and
-whatever is small are stored as they differ. Every tensor of both models is in the file, the same in both, or
-left out with its reason.
+D = target - source is computed tensor by tensor, so that a few tensors are in memory and never a model. D of
+a linear layer or a convolution becomes the best product of two thin matrices of its rank (truncated SVD,
+`lora.tools.factors.svd`), with alpha = rank, so that nothing is scaled. For norms, biases, embeddings and
+small tensors D itself is stored. Every tensor of both models is in the file, is the same in both, or is left
+out with a reason.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lora.engine.merging import merge
 from lora.errors import ToolError
-from lora.tools import OnProgress, ignore_progress
-from lora.tools.extract.budget import Limits, budget_for_factors, ranks_within, values_of
-from lora.tools.extract.layer import Pair, changed, extract_layer
-from lora.tools.extract.metadata import layers_metadata, sources_metadata
-from lora.tools.extract.options import Conv, ExtractOptions
-from lora.tools.extract.output import ExtractOutput, verify
-from lora.tools.extract.plan import Plan, Planned, plan_extraction
-from lora.tools.extract.report import ExtractReport, LayerReport, LeftOut, Verified
+from lora.formats.adapter import load
+from lora.formats.header import read_header
+from lora.formats.tensors import read_runs
+from lora.tools import Format, OnProgress, ignore_progress, read_ahead
+from lora.tools.adapters.reading import read_adapter
+from lora.tools.adapters.saving import WriteOptions, write_adapter
+from lora.tools.extract.layer import Pair, changed, extract_layer, largest_of
+from lora.tools.extract.options import ExtractOptions
+from lora.tools.extract.plan import (
+    ExtractPlan,
+    Limits,
+    Planned,
+    budget_for_factors,
+    plan_extraction,
+    ranks_within,
+    values_of,
+)
+from lora.tools.extract.report import (
+    ExtractReport,
+    LayerReport,
+    LeftOut,
+    Verified,
+    layers_metadata,
+    sources_metadata,
+)
+from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.ranks import RankPolicy
-from lora.tools.models.checkpoints import Checkpoint
-from lora.tools.writing import StreamWriter
-
-__all__ = [
-    "Conv",
-    "ExtractOptions",
-    "ExtractReport",
-    "LayerReport",
-    "LeftOut",
-    "Verified",
-    "extract",
-]
+from lora.tools.factors.svd import energy
+from lora.tools.models.checkpoints import Checkpoint, Place
+from lora.tools.writing import StreamWriter, refuse_overwriting, write_pytorch
 
 
 @torch.no_grad()
@@ -51,33 +61,36 @@ def extract(
     options: ExtractOptions,
     on_progress: OnProgress = ignore_progress,
 ) -> ExtractReport:
-    """Writes an adapter that leads from `source` to `target`, published whole or not at all.
+    """Writes an adapter that leads from `source` to `target`; it is published whole or not at all.
 
-    A run that was killed is taken up by the next one with the same models, output and options: layers that
-    are written are not computed again, and the file is the same, byte for byte. `on_progress` counts tensors.
+    The next run with the same models, output and options continues a run that was killed: layers that are
+    written are not computed again, and the file is the same, byte for byte. `on_progress` counts tensors.
 
-    Raises: ToolError if the two are no states of one model, do not differ, hold NaN or infinity, or if
-    the output is an input or cannot be written.
+    Raises: ToolError if the two are not states of one model, do not differ, hold NaN or infinity, or if the
+    output is an input or cannot be written.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
     plan = plan_extraction(source, target, options)
-    where = ExtractOutput.of(output, plan.options, [*source.files, *target.files])
-    journal = plan.options.identity(*_hashes(source, target))
-    told = sources_metadata(source, target, output.stem)
-    with StreamWriter(where.stream, plan.names, told, journal) as writer:
+    inputs = [file.path for file in (*source.files, *target.files)]
+    where = _Output.of(output, plan.options, inputs)
+    with ThreadPoolExecutor(2) as pool:
+        hashes = pool.map(Checkpoint.sha256, (source, target))
+        journal = plan.options.identity(*hashes)
+    metadata = sources_metadata(source, target, output.stem)
+    with StreamWriter(where.stream, plan.names, metadata, journal) as writer:
         run = _Run(source, target, plan, writer, on_progress)
         for note in writer.notes:
             run.add(note)
         resumed = len(run.layers)
         try:
-            run.all(told)
+            run.all(metadata)
             if not run.layers:
                 raise _nothing(run, plan)
-        except ToolError:  # the next run would end so too
+        except ToolError:  # the next run would end with the same error
             writer.discard()
             raise
         writer.finish(layers_metadata(run.layers, plan.options))
-    verified = verify(source, target, where.stream) if options.verify else None
+    verified = _verify(source, target, where.stream) if options.verify else None
     where.convert(source)
     return ExtractReport(
         output=output,
@@ -86,19 +99,12 @@ def extract(
         unchanged=run.unchanged,
         resumed=resumed,
         bytes=where.size(),
-        seconds=time.monotonic() - begun,
+        seconds=time.monotonic() - started,
         verified=verified,
     )
 
 
-def _hashes(source: Checkpoint, target: Checkpoint) -> tuple[str, str]:
-    """Both models', at the same time: hashing lets go of the interpreter."""
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.submit(source.sha256), pool.submit(target.sha256)
-        return first.result(), second.result()
-
-
-def _nothing(run: _Run, plan: Plan) -> ToolError:
+def _nothing(run: _Run, plan: ExtractPlan) -> ToolError:
     changed = [*run.left_out, *plan.left_out]
     if not run.left_out:
         return ToolError(
@@ -112,36 +118,37 @@ def _nothing(run: _Run, plan: Plan) -> ToolError:
 
 @dataclass
 class _Run:
-    """What is done so far, and what is told of it."""
+    """An extraction under way, and its results so far."""
 
     source: Checkpoint
     target: Checkpoint
-    plan: Plan
+    plan: ExtractPlan
     writer: StreamWriter
     on_progress: OnProgress
     layers: list[LayerReport] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     unchanged: int = 0
     spectra: dict[tuple[str, int], list[float]] = field(default_factory=dict)
-    """Name, how many were looked for -> singular values, where a budget is spent."""
+    """(name, limit) -> at most `limit` singular values, if the size of the file is given."""
     done: set[str] = field(default_factory=set)
-    """The names of parameters that need no second look."""
+    """The names of the parameters that are finished."""
 
     def add(self, note: Mapping[str, Any]) -> None:
-        """Counts what is in the file, or known to be in it never."""
+        """Adds the result that a note of the journal describes."""
         if "spectrum" in note:
             self.spectra[note["name"], note["limit"]] = note["spectrum"]
             return
         self.done.add(note["name"])
         if "layer" in note:
-            self.layers.append(LayerReport.of_note(note["layer"]))
+            layer = note["layer"]
+            self.layers.append(LayerReport(**{**layer, "shape": tuple(layer["shape"])}))
         elif "reason" in note:
             self.left_out.append(LeftOut(note["name"], note["reason"]))
         else:
             self.unchanged += 1
 
     def all(self, metadata: Mapping[str, str]) -> None:
-        """Every parameter that is not done."""
+        """Extracts every parameter that is not finished."""
         policy = self.plan.options.policy
         self._parts(self.plan.exact, {})
         if policy.max_bytes is None:
@@ -153,33 +160,30 @@ class _Run:
         self._parts(self.plan.thin, ranks)
 
     def _parts(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
-        """Writes what each parameter needs; `ranks`: where a budget has chosen them."""
-        todo = [one for one in planned if str(one.place) not in self.done]
-        for one, pair in self._pairs(todo):
-            policy = self.plan.options.policy
-            if rank := ranks.get(pair.name):
-                policy = RankPolicy(rank=rank)
-            elif ranks.get(pair.name) == 0:
-                self._put(
-                    {}, {"reason": "the bytes were spent on layers that gain more"}, pair.name
-                )
+        """Writes the tensors of each parameter; `ranks`: those that a budget in bytes has chosen."""
+        todo = [parameter for parameter in planned if parameter.name not in self.done]
+        for parameter, pair in read_ahead(todo, self._read):
+            rank = ranks.get(pair.name)
+            if rank == 0:
+                note = {"reason": "the bytes were spent on layers that gain more"}
+                self._put({}, note, pair.name)
                 continue
-            self._put(*self._part(one, pair, policy), pair.name)
+            policy = RankPolicy(rank=rank) if rank else self.plan.options.policy
+            self._put(*self._part(parameter, pair, policy), pair.name)
 
     def _part(
-        self, one: Planned, pair: Pair, policy: RankPolicy
+        self, parameter: Planned, pair: Pair, policy: RankPolicy
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors to be written for a parameter, and its note."""
         change = changed(pair, self.plan.options)
         if isinstance(change, str):
             return {}, {"reason": change} if change else {}
-        if one.reason:
-            return {}, {"reason": one.reason}
-        part = extract_layer(pair, change, policy, self.plan.options)
-        if part is None or not part.tensors.keys() <= one.slots.keys():
+        if parameter.reason:
+            return {}, {"reason": parameter.reason}
+        stored = extract_layer(pair, change, policy, self.plan.options)
+        if stored is None or not stored.tensors.keys() <= parameter.slots.keys():
             return {}, {"reason": "its change fits into no tensor that the naming has"}
-        tensors = {one.slots[slot]: tensor for slot, tensor in part.tensors.items()}
-        return tensors, {"layer": part.report.as_note()}
+        tensors = {parameter.slots[slot]: tensor for slot, tensor in stored.tensors.items()}
+        return tensors, {"layer": asdict(stored.report)}
 
     def _put(self, tensors: Mapping[str, Tensor], note: Mapping[str, Any], name: str) -> None:
         note = {"name": name, **note}
@@ -188,28 +192,85 @@ class _Run:
         self.on_progress(len(self.done), len(self.plan.exact) + len(self.plan.thin), name)
 
     def _measure(self, planned: Sequence[Planned], limits: Limits) -> dict[str, list[float]]:
-        """See `Measure`; what a killed run has found is not looked for again."""
-        wanted = {str(one.place): limits[str(one.place)] for one in planned}
+        """See `Measure`; the results of an earlier run are used."""
+        wanted = {parameter.name: limits[parameter.name] for parameter in planned}
         todo = [
-            one for one in planned if (name := str(one.place), wanted[name]) not in self.spectra
+            parameter
+            for parameter in planned
+            if (name := parameter.name, wanted[name]) not in self.spectra
         ]
-        for count, (_, pair) in enumerate(self._pairs(todo)):
+        for count, (_, pair) in enumerate(read_ahead(todo, self._read)):
             values = values_of(pair, wanted[pair.name], self.plan.options)
             note = {"name": pair.name, "limit": wanted[pair.name], "spectrum": values}
             self.writer.put({}, note)
             self.add(note)
             self.on_progress(count + 1, len(todo), f"singular values of {pair.name}")
-        found = {name: self.spectra[name, limit] for name, limit in wanted.items()}
-        return {name: values for name, values in found.items() if values}
+        spectra = {name: self.spectra[name, limit] for name, limit in wanted.items()}
+        return {name: values for name, values in spectra.items() if values}
 
-    def _pairs(self, planned: Sequence[Planned]) -> Iterator[tuple[Planned, Pair]]:
-        """Each parameter of both models, read while the one before it is worked on."""
-        with ThreadPoolExecutor(1) as pool:
-            coming: Future[Pair] | None = None
-            for one, after in zip(planned, (*planned[1:], None), strict=False):
-                pair = self._read(one) if coming is None else coming.result()
-                coming = None if after is None else pool.submit(self._read, after)
-                yield one, pair
+    def _read(self, parameter: Planned) -> Pair:
+        place = parameter.place
+        return Pair(parameter.name, self.source.read(place), self.target.read(place))
 
-    def _read(self, one: Planned) -> Pair:
-        return Pair(str(one.place), self.source.read(one.place), self.target.read(one.place))
+
+@dataclass(frozen=True)
+class _Output:
+    """The file that is wanted, and the .safetensors file that the tensors are streamed into."""
+
+    path: Path
+    stream: Path
+    """The same path for a .safetensors file in a naming without a config; else one beside it."""
+    options: ExtractOptions
+
+    @classmethod
+    def of(cls, path: Path, options: ExtractOptions, inputs: Iterable[Path]) -> _Output:
+        """Raises: ToolError if an input would be overwritten, or there is no folder for the file."""
+        refuse_overwriting(path, inputs)
+        if not path.parent.is_dir():
+            raise ToolError(f"there is no folder for {path.name}", "Make it first.")
+        if path.is_dir():
+            raise ToolError(f"the output {path.name} is a folder", "Name a file.")
+        plain = options.format is Format.SAFETENSORS and options.holds_differences
+        return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)
+
+    def convert(self, source: Checkpoint) -> None:
+        """Makes the wanted file from the streamed one. Raises: ToolError."""
+        if self.stream == self.path:
+            return
+        if self.options.holds_differences:
+            runs = read_runs(self.stream, read_header(self.stream), mapped=True)
+            write_pytorch(self.path, {name: t for run in runs for name, t in run.tensors()})
+        else:
+            written = WriteOptions(self.options.naming, None, self.options.format)
+            write_adapter(self.path, read_adapter(self.stream, source.key_map()), written)
+        self.stream.unlink()
+
+    def size(self) -> int:
+        """The bytes of what was written."""
+        files = self.path.iterdir() if self.path.is_dir() else [self.path]
+        return sum(file.stat().st_size for file in files)
+
+
+def _verify(source: Checkpoint, target: Checkpoint, path: Path) -> Verified:
+    """Reads the file as the engine does, merges each layer into the source, and compares it with the target.
+
+    Raises: ToolError if a tensor of the file has no place in the source; LoraError if it cannot be read.
+    """
+    file = load(path, source.key_map(), source.sha256(), mapped=True)
+    if file.unused:
+        first = file.unused[0]
+        raise ToolError(f"the file cannot be read back ({first.key[:200]}: {first.reason})")
+    errors, energies, largest, unequal, numbers = [], [], 0.0, 0, 0
+    for layer in file.layers:
+        place = Place(layer.target.component, layer.target.path, layer.parameter)
+        original, wanted = source.read(place), target.read(place)
+        merged = torch.empty_like(original)
+        merge(merged, original, [(layer.algorithm, 1.0)])
+        wanted = wanted.to(original.dtype)
+        error = merged.float() - wanted.float()
+        errors.append(energy(error))
+        energies.append(energy(wanted.float() - original.float()))
+        largest = max(largest, largest_of(error))
+        unequal += int(error.count_nonzero())
+        numbers += error.numel()
+    return Verified(largest, relative_error(errors, energies), unequal, numbers)

@@ -1,7 +1,7 @@
-"""Changes that are products of two thin matrices: cut to a rank, and compared, without ever being formed.
+"""Changes that are products of two thin matrices: decomposed, measured and compared without forming them.
 
 D = up @ down with up = Q1 R1 and down^T = Q2 R2 (QR), so D = Q1 (R1 R2^T) Q2^T, and the SVD of the small core
-in the middle is that of D: exact, at the cost of r^2 (out + in) instead of out * in * min(out, in).
+R1 R2^T gives that of D: exactly, at a cost of r^2 (out + in) instead of out * in * min(out, in).
 """
 
 from __future__ import annotations
@@ -14,16 +14,26 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.formats.algorithms.lora import LoRA
+from lora.formats.algorithms import Algorithm
+from lora.formats.algorithms.base import scaling
+from lora.formats.algorithms.full import BiasDifference, ModulationDifference, WeightDifference
+from lora.formats.algorithms.loha import LoHa
+from lora.formats.algorithms.lokr import LoKr
+from lora.formats.algorithms.lora import LoRA, LoRABias
+from lora.formats.names.keys import Shape
+from lora.tools import dtype_name
 from lora.tools.adapters.parts import Part
 from lora.tools.factors.svd import Factors
 
 FACTOR_SLOTS = frozenset({"lora_up", "lora_down", "lora_mid", "alpha"})
 
+MAX_NUMBERS = 1 << 28
+"""Of a matrix that is formed: thin factors of a few megabytes can have a product of terabytes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """up @ down: a layer's whole change, scaling and all."""
+    """up @ down: the whole change of a layer, its scaling included."""
 
     up: Tensor
     """[out, r], float32."""
@@ -38,19 +48,18 @@ class Product:
         return self.up.shape[1]
 
     def slots(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """As the tensors of a layer, with alpha = rank. Raises: ToolError if a number overflows the dtype."""
+        """The tensors of a layer, with alpha = rank. Raises: ToolError if a number overflows the dtype."""
         ones = (1,) * (len(self.kernel) - 1)
         up = self.up.reshape(*self.up.shape, *ones).to(dtype).contiguous()
         down = self.down.reshape(self.rank, *self.kernel).to(dtype).contiguous()
         if not all(math.isfinite(float(t.sum(dtype=torch.float64))) for t in (up, down)):
-            name = str(dtype).removeprefix("torch.")
-            raise ToolError(f"a factor overflows {name}", "Choose bf16 or fp32.")
+            raise ToolError(f"a factor overflows {dtype_name(dtype)}", "Choose bf16 or fp32.")
         return {"lora_up": up, "lora_down": down, "alpha": torch.tensor(float(self.rank))}
 
 
 def product_of(part: Part, scale: float = 1.0) -> Product:
-    """The change of a part's LoRA: scale * alpha / rank * up @ down, the factor's root in each of the two.
-    A Tucker core goes into the down factor, so the product is flat.
+    """The change of a part's LoRA, scale * alpha / rank * up @ down; both factors get the root of the
+    scaling. A Tucker core is multiplied into the down factor.
 
     Raises: ToolError if the factors do not fit together.
     """
@@ -76,13 +85,13 @@ def _fits(lora: LoRA) -> bool:
 
 
 def side_by_side(products: Sequence[Product]) -> Product:
-    """Their sum, exactly: the factors concatenated along the rank."""
-    up = torch.cat([one.up for one in products], dim=1)
-    return Product(up, torch.cat([one.down for one in products]), products[0].kernel)
+    """The exact sum: the factors are concatenated along the rank."""
+    up = torch.cat([product.up for product in products], dim=1)
+    return Product(up, torch.cat([product.down for product in products]), products[0].kernel)
 
 
 def decompose(product: Product) -> Factors:
-    """The singular value decomposition of the product, whole: as many values as its factors can have."""
+    """The whole singular value decomposition of the product: as many values as its factors can have."""
     left, right = torch.linalg.qr(product.up), torch.linalg.qr(product.down.t())
     core = left.R.double() @ right.R.t().double()
     u, s, v = torch.linalg.svd(core, full_matrices=False)
@@ -91,9 +100,59 @@ def decompose(product: Product) -> Factors:
 
 
 def squared_norm(products: Sequence[tuple[Product, float]]) -> float:
-    """||sum of sign * product||_F^2, from the factors' Gram matrices in float64; below about 1e-14 of the
-    products' own norms it is rounding.
-    """
-    up = torch.cat([one.up.double() * sign for one, sign in products], dim=1)
-    down = torch.cat([one.down.double() for one, _ in products])
+    """||sum of sign * product||_F^2; less than about 1e-14 of the products' own norms is rounding."""
+    up = torch.cat([product.up.double() * sign for product, sign in products], dim=1)
+    return _squared(up, torch.cat([product.down.double() for product, _ in products]))
+
+
+def _squared(up: Tensor, down: Tensor) -> float:
+    """||up @ down||_F^2 of float64 matrices, from their Gram matrices."""
+    # The trace of a product of two symmetric matrices is the sum of their elementwise product.
     return max(0.0, float(((up.t() @ up) * (down @ down.t())).sum()))
+
+
+@torch.no_grad()
+def delta_norm(part: Algorithm, shape: Shape) -> float | None:
+    """The Frobenius norm of the delta at scale 1, in float64. None if the delta depends on the model's
+    weight, or if a matrix would have to be formed that is larger than any layer.
+
+    `shape` is that of the parameter, which `part` fits (`Algorithm.misfit`). A product up @ down has the norm
+    scaling * sqrt(trace((down down^T) (up^T up))), a Kronecker product the product of its factors' norms.
+    Only for LoHa and for a LoRA's sparse rest a matrix of the layer's size is formed.
+    """
+    plain = isinstance(part, LoRA) and part.lora_mid is None and part.is_low_rank
+    if not plain and math.prod(shape) > MAX_NUMBERS:
+        return None
+    if isinstance(part, LoRA) and (factors := part.low_rank()):
+        return abs(factors.scaling) * _product_norm(factors.up, factors.down)
+    if isinstance(part, LoKr):
+        return _kronecker_norm(part)
+    whole = (LoRA, LoRABias, LoHa, WeightDifference, BiasDifference, ModulationDifference)
+    if isinstance(part, whole):
+        return float(part.delta(torch.zeros(shape)).double().norm())
+    return None
+
+
+def _product_norm(up: Tensor, down: Tensor) -> float:
+    """||up @ down||_F of up [out, rank] and down [rank, ...]."""
+    return math.sqrt(_squared(up.flatten(1).double(), down.flatten(1).double()))
+
+
+def _kronecker_norm(part: LoKr) -> float:
+    first = _factor_norm(part.lokr_w1, part.lokr_w1_a, part.lokr_w1_b, None)
+    second = _factor_norm(part.lokr_w2, part.lokr_w2_a, part.lokr_w2_b, part.lokr_t2)
+    factor = 1.0 if part.rank is None else scaling(part.alpha, part.rank)
+    return abs(factor) * first * second
+
+
+def _factor_norm(
+    whole: Tensor | None, a: Tensor | None, b: Tensor | None, core: Tensor | None
+) -> float:
+    if whole is not None:
+        return float(whole.double().norm())
+    if a is None or b is None:
+        raise ValueError("a factor is missing")
+    if core is None:
+        return _product_norm(a, b)
+    inner = torch.einsum("ijhw,jn->inhw", core.double(), b.double())
+    return _product_norm(a.t(), inner)

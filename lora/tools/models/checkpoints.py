@@ -1,8 +1,8 @@
-"""A model's checkpoint on disk, opened without loading it: every parameter under its place in the model.
+"""Opens a model's checkpoint without loading it, and finds every parameter by its place in the model.
 
-One file (.safetensors, .ckpt, .pt, .bin), shards, or a pipeline's folder; in the names of diffusers or of
-the original code. Two checkpoints of one Stable Diffusion model have equal places, however they
-are stored. A model that is not known keeps its own names: `blocks.0.modulation` is the parameter
+A checkpoint is one file (.safetensors, .ckpt, .pt, .bin), shards, or the folder of a pipeline, in the names
+of diffusers or of the original code. Two checkpoints of one Stable Diffusion model have equal places, however
+they are stored. A model that is not known keeps its own names: `blocks.0.modulation` is the parameter
 `modulation` of the module `blocks.0` of a `transformer`.
 """
 
@@ -15,28 +15,25 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap, Shape
-from lora.tools.models.folders import sources_of
+from lora.tools import FILE_FORMATS
+from lora.tools.models.folders import files_of
 from lora.tools.models.layouts import ADAPTABLE, Found, Where, places
-from lora.tools.models.weights import KINDS, Raw, WeightsFile, open_weights, unreadable
-
-__all__ = ["Checkpoint", "Place", "Raw", "Stored", "file_sha256"]
+from lora.tools.models.weights import Raw, WeightsFile, open_weights, unreadable
 
 
 class Place(NamedTuple):
-    """One parameter of a model, the same whatever the file calls it."""
+    """One parameter of a model, whatever name the file has for it."""
 
     component: str
     """As in a `KeyMap`; also `vae`, which no adapter changes."""
     path: str
-    """The module's path, diffusers' own where the model is known."""
+    """The path of the module: that of diffusers if the model is known."""
     parameter: str
 
     def __str__(self) -> str:
@@ -51,7 +48,7 @@ class Stored:
     raw: Raw
     """The tensor that holds it."""
     third: int | None
-    """Which of the tensor's three blocks of rows it is; None: it is the whole tensor."""
+    """Which of the tensor's three blocks of rows it is; None if it is the whole tensor."""
     transposed: bool
     """Whether the tensor is [in, out]."""
 
@@ -63,21 +60,6 @@ class Stored:
             return (shape[0] // 3, *shape[1:])
         return shape[::-1] if self.transposed else shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored numbers'."""
-        return self.raw.dtype
-
-    @property
-    def name(self) -> str:
-        """The tensor's name in its file."""
-        return self.raw.name
-
-    @property
-    def file(self) -> Path:
-        """The tensor's file."""
-        return self.raw.file
-
 
 ADAPTERS = (
     ".lora_down.weight",
@@ -87,7 +69,7 @@ ADAPTERS = (
     ".lokr_w1_a",
     ".oft_blocks",
 )
-"""How tensors end that no model has."""
+"""Endings of tensors that no model has."""
 
 
 class Checkpoint:
@@ -96,69 +78,69 @@ class Checkpoint:
     def __init__(
         self, path: Path, files: tuple[WeightsFile, ...], components: Mapping[Path, str]
     ) -> None:
-        """`components`: the part of a pipeline that a file belongs to; empty for a model of its own.
+        """`components`: the component of a pipeline that each file belongs to; empty for a model of its own.
 
-        Raises: ToolError if two tensors have one name, or mean one place.
+        Raises: ToolError if two tensors have the same name or the same place.
         """
         self.path, self.files, self.components = path, files, components
         self._files = {file.path: file for file in files}
         stored, others = _placed(files, components)
-        self.parameters: Mapping[Place, Stored] = {one.place: one for one in stored}
-        """Every parameter of the model, the component that draws first."""
+        self.parameters: Mapping[Place, Stored] = stored
+        """Every parameter of the model; the UNet or transformer comes first."""
         self.others = tuple(others)
-        """Every tensor that is no parameter: EMA copies, schedules, position ids."""
+        """Every tensor that is no parameter, such as EMA copies, schedules and position ids."""
         self._stack = ExitStack()
         for file in files:
             self._stack.callback(file.close)
 
     @classmethod
     def open(cls, path: Path, kind: str | None = None) -> Checkpoint:
-        """Opens a model. `kind`: `safetensors` or `pytorch` if it must be that one; by default what it is.
+        """Opens a model. `kind`: the one of `FILE_FORMATS` that it must have, if any.
 
-        Raises: ToolError, of one sentence, for anything that is no whole model: a missing shard, a cut
-        file, a pickle with more than tensors, quantised weights.
+        Raises: ToolError for anything that is no whole model: a missing shard, a file that is cut off, a
+        pickle with more than tensors, quantised weights.
         """
-        if kind is not None and kind not in KINDS:
-            raise ToolError(f"{kind[:40]!r} is no kind of checkpoint", f"Use {' or '.join(KINDS)}.")
-        sources = sources_of(path)
+        if kind is not None and kind not in FILE_FORMATS:
+            hint = f"Use {' or '.join(FILE_FORMATS)}."
+            raise ToolError(f"{kind[:40]!r} is no kind of checkpoint", hint)
+        sources = files_of(path)
         with ExitStack() as stack:
             files: list[WeightsFile] = []
-            for source in sources:
-                files.append(open_weights(source.path, kind))
+            for file in sources:
+                files.append(open_weights(file.path, kind))
                 stack.callback(files[-1].close)
-            checkpoint = cls(path, tuple(files), {one.path: one.component for one in sources})
-            if any(key.endswith(ADAPTERS) for file in files for key in file.tensors):
-                raise ToolError(
-                    f"{path.name} is an adapter, and no model", "Name the model's file."
-                )
+            checkpoint = cls(path, tuple(files), {file.path: file.component for file in sources})
+            if any(key.endswith(ADAPTERS) for opened in files for key in opened.tensors):
+                hint = "Name the model's file."
+                raise ToolError(f"{path.name} is an adapter, and no model", hint)
             stack.pop_all()
         return checkpoint
 
     @cached_property
     def holds(self) -> Mapping[Raw, tuple[Stored, ...]]:
-        """Tensor -> the parameters in it: one, the three of a fused one; others are not in it."""
-        found: dict[Raw, list[Stored]] = defaultdict(list)
+        """Tensor -> the parameters in it: one, or three if it is fused. Tensors without any are left out."""
+        parameters: dict[Raw, list[Stored]] = defaultdict(list)
         for stored in self.parameters.values():
-            found[stored.raw].append(stored)
-        return {raw: tuple(parts) for raw, parts in found.items()}
+            parameters[stored.raw].append(stored)
+        return {raw: tuple(parts) for raw, parts in parameters.items()}
 
     def read(self, place: Place) -> Tensor:
-        """A parameter, [out, in(, kh, kw)] for a weight, in its stored dtype and in memory of its own.
+        """A parameter, [out, in(, kh, kw)] for a weight, in its stored dtype, as a copy.
 
         Raises: KeyError if the model has no such place; ToolError if the file cannot be read.
         """
         stored = self.parameters[place]
-        tensor = self._files[stored.file].read(stored.name, stored.third)
+        tensor = self._files[stored.raw.file].read(stored.raw.name, stored.third)
         return tensor.t().contiguous() if stored.transposed else tensor
 
     def read_raw(self, raw: Raw) -> Tensor:
-        """A tensor as it is stored, in memory of its own. Raises: ToolError."""
+        """A tensor as it is stored, as a copy. Raises: ToolError."""
         return self._files[raw.file].read(raw.name)
 
     def key_map(self) -> KeyMap:
-        """The names under which adapters address the modules, as a live pipeline's `KeyMap` has them.
+        """The names by which adapters address the modules, as in the `KeyMap` of a live pipeline.
 
-        Raises: ToolError if two modules would share a name.
+        Raises: ToolError if two modules would have the same name.
         """
         modules: dict[str, dict[str, dict[str, Shape]]] = {}
         for place, stored in self.parameters.items():
@@ -174,33 +156,16 @@ class Checkpoint:
                 f"{self.path.name} has modules that no name tells apart ({error})"
             ) from error
 
-    def original(self, place: Place) -> str:
-        """The dotted path of a place's module as the checkpoint's files have it, unique in the checkpoint.
-
-        In a pipeline's folder the component stands before it. A third of a fused tensor has its own
-        name behind: `...attn.q_proj`.
-        """
-        stored = self.parameters[place]
-        path = stored.name.rpartition(".")[0]
-        if stored.third is not None:
-            path = f"{path}.{place.path.rpartition('.')[2]}"
-        elif stored.transposed or not stored.name.endswith(f".{place.parameter}"):
-            path = (
-                stored.name
-            )  # OpenCLIP's `text_projection` and `positional_embedding` are no modules
-        component = self.components[stored.file]
-        return ".".join(part for part in (component, path) if part)
-
     @cached_property
     def metadata(self) -> Mapping[str, str]:
-        """What the files say of themselves, the first file first where several say something else."""
+        """The metadata of all files; where they contradict each other, that of the first counts."""
         merged: dict[str, str] = {}
         for file in reversed(self.files):
             merged |= file.metadata
         return merged
 
     def sha256(self) -> str:
-        """The hash of the one file; of several, that of their hashes (32 bytes each) in the order of names.
+        """The hash of the file; of several files, the hash of their hashes (32 bytes each) in order of names.
 
         Raises: ToolError if a file cannot be read.
         """
@@ -208,28 +173,23 @@ class Checkpoint:
 
     @cached_property
     def _sha256(self) -> str:
-        found = [file_sha256(file.path) for file in sorted(self.files, key=lambda one: one.path)]
-        together = hashlib.sha256(bytes.fromhex("".join(found))).hexdigest()
-        return found[0] if len(found) == 1 else together
+        hashes = [file_sha256(path) for path in sorted(self._files)]
+        together = hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
+        return hashes[0] if len(hashes) == 1 else together
 
     def close(self) -> None:
-        """Lets the files go."""
+        """Closes the files."""
         self._stack.close()
 
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes, in hex, without its bytes in memory. Raises: ToolError."""
+    """The hash of a file's bytes, in hex; they are not loaded into memory. Raises: ToolError."""
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
@@ -239,8 +199,8 @@ def file_sha256(path: Path) -> str:
 
 def _placed(
     files: tuple[WeightsFile, ...], components: Mapping[Path, str]
-) -> tuple[list[Stored], list[Raw]]:
-    """Every tensor of the files, as the parameters that it holds or as none."""
+) -> tuple[dict[Place, Stored], list[Raw]]:
+    """(parameters, tensors that hold none), of all files. Raises: ToolError."""
     by_component: dict[str, dict[str, Raw]] = {}
     for file in files:
         raws = by_component.setdefault(components[file.path], {})
@@ -248,25 +208,25 @@ def _placed(
             twin = raws.setdefault(name, raw)
             if twin is not raw:
                 raise ToolError(f"{twin.file.name} and {file.path.name} both hold {name[:200]}")
-    places_of: dict[Place, Stored] = {}
+    parameters: dict[Place, Stored] = {}
     others: list[Raw] = []
     for component, raws in by_component.items():
         for found in places(raws, component):
             raw = raws[found.name]
             stored = [_stored(raw, found, where) for where in found.wheres]
-            # Whole numbers are no parameters: position ids, counters of batches.
+            # Integers are no parameters, but position ids and counters of batches.
             if not stored or not raw.dtype.is_floating_point:
                 others.append(raw)
                 continue
-            for one in stored:
-                twin_place = places_of.setdefault(one.place, one)
-                if twin_place is not one:
-                    raise ToolError(
-                        f"{twin_place.name[:200]} and {one.name[:200]} are both {one.place}"
-                    )
+            for parameter in stored:
+                earlier = parameters.setdefault(parameter.place, parameter)
+                if earlier is not parameter:
+                    names = f"{earlier.raw.name[:200]} and {parameter.raw.name[:200]}"
+                    raise ToolError(f"{names} are both {parameter.place}")
     order = {component: index for index, component in enumerate(ADAPTABLE)}
-    ordered = sorted(places_of.values(), key=lambda one: order.get(one.place.component, len(order)))
-    return ordered, others
+    last = len(order)
+    ordered = sorted(parameters, key=lambda place: order.get(place.component, last))
+    return {place: parameters[place] for place in ordered}, others
 
 
 def _stored(raw: Raw, found: Found, where: Where) -> Stored:

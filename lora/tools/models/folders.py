@@ -1,4 +1,4 @@
-"""Which files a model consists of: one file, shards with an index, or a pipeline's folder."""
+"""Which files a model consists of: one file, shards with an index, or the folder of a pipeline."""
 
 from __future__ import annotations
 
@@ -11,108 +11,106 @@ from lora.errors import ToolError
 from lora.tools.models.weights import unreadable
 
 
-class Source(NamedTuple):
-    """One of a model's files with weights."""
+class ModelFile(NamedTuple):
+    """One of the files with a model's weights."""
 
     path: Path
     component: str
-    """The pipeline's part whose folder it lies in; empty for a file that is a model of its own."""
+    """The component of the pipeline in whose folder the file is; empty for a model of its own."""
 
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""How files with weights end that are read, the preferred first."""
+"""Endings of files with weights that can be read, the preferred first; all but the first are pickles."""
 
 OTHER_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".pb", ".sft")
-"""How copies of the weights end in forms that are not read."""
+"""Endings of files with weights in forms that cannot be read."""
 
 _INDEX = re.compile(r".+\.(safetensors|bin)\.index(\.\w+)?\.json")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 _VARIANT = re.compile(r".+\.(fp16|bf16|fp32|fp8|ema|non_ema|int8)(-\d{5}-of-\d{5})?(\.\w+)+")
 _NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
-"""What diffusers and transformers call a component's weights, where a folder has other files, too."""
+"""What diffusers and transformers call a component's weights; a folder may have other files too."""
 
 
 def is_index(path: Path) -> bool:
-    """Whether a file's name says that it lists a model's shards."""
+    """Whether a file's name is that of an index, which lists the shards of a model."""
     return _INDEX.fullmatch(path.name) is not None
 
 
 def is_weights(path: Path) -> bool:
-    """Whether a file's name says that it holds weights, in whatever form."""
+    """Whether a file's name is that of a file with weights, in whatever form."""
     return path.suffix in (*WEIGHTS, *OTHER_WEIGHTS)
 
 
-def sources_of(path: Path) -> tuple[Source, ...]:
-    """The files of a model, in order; of several variants the full one, unless there is only another.
+def files_of(path: Path) -> tuple[ModelFile, ...]:
+    """The files of a model, in order. Among variants (fp16, ema) the one without a suffix is preferred.
 
     Raises: ToolError if there is nothing, a shard is missing, or a folder holds more than one model.
     """
     try:
         if path.is_dir():
-            return _pipeline(path) or _with("", _files_in(path, path.name))
-        if is_index(path):
-            return _with("", _indexed(path))
-        if not path.exists():
-            raise ToolError(f"there is no {path.name}")
-        return (Source(path, ""),)
+            if components := _pipeline(path):
+                return components
+            files = _files_in(path, path.name)
+        else:
+            files = shards_of(path) if is_index(path) else [path]
+            if not path.exists():
+                raise ToolError(f"there is no {path.name}")
+        return tuple(ModelFile(file, "") for file in files)
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def _with(component: str, files: list[Path]) -> tuple[Source, ...]:
-    return tuple(Source(file, component) for file in files)
-
-
-def _pipeline(root: Path) -> tuple[Source, ...]:
-    """The parts' files; nothing if it is no pipeline's folder, which has weights in its parts' folders."""
-    sources: list[Source] = []
+def _pipeline(root: Path) -> tuple[ModelFile, ...]:
+    """The files of a pipeline's components; nothing if the folder is not that of a pipeline."""
+    files: list[ModelFile] = []
     if not any((root / name).exists() for name in ("model_index.json", "unet", "transformer")):
         return ()
-    for folder in sorted(one for one in root.iterdir() if one.is_dir()):
-        if any(one.suffix in WEIGHTS or is_index(one) for one in folder.iterdir()):
-            sources += _with(folder.name, _files_in(folder, folder.name))
-    if not sources and (root / "model_index.json").exists():
+    for folder in sorted(file for file in root.iterdir() if file.is_dir()):
+        if any(file.suffix in WEIGHTS or is_index(file) for file in folder.iterdir()):
+            files += [ModelFile(file, folder.name) for file in _files_in(folder, folder.name)]
+    if not files and (root / "model_index.json").exists():
         raise ToolError(f"{root.name} has a model_index.json, and none of its parts has weights")
-    return tuple(sources)
+    return tuple(files)
 
 
 def _files_in(folder: Path, what: str) -> list[Path]:
     """The files that make up the one model in a folder. Raises: ToolError."""
-    files = sorted(one for one in folder.iterdir() if one.is_file())
+    files = sorted(file for file in folder.iterdir() if file.is_file())
     for suffix in WEIGHTS:
         fitting = [
-            one
-            for one in files
-            if one.suffix == suffix or (is_index(one) and f"{suffix}.index" in one.name)
+            file
+            for file in files
+            if file.suffix == suffix or (is_index(file) and f"{suffix}.index" in file.name)
         ]
-        full = [one for one in fitting if not _VARIANT.fullmatch(one.name)]
+        full = [file for file in fitting if not _VARIANT.fullmatch(file.name)]
         if fitting:
             return _one_model(full or fitting, what)
     raise ToolError(f"{what} holds no weights", f"Weights end in {', '.join(WEIGHTS)}.")
 
 
 def _one_model(files: list[Path], what: str) -> list[Path]:
-    """Of the files of one kind and variant those of one model, shards with and without an index."""
-    named = [one for one in files if one.name.startswith(tuple(f"{n}." for n in _NAMES))]
-    if indices := [one for one in named or files if is_index(one)]:
-        return _indexed(indices[0])
-    shards = [one for one in files if _SHARD.fullmatch(one.name)]
+    """The files of one model among those of one kind and variant; shards may have an index or none."""
+    named = [file for file in files if file.name.startswith(tuple(f"{n}." for n in _NAMES))]
+    if indices := [file for file in named or files if is_index(file)]:
+        return shards_of(indices[0])
+    shards = [file for file in files if _SHARD.fullmatch(file.name)]
     if shards and not named:
         return _all_shards(shards, what)
     if len(named or files) > 1:
-        names = ", ".join(one.name for one in files[:3])
+        names = ", ".join(file.name for file in files[:3])
         raise ToolError(f"{what} holds several models ({names})", "Name one of the files.")
     return named or files
 
 
 def _all_shards(shards: list[Path], what: str) -> list[Path]:
-    """Every shard, told by its name alone. Raises: ToolError if one is missing."""
+    """Every shard, by the numbers in its name. Raises: ToolError if one is missing."""
     first = _SHARD.fullmatch(shards[0].name)
     if first is None:
         return shards
     stem, _, count, suffix = first.groups()
     wanted = [f"{stem}-{n:05}-of-{count}{suffix}" for n in range(1, int(count) + 1)]
-    there = {one.name for one in shards}
+    there = {file.name for file in shards}
     if missing := [name for name in wanted if name not in there]:
         raise ToolError(f"{what} lacks the shard {missing[0]}", "Download the model again.")
     if others := sorted(there - set(wanted)):
@@ -120,8 +118,8 @@ def _all_shards(shards: list[Path], what: str) -> list[Path]:
     return [shards[0].with_name(name) for name in wanted]
 
 
-def _indexed(index: Path) -> list[Path]:
-    """The shards that an index names. Raises: ToolError if it is malformed, or one is missing."""
+def shards_of(index: Path) -> list[Path]:
+    """The shards that an index names. Raises: ToolError if it is malformed or a shard is missing; OSError."""
     try:
         shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not shards or any(Path(name).name != name for name in shards):
@@ -129,7 +127,6 @@ def _indexed(index: Path) -> list[Path]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ToolError(f"{index.name} is no index of a model's shards") from error
     if missing := [name for name in shards if not index.with_name(name).is_file()]:
-        raise ToolError(
-            f"{index.name} names {missing[0]}, which is missing", "Download the model again."
-        )
+        hint = "Download the model again."
+        raise ToolError(f"{index.name} names {missing[0]}, which is missing", hint)
     return [index.with_name(name) for name in shards]

@@ -1,4 +1,4 @@
-"""One file of a model's weights, .safetensors or torch.save's, opened without loading it."""
+"""Opens one file with a model's weights, .safetensors or of torch.save, without loading it."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from lora.errors import LoraError, ToolError
 from lora.formats.header import read_header
 from lora.formats.pickles import WRAPPERS, looks_like_pickle
 from lora.formats.tensors import DTYPES
+from lora.tools import Format, dtype_name
 
-KINDS = ("safetensors", "pytorch")
+NAMED_DTYPES: Mapping[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
+"""The names that the tools have for torch's dtypes."""
 
 
 @dataclass(frozen=True)
 class Raw:
-    """A tensor as its file has it."""
+    """A tensor as it is stored in its file."""
 
     name: str
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
-    def bytes(self) -> int:
-        """What its numbers take."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
 
 class WeightsFile(Protocol):
-    """What can be asked of an open file. `read` may be called from several threads."""
+    """An open file with weights. `read` may be called from several threads."""
 
     path: Path
-    kind: str
-    """One of `KINDS`."""
+    kind: Format
     tensors: Mapping[str, Raw]
-    """In the order in which they lie in the file."""
+    """In the order in which they are in the file."""
     metadata: Mapping[str, str]
     wrapper: str
-    """The key of a pickle's table under which the tensors stand; empty if it is that table."""
+    """The key of a pickle's table under which the tensors are; empty if they are in the table itself."""
 
     def read(self, name: str, third: int | None = None) -> Tensor:
         """The tensor, or one of the three equal blocks of its rows, in memory of its own.
@@ -56,13 +57,13 @@ class WeightsFile(Protocol):
         """
 
     def close(self) -> None:
-        """Lets the file go."""
+        """Closes the file."""
 
 
 def open_weights(path: Path, kind: str | None = None) -> WeightsFile:
-    """Opens a file, of the kind that its first bytes tell; `kind`: the one that it must be.
+    """Opens a file as what its first bytes say it is. `kind`: what it must be. Nothing in it is ever run.
 
-    Raises: ToolError if it is unreadable, cut, quantised, or of another kind; nothing in it is ever run.
+    Raises: ToolError if it is unreadable, cut off, quantised, or of another kind.
     """
     try:
         head = _first_bytes(path)
@@ -71,9 +72,9 @@ def open_weights(path: Path, kind: str | None = None) -> WeightsFile:
     if head.startswith(b"GGUF"):
         raise ToolError(f"{path.name} is quantised (GGUF)", UNQUANTISED)
     is_pickle = looks_like_pickle(path)
-    found = "pytorch" if is_pickle else "safetensors"
-    if kind is not None and kind != found:
-        raise ToolError(f"{path.name} is no {kind} file", f"Its first bytes say {found}.")
+    actual = Format.PYTORCH if is_pickle else Format.SAFETENSORS
+    if kind is not None and kind != actual:
+        raise ToolError(f"{path.name} is no {kind} file", f"Its first bytes say {actual}.")
     opened: WeightsFile = _Pickle(path) if is_pickle else _Safetensors(path)
     try:
         _refuse_quantised(path, opened.tensors.values())
@@ -89,26 +90,21 @@ def _first_bytes(path: Path) -> bytes:
 
 
 def unreadable(path: Path, error: OSError) -> ToolError:
-    """What to tell of a file that the system does not give."""
+    """The error for a file that the system refuses to read."""
     return ToolError(f"{path.name} cannot be read ({error.strerror or type(error).__name__})")
 
 
 UNQUANTISED = "Give the model before its quantisation: fp32, fp16, bf16 or fp8."
 
+_SCALED = ("scale_weight", "weight_scale", "scaled_fp8", "scale_input", "input_scale")
 _COMPANIONS = {
-    "scale_weight": "fp8 with a scale beside each weight",
-    "weight_scale": "fp8 with a scale beside each weight",
-    "scaled_fp8": "fp8 with a scale beside each weight",
-    "scale_input": "fp8 with a scale beside each weight",
-    "input_scale": "fp8 with a scale beside each weight",
+    **dict.fromkeys(_SCALED, "fp8 with a scale beside each weight"),
     "comfy_quant": "ComfyUI's quantisation",
-    "absmax": "bitsandbytes",
-    "quant_map": "bitsandbytes",
+    **dict.fromkeys(("absmax", "quant_map"), "bitsandbytes"),
     "SCB": "bitsandbytes' int8",
-    "qweight": "GPTQ or AWQ",
-    "qzeros": "GPTQ or AWQ",
+    **dict.fromkeys(("qweight", "qzeros"), "GPTQ or AWQ"),
 }
-"""How a name ends that stands beside packed weights -> whose they are."""
+"""Last word of the name of a tensor that comes with packed weights -> the quantisation that has it."""
 
 
 def _refuse_quantised(path: Path, tensors: Iterable[Raw]) -> None:
@@ -117,7 +113,7 @@ def _refuse_quantised(path: Path, tensors: Iterable[Raw]) -> None:
         if ".quant_state." in raw.name:
             how = "bitsandbytes"
         elif raw.name.endswith(".weight") and not raw.dtype.is_floating_point:
-            how = f"a weight of {str(raw.dtype).removeprefix('torch.')}"
+            how = f"a weight of {dtype_name(raw.dtype)}"
         if how:
             raise ToolError(
                 f"{path.name} is quantised ({raw.name[:200]}: {how}), and its weights cannot be changed",
@@ -126,9 +122,9 @@ def _refuse_quantised(path: Path, tensors: Iterable[Raw]) -> None:
 
 
 class _Safetensors:
-    """Read by position: no tensor is in memory that nobody asked for."""
+    """Tensors are read from their positions when they are asked for."""
 
-    kind, wrapper = "safetensors", ""
+    kind, wrapper = Format.SAFETENSORS, ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -173,9 +169,9 @@ class _Safetensors:
 
 
 class _Pickle:
-    """Mapped, where torch can: files from before torch 1.6 are loaded whole."""
+    """Mapped where torch can do that; files from before torch 1.6 are loaded whole."""
 
-    kind = "pytorch"
+    kind = Format.PYTORCH
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -184,29 +180,29 @@ class _Pickle:
         self.wrapper = next((key for key in WRAPPERS if isinstance(table.get(key), Mapping)), "")
         if self.wrapper:
             table = table[self.wrapper]
-        self._found = {
+        self._tensors = {
             str(name): value.detach().to_dense()
             for name, value in table.items()
             if isinstance(value, Tensor)
         }
-        if not self._found:
+        if not self._tensors:
             raise ToolError(f"{path.name} holds no tensors by name")
         self.tensors: Mapping[str, Raw] = {
             name: Raw(name, path, tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self._found.items()
+            for name, tensor in self._tensors.items()
         }
 
     def read(self, name: str, third: int | None = None) -> Tensor:
-        whole = self._found[name]
+        whole = self._tensors[name]
         part = whole if third is None else whole.chunk(3)[third]
         return part.clone(memory_format=torch.contiguous_format)
 
     def close(self) -> None:
-        self._found.clear()
+        self._tensors.clear()
 
 
 def _load(path: Path) -> Mapping[Any, Any]:
-    """The pickle's table. Raises: ToolError if it is none, or holds more than tensors and plain values."""
+    """The table in a pickle. Raises: ToolError if there is none, or it holds more than tensors and values."""
     try:
         mapped = _first_bytes(path).startswith(b"PK")
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
@@ -216,7 +212,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
             "Convert it to .safetensors where you trust it.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        # A cut file makes torch seek before its beginning; only another error is the system's.
+        # In a file that is cut off torch seeks before the beginning (EINVAL); others are the system's errors.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise unreadable(path, error) from error
         raise ToolError(f"{path.name} is a broken pickle, or not all of one") from error

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lora.tools.extract.output import ExtractOutput
 from torch import Tensor
 
 from lora.errors import LoraError, LoraUnsupported, ToolError
@@ -25,7 +26,6 @@ from lora.tools.combine import CombineOptions, Source, combine
 from lora.tools.convert import ConvertOptions, convert
 from lora.tools.describe import describe
 from lora.tools.extract.options import ExtractOptions
-from lora.tools.extract.output import ExtractOutput
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.resize import ResizeOptions, resize

@@ -19,10 +19,9 @@ from lora.formats.header import read_header
 from lora.formats.names.naming import Naming
 from lora.tools.adapters.reading import read_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
-from lora.tools.combine import CombineOptions, Method, Source, combine
+from lora.tools.combine import CombineOptions, Method, ScaledFile, combine, dare, ties
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.models.checkpoints import Checkpoint
-from lora.tools.sparsified import dare, ties
 from tests.adapters import randn, write
 from tests.conftest import ROOT
 from tests.lora.small import small, tensors_of
@@ -52,7 +51,7 @@ def test_concatenation_equals_applying_both(tmp_path: Path, scales: tuple[float,
             tensors = tensors_of(kind, seed)
             stems = {key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
             write(path, tensors | {f"{stem}.alpha": torch.tensor(1.0 + seed) for stem in stems})
-        sources = [Source(path, scale) for path, scale in zip(paths, scales, strict=True)]
+        sources = [ScaledFile(path, scale) for path, scale in zip(paths, scales, strict=True)]
         output = tmp_path / f"{one}-{other}.safetensors"
         combine(sources, output, CombineOptions(), engine.key_map)
         files = [load(path, engine.key_map, str(path)) for path in (*paths, output)]
@@ -84,7 +83,7 @@ def test_the_demos_adapters_combined_are_both(tmp_path: Path, names: tuple[str, 
     paths = [LORAS / f"demo-{name}.safetensors" for name in names]
     output = tmp_path / "both.safetensors"
     with Checkpoint.open(folder) as model:
-        sources = [Source(paths[0], 0.8), Source(paths[1], 0.5)]
+        sources = [ScaledFile(paths[0], 0.8), ScaledFile(paths[1], 0.5)]
         report = combine(sources, output, CombineOptions(), model.key_map())
     assert report.changes == ()
     files = [load(path, engine.key_map, str(path)) for path in (*paths, output)]
@@ -104,8 +103,8 @@ def test_the_demos_adapters_combined_are_both(tmp_path: Path, names: tuple[str, 
 
 def test_modules_that_one_file_has_alone_are_there_too(tmp_path: Path) -> None:
     sources = [
-        Source(narrow.source(tmp_path, "lora", torch.float32), 0.5),
-        Source(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
+        ScaledFile(narrow.source(tmp_path, "lora", torch.float32), 0.5),
+        ScaledFile(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
     ]
     output = tmp_path / "out.safetensors"
     report = combine(sources, output, CombineOptions(), narrow.key_map())
@@ -120,8 +119,8 @@ def test_modules_that_one_file_has_alone_are_there_too(tmp_path: Path) -> None:
 
 def test_files_of_an_unknown_model_combine_under_their_own_names(tmp_path: Path) -> None:
     sources = [
-        Source(narrow.source(tmp_path, "lora", torch.float32), 0.5),
-        Source(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
+        ScaledFile(narrow.source(tmp_path, "lora", torch.float32), 0.5),
+        ScaledFile(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
     ]
     combine(sources, tmp_path / "known", CombineOptions(), narrow.key_map())
     combine(sources, tmp_path / "own", CombineOptions())
@@ -134,7 +133,7 @@ def test_different_namings_combine_where_the_model_is_known(tmp_path: Path) -> N
     adapter = read_adapter(narrow.source(tmp_path, "lora", torch.float32, 1), narrow.key_map())
     write_adapter(tmp_path / "other.safetensors", adapter, WriteOptions(Naming.DIFFUSERS))
     first = narrow.source(tmp_path, "lora", torch.float32)
-    sources = [Source(first), Source(tmp_path / "other.safetensors")]
+    sources = [ScaledFile(first), ScaledFile(tmp_path / "other.safetensors")]
     with pytest.raises(ToolError) as caught:
         combine(sources, tmp_path / "out", CombineOptions())
     assert "--model" in str(caught.value)
@@ -149,7 +148,10 @@ def test_the_bias_of_lora_b_becomes_a_difference(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.safetensors", narrow.tensors_of("lora_bias", torch.float32), metadata
     )
-    sources = [Source(path, 0.5), Source(narrow.source(tmp_path, "lora_bias", torch.float32, 1), 2)]
+    sources = [
+        ScaledFile(path, 0.5),
+        ScaledFile(narrow.source(tmp_path, "lora_bias", torch.float32, 1), 2),
+    ]
     options = CombineOptions(write=WriteOptions(Naming.KOHYA))
     combine(sources, tmp_path / "out", options, narrow.key_map())
     assert f"{CONV}.diff_b" in read_header(tmp_path / "out").tensors
@@ -159,7 +161,10 @@ def test_the_bias_of_lora_b_becomes_a_difference(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["loha", "lokr", "dora", "oft", "ia3", "set_weight"])
 def test_what_does_not_add_up_is_refused(tmp_path: Path, name: str) -> None:
-    sources = [Source(narrow.source(tmp_path, "lora")), Source(narrow.source(tmp_path, name))]
+    sources = [
+        ScaledFile(narrow.source(tmp_path, "lora")),
+        ScaledFile(narrow.source(tmp_path, name)),
+    ]
     with pytest.raises(ToolError) as caught:
         combine(sources, tmp_path / "out", CombineOptions(), narrow.key_map())
     assert "--algorithm lora" in str(caught.value)
@@ -173,10 +178,10 @@ def product(tensors: dict[str, Tensor], stem: str) -> Tensor:
     return alpha / len(down) * up @ down
 
 
-def two(tmp_path: Path) -> list[Source]:
+def two(tmp_path: Path) -> list[ScaledFile]:
     return [
-        Source(narrow.source(tmp_path, "lora", torch.float32), 0.8),
-        Source(narrow.source(tmp_path, "lora", torch.float32, 1), -0.5),
+        ScaledFile(narrow.source(tmp_path, "lora", torch.float32), 0.8),
+        ScaledFile(narrow.source(tmp_path, "lora", torch.float32, 1), -0.5),
     ]
 
 
@@ -285,8 +290,8 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     for make in (
         lambda: CombineOptions(Method.TIES),
         lambda: CombineOptions(density=0.0),
-        lambda: combine([Source(tmp_path)], tmp_path / "out"),
-        lambda: combine([Source(tmp_path, float("nan"))] * 2, tmp_path / "out"),
+        lambda: combine([ScaledFile(tmp_path)], tmp_path / "out"),
+        lambda: combine([ScaledFile(tmp_path, float("nan"))] * 2, tmp_path / "out"),
     ):
         with pytest.raises(ToolError):
             make()
@@ -295,8 +300,8 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 def test_layers_of_other_shapes_are_refused(tmp_path: Path) -> None:
     wide = {f"{SELF}.lora_up.weight": randn(128, 2), f"{SELF}.lora_down.weight": randn(2, 64)}
     sources = [
-        Source(narrow.source(tmp_path, "lora")),
-        Source(write(tmp_path / "wide.safetensors", wide)),
+        ScaledFile(narrow.source(tmp_path, "lora")),
+        ScaledFile(write(tmp_path / "wide.safetensors", wide)),
     ]
     with pytest.raises(ToolError) as caught:
         combine(sources, tmp_path / "out", CombineOptions())
@@ -308,11 +313,11 @@ def test_words_are_carried_and_must_agree(tmp_path: Path) -> None:
     lora = narrow.tensors_of("lora_text")
     one = write(tmp_path / "one.safetensors", lora | word)
     other = write(tmp_path / "other.safetensors", lora)
-    combine([Source(one), Source(other)], tmp_path / "out", CombineOptions())
+    combine([ScaledFile(one), ScaledFile(other)], tmp_path / "out", CombineOptions())
     assert torch.equal(load_file(tmp_path / "out")["bundle_emb.cat.clip_l"], word.popitem()[1])
     changed = write(tmp_path / "changed.safetensors", lora | {"bundle_emb.cat.clip_l": randn(2, 8)})
     with pytest.raises(ToolError) as caught:
-        combine([Source(one), Source(changed)], tmp_path / "out2", CombineOptions())
+        combine([ScaledFile(one), ScaledFile(changed)], tmp_path / "out2", CombineOptions())
     assert "differently" in str(caught.value)
 
 

@@ -16,9 +16,12 @@ from demo.networks import write_index
 from lora.engine.stack import LoraUse
 from lora.errors import ToolError
 from lora.formats.header import read_header
+from lora.formats.names.keys import Target
 from lora.formats.names.naming import Naming
+from lora.tools import EMBEDDINGS
 from lora.tools import convert as convert_module
 from lora.tools.adapters.part_names import in_naming
+from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import read_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.convert import ConvertOptions, Goal, convert
@@ -270,6 +273,16 @@ def test_all_that_changes_a_weight_goes_into_one_product(tmp_path: Path, model: 
     (before,), (after,) = deltas(path).values(), deltas(output).values()
     assert (after - before).norm() < 2e-6 * before.norm()
     assert report.relative_error < 2e-6
+
+
+@pytest.mark.parametrize("name", sorted(EMBEDDINGS))
+def test_a_table_of_rows_never_becomes_factors(name: str) -> None:
+    target = Target("text_encoder", f"model.{name}", {"weight": (50, 32)}, "BASE")
+    adapter = Adapter((Part(target, {"diff": randn(50, 32)}, target.path),))
+    options = ConvertOptions(algorithm=Goal.LORA, policy=RankPolicy(rank=2))
+    converted, changes = convert_module.as_lora(adapter, options)
+    assert [sorted(part.slots) for part in converted.parts] == [["diff"]]
+    assert changes == []
 
 
 def test_new_values_of_a_norm_and_a_table_become_differences(tmp_path: Path, model: Path) -> None:

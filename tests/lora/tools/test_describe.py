@@ -24,7 +24,7 @@ from lora.tools.adapters.metadata import clean, trigger_words
 from lora.tools.adapters.own_names import own_key_map, split_key
 from lora.tools.describe import Description, describe
 from lora.tools.describe_names import block_of, kind_of, layout_of
-from lora.tools.factors.norms import delta_norm
+from lora.tools.factors.lowrank import delta_norm
 from tests.adapters import CONV_SGM, SELF_ATTENTION, SELF_SGM, kohya, loha, randn, sd15, write
 from tests.conftest import ROOT
 from tests.lora.small import NAMES, Small, adapter, bind, small, tensors_of

@@ -209,10 +209,10 @@ def test_every_form_of_a_model_into_every_form(tmp_path: Path, form: str, output
         assert ("state_dict" in table) == (form == "ckpt")
     expected = merged_wan(tensors, lora, 0.7)
     with Checkpoint.open(tmp_path / output) as merged:
-        assert {one.name for one in merged.parameters.values()} == tensors.keys()
+        assert {one.raw.name for one in merged.parameters.values()} == tensors.keys()
         for place, stored in merged.parameters.items():
-            assert stored.dtype == torch.float32
-            torch.testing.assert_close(merged.read(place).double(), expected[stored.name])
+            assert stored.raw.dtype == torch.float32
+            torch.testing.assert_close(merged.read(place).double(), expected[stored.raw.name])
     if output == "out" and form in ("shards", "index"):
         names = {one.name for one in (tmp_path / "out").iterdir()}
         assert names == {one.name for one in model.iterdir()}
@@ -518,7 +518,7 @@ def test_run_killed_at_any_moment_leaves_only_whole_models(tmp_path: Path, endin
                 written += 1
                 with Checkpoint.open(one) as merged:
                     for place, stored in merged.parameters.items():
-                        assert torch.equal(merged.read(place), good[stored.name])
+                        assert torch.equal(merged.read(place), good[stored.raw.name])
     assert written
 
 

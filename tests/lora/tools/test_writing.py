@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lora.errors import ToolError
 from lora.formats.header import read_header
-from lora.tools.writing import StreamWriter, write_pytorch
+from lora.tools.writing import StreamWriter, published_folder, write_pytorch
 from tests.adapters import randn
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE
@@ -110,16 +110,17 @@ def test_two_processes_never_write_the_same(tmp_path: Path) -> None:
     path = tmp_path / "out.safetensors"
     with StreamWriter(path, NAMES, {"format": "pt"}, "one") as first:
         first.put(GROUPS["a"], {"group": "a"})
-        with pytest.raises(ToolError, match="another process is writing"):
-            StreamWriter(path, NAMES, {"format": "pt"}, "one")
+        second = StreamWriter(path, NAMES, {"format": "pt"}, "one")
+        with pytest.raises(ToolError, match="another process is writing"), second:
+            pass
         first.put(GROUPS["b"], {"group": "b"})
     assert write(path, "one") == ["a", "b"]
 
 
 def test_discarded_run_leaves_nothing(tmp_path: Path) -> None:
-    writer = StreamWriter(tmp_path / "out.safetensors", NAMES, {}, "one")
-    writer.put(GROUPS["a"])
-    writer.discard()
+    with StreamWriter(tmp_path / "out.safetensors", NAMES, {}, "one") as writer:
+        writer.put(GROUPS["a"])
+        writer.discard()
     assert not list(tmp_path.iterdir())
 
 
@@ -140,8 +141,23 @@ def test_header_has_room_for_any_shape(tmp_path: Path) -> None:
 
 
 def test_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ToolError, match="cannot be written"):
-        StreamWriter(tmp_path / "none" / "out.safetensors", [], {})
+    writer = StreamWriter(tmp_path / "none" / "out.safetensors", [], {})
+    with pytest.raises(ToolError, match="cannot be written"), writer:
+        pass
+
+
+def test_an_interrupt_while_the_file_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: object) -> int:
+        opened(*arguments)
+        raise KeyboardInterrupt
+
+    opened = os.open
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), StreamWriter(tmp_path / "out.safetensors", [], {}):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 LIMITED = """
@@ -234,3 +250,27 @@ def test_pickle_is_what_torch_loads(tmp_path: Path, wrapper: str) -> None:
     loaded = loaded[wrapper] if wrapper else loaded
     assert all(torch.equal(loaded[name], tensor) for name, tensor in GROUPS["a"].items())
     assert [one.name for one in tmp_path.iterdir()] == ["out.pt"]
+
+
+def test_a_folder_appears_with_all_that_is_in_it_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), published_folder(target) as folder:
+        (folder / "a").write_text("1")
+        raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+    with published_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert [(one.name, one.is_dir()) for one in tmp_path.iterdir()] == [("out", True)]
+    assert (target / "a").read_text() == "1"
+
+
+def test_a_folder_does_not_take_the_place_of_another(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with (
+        pytest.raises(ToolError, match="cannot be written"),
+        published_folder(tmp_path / "out") as folder,
+    ):
+        (folder / "a").touch()
+    assert [one.name for one in tmp_path.rglob("*")] == ["out", "mine"]

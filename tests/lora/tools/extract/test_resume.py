@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from lora.tools.extract import layer as extract_layer
-from lora.tools.extract.run import ExtractOptions, ExtractReport, extract
+from lora.tools.extract.options import ExtractOptions
+from lora.tools.extract.report import ExtractReport
+from lora.tools.extract.run import extract
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.models.checkpoints import Checkpoint
 from tests.conftest import ROOT

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora.tools.factors import svd
 from lora.tools.factors.ranks import RankPolicy, choose
-from lora.tools.factors.svd import Factors, energy, svd_by_policy, truncated_svd
+from lora.tools.factors.svd import Factors, energy, svd_by_policy, truncated_svd, tucker_svd
 from tests.adapters import randn
 
 
@@ -187,3 +187,18 @@ def test_a_policy_that_wants_everything_gets_everything() -> None:
 def test_a_policy_makes_nothing_of_nothing() -> None:
     assert svd_by_policy(torch.zeros(500, 400), RankPolicy(energy=0.9)).rank == 0
     assert svd_by_policy(torch.zeros(500, 400), RankPolicy(rank=4)).rank == 0
+
+
+def test_the_sweep_over_a_tucker_core_gains_over_a_single_pass() -> None:
+    weight = randn(48, 40, 3, 3)
+    found = tucker_svd(weight, 6)
+    down = truncated_svd(weight.movedim(1, 0).flatten(1), 6).up.t()
+    once = torch.linalg.svdvals(torch.einsum("oihw,ni->onhw", weight, down).flatten(1))
+    kept = float(once[:6].double().square().sum())
+    assert found.total - found.residual > 1.01 * kept
+    up, core, down = found.balanced()
+    back = torch.einsum("om,mnhw,ni->oihw", up, core, down)
+    error = float((weight.double() - back.double()).square().sum())
+    assert error == pytest.approx(found.residual, rel=1e-4)
+    sizes = [float(t.norm()) for t in (up / 6**0.5, core, down / 6**0.5)]
+    assert max(sizes) < 1.01 * min(sizes)

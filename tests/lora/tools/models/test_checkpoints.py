@@ -79,19 +79,6 @@ def test_what_is_no_parameter_is_among_the_others(tmp_path: Path) -> None:
         assert len(one.holds) + len(one.others) == tensors
 
 
-def test_original_names_are_the_files_and_tell_all_modules_apart(tmp_path: Path) -> None:
-    with Checkpoint.open(models.sdxl_single(tmp_path / "one.safetensors")) as one:
-        names = {one.original(place) for place in one.parameters}
-        assert len(names) == len({place[:2] for place in one.parameters})
-        query = Place("text_encoder_2", "text_model.encoder.layers.1.self_attn.q_proj", "weight")
-        attention = "conditioner.embedders.1.model.transformer.resblocks.1.attn"
-        assert one.original(query) == f"{attention}.q_proj"
-        block = Place("unet", "down_blocks.1.attentions.0.proj_in", "bias")
-        assert one.original(block) == "model.diffusion_model.input_blocks.4.1.proj_in"
-    with Checkpoint.open(models.DEMO) as folder:
-        assert folder.original(block) == "unet.down_blocks.1.attentions.0.proj_in"
-
-
 def test_unknown_model_keeps_its_own_names(tmp_path: Path) -> None:
     tensors = models.wan(torch.bfloat16)
     save_file(tensors, tmp_path / "wan.safetensors")
@@ -101,7 +88,6 @@ def test_unknown_model_keeps_its_own_names(tmp_path: Path) -> None:
         }
         modulation = Place("transformer", "blocks.0", "modulation")
         assert torch.equal(checkpoint.read(modulation), tensors["blocks.0.modulation"])
-        assert checkpoint.original(modulation) == "blocks.0"
         match = checkpoint.key_map().match("diffusion_model.blocks.0.diff_m")
         assert match is not None
         assert match.target.parameter("modulation") == "modulation"
@@ -119,7 +105,7 @@ def test_pickle_holds_what_the_safetensors_file_holds(
         assert checkpoint.files[0].wrapper == wrapper
         assert len(checkpoint.parameters) == len(tensors)
         for place, stored in checkpoint.parameters.items():
-            assert torch.equal(checkpoint.read(place), tensors[stored.name])
+            assert torch.equal(checkpoint.read(place), tensors[stored.raw.name])
 
 
 def test_fused_tensors_of_a_pickle_are_read_by_thirds(tmp_path: Path) -> None:
@@ -146,7 +132,7 @@ def test_shards_are_one_model_by_folder_and_by_index(tmp_path: Path, stem: str) 
     folder = models.sharded(tmp_path / "wan", tensors, stem)
     for path in (folder, folder / f"{stem}.safetensors.index.json"):
         with Checkpoint.open(path) as checkpoint:
-            assert {one.name for one in checkpoint.parameters.values()} == tensors.keys()
+            assert {one.raw.name for one in checkpoint.parameters.values()} == tensors.keys()
     (folder / f"{stem}.safetensors.index.json").unlink()
     with Checkpoint.open(folder) as checkpoint:
         assert len(checkpoint.parameters) == len(tensors)
