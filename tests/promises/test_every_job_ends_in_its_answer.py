@@ -32,7 +32,7 @@ from tests.worst import HUGE, PROMPTS, TOKEN
 
 pytestmark = pytest.mark.slow
 
-JOBS, SEED = 120, 20261121
+JOBS, SEED = 200, 20261121
 
 
 @pytest.fixture(scope="module")
