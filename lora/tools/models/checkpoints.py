@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lora.durable import sha256_of
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap, Shape
 from lora.tools.models.folders import sources_of
@@ -231,8 +232,7 @@ class Checkpoint:
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes, in hex, without its bytes in memory. Raises: ToolError."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise unreadable(path, error) from error
 
