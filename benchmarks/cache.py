@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import fill_in, write_result
+from lora.durable import sha256_of
 from lora.fetch.rules import WebRules
 from lora.fetch.sources import Reference, RemoteFile, parse
 from lora.fetch.web import Web
 from lora.volume.cache import VolumeCache
 from lora.volume.records import Record, record_path, write
-from lora.volume.shelf import file_name, sha256_of
+from lora.volume.shelf import file_name
 
 log = logging.getLogger("cache")
 

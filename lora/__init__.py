@@ -113,9 +113,9 @@ def load_adapter(path: Path | str, engine: LoraEngine) -> LoraFile:
     whole, or holds NaN or infinity; LoraIncompatible if it is for another model; LoraUnsupported if its
     tensors fit, and none can be applied.
     """
+    from lora.durable import sha256_of
     from lora.formats.adapter import load
     from lora.formats.opening import opened
-    from lora.volume.shelf import sha256_of
 
     with opened(Path(path)) as adapter:
         digest = sha256_of(adapter.original)

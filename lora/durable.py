@@ -1,7 +1,8 @@
-"""Files that appear under their name whole, at once, and that a loss of power does not take away."""
+"""Files that appear under their name whole, at once, and that a loss of power does not take away; hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import uuid
@@ -69,3 +70,9 @@ def sync_folder(folder: Path) -> None:
         log.debug("cannot sync %s: %s", folder.name, error.strerror)
     finally:
         os.close(handle)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file's bytes in hex; the file is read in pieces. Raises: OSError."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lora.durable import part_file, replace_durably
+from lora.durable import part_file, replace_durably, sha256_of
 from lora.errors import naming
 from lora.fetch.download import Fetched
 from lora.fetch.sources import RemoteFile
@@ -18,7 +18,7 @@ from lora.formats.peft import config_beside
 from lora.formats.pickles import convert, looks_like_pickle
 from lora.volume.records import INCOMING, Record, record_path, write
 from lora.volume.room import Room
-from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name, sha256_of
+from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name
 
 
 @dataclass(frozen=True)

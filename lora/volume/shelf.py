@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lora.durable import sha256_of
 from lora.errors import LoraCorrupt, LoraError
 from lora.fetch.sources import RemoteFile
 from lora.formats.endings import SAFETENSORS
@@ -194,12 +195,6 @@ def _described(adapter: StoredAdapter) -> dict[str, Any]:
 def digest_of(text: str) -> str:
     """16 hex digits that stand for a text in a file's name."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256 in hex, read in pieces. Raises: OSError."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def check_sha256(expected: str | None, actual: str, shown: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lora.durable import part_file, published, write_durably
+from lora.durable import part_file, published, sha256_of, write_durably
 
 
 def names(folder: Path) -> list[str]:
@@ -83,3 +83,8 @@ def test_a_part_for_the_longest_name_is_no_longer_than_a_name_may_be(tmp_path: P
         with part_file(tmp_path, name) as part:
             part.touch()
     assert names(tmp_path) == []
+
+
+def test_a_files_hash_is_that_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea")

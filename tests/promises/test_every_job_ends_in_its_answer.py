@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from benchmarks.jobs import KINDS, measure
-from lora.volume.shelf import sha256_of
+from lora.durable import sha256_of
 from tests.adapters import as_bytes, kohya
 from tests.conftest import ROOT
 from tests.emulator.running import FINAL, Emulator

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from lora.durable import sha256_of
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap, Shape
 from lora.tools import FILE_FORMATS
@@ -191,8 +192,7 @@ class Checkpoint:
 def file_sha256(path: Path) -> str:
     """The hash of a file's bytes, in hex; they are not loaded into memory. Raises: ToolError."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_of(path)
     except OSError as error:
         raise unreadable(path, error) from error
 
