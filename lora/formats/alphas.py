@@ -23,11 +23,10 @@ RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """The slots whose first dimension is the rank."""
 
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
-"""PEFT's defaults for OFT, and the most terms that are read: nobody needs more."""
+"""PEFT's default number of terms for OFT, the largest number that is read, and PEFT's default `eps`."""
 
 MAX_SCALING = 1e30
 """A larger number would overflow when it is multiplied in float32."""
-
 
 CONFIG_IN_FILE = "lora_adapter_metadata"
 """The key of a file's metadata under which diffusers stores PEFT's config, one table for all components."""
@@ -47,7 +46,10 @@ class Alphas:
         """
         source = CONFIG_IN_FILE
         try:
-            configs = _by_component(json.loads(metadata.get(source, "{}")))
+            configs: dict[str, Any] = {}
+            for key, value in json.loads(metadata.get(source, "{}")).items():
+                component, _, option = key.partition(".")
+                configs.setdefault(component, {})[option] = value
             if config is not None:
                 source = "adapter_config.json"
                 configs[""] = json.loads(config)
@@ -56,7 +58,7 @@ class Alphas:
             raise LoraCorrupt(f"the file's {source} is malformed") from error
 
     def complete(self, slots: dict[str, Tensor], component: str, name: str) -> None:
-        """Adds to a layer's tensors what its config says of it. `name`: the layer's name in the file."""
+        """Adds what the config says of a layer to its tensors. `name`: the layer's name in the file."""
         config = self.configs.get(component, self.configs.get(""))
         if config is None:
             return
@@ -68,14 +70,6 @@ class Alphas:
             slots["on_input"] = torch.tensor(config.feedforward.find(name) is not None)
         elif "alpha" not in slots:
             _complete_alpha(slots, config, name)
-
-
-def _by_component(fields: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    configs: dict[str, dict[str, Any]] = {}
-    for name, value in fields.items():
-        component, _, option = name.partition(".")
-        configs.setdefault(component, {})[option] = value
-    return dict(configs)
 
 
 @dataclass(frozen=True)
@@ -123,7 +117,7 @@ class Patterns:
     """
 
     plain: Mapping[str, tuple[int, float]]
-    """Patterns that are plain names -> place in the table and number: one look-up for hundreds of them."""
+    """Patterns that are plain names -> index in the table and number: one look-up for hundreds of them."""
     others: tuple[tuple[int, re.Pattern[str], float], ...]
 
     @classmethod
@@ -131,11 +125,11 @@ class Patterns:
         """Raises: ValueError, TypeError or AttributeError if it is no such table."""
         plain: dict[str, tuple[int, float]] = {}
         others = []
-        for place, (pattern, value) in enumerate(table.items()):
+        for index, (pattern, value) in enumerate(table.items()):
             if re.fullmatch(r"[\w.]+", pattern):
-                plain[pattern] = place, _finite(value)
+                plain[pattern] = index, _finite(value)
             else:
-                others.append((place, _compiled(pattern), _finite(value)))
+                others.append((index, _compiled(pattern), _finite(value)))
         if len(others) > MAX_PATTERNS:
             raise ValueError("too many patterns")
         return cls(plain, tuple(others))
@@ -147,7 +141,7 @@ class Patterns:
             if rest in self.plain:
                 fitting.append(self.plain[rest])
             rest = rest.partition(".")[2]
-        fitting += [(place, value) for place, pattern, value in self.others if pattern.match(name)]
+        fitting += [(index, value) for index, pattern, value in self.others if pattern.match(name)]
         return min(fitting)[1] if fitting else None
 
 
@@ -173,15 +167,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ValueError("no pattern") from error
 
 
-def _modules(wanted: object) -> Patterns | None:
+def _modules(names: object) -> Patterns | None:
     """PEFT's lists of modules: endings of names, or one pattern for the whole name."""
-    if wanted is None:
-        return None
-    if isinstance(wanted, str):
-        return Patterns.of({f"^{wanted}": 1})
-    if isinstance(wanted, list):
-        return Patterns.of(dict.fromkeys(wanted, 1))
-    raise TypeError("no list of modules")
+    names = [f"^{names}"] if isinstance(names, str) else names
+    if not isinstance(names, list | None):
+        raise TypeError("no list of modules")
+    return None if names is None else Patterns.of(dict.fromkeys(names, 1))
 
 
 def _finite(value: Any) -> float:
@@ -192,8 +183,8 @@ def _finite(value: Any) -> float:
 
 
 def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> None:
-    alpha = config.alphas.find(name)
-    alpha = config.alpha if alpha is None else alpha
+    own_alpha = config.alphas.find(name)
+    alpha = config.alpha if own_alpha is None else own_alpha
     if alpha is None:
         return
     rank = next((slots[s].shape[0] for s in RANKED if s in slots and slots[s].dim()), None)

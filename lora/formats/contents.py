@@ -26,8 +26,6 @@ UNKNOWN_MODULE = "no module of this model has that name"
 NOT_FLOATING = ("bias_indices", "bias_size", *ONE_NUMBER)
 """The slots that may hold whole numbers, and whose precision is never changed."""
 
-KNOWN_SLOTS = frozenset(SLOTS.values())
-
 MAX_SHOWN, MAX_SLOTS_SHOWN = 200, 8
 """How much of a tensor's name a message repeats, and how many of a module's tensors."""
 
@@ -115,13 +113,13 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> list[str]:
     modules, adapter = contents.modules, False
     for key in contents.header.tensors:
         match = key_map.match(key)
+        if match is None and is_embedding(key):
+            words.append(key)
+            continue
         if match is None:
-            if is_embedding(key):
-                words.append(key)
-            else:
-                missing = key_map.missing_component(key)
-                reason = f"this model has no {missing}" if missing else UNKNOWN_MODULE
-                contents.unused.append(UnusedKey(key, reason))
+            missing = key_map.missing_component(key)
+            reason = f"this model has no {missing}" if missing else UNKNOWN_MODULE
+            contents.unused.append(UnusedKey(key, reason))
             continue
         adapter = adapter or key[len(match.stem) + 1 :] not in ("weight", "bias")
         module = modules.get(match.target)
@@ -156,9 +154,8 @@ def _check(module: Module, *, check_shapes: bool) -> Mapping[str, str]:
     used, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}
     if left and not alone:
-        fault = (
-            "a part is missing" if left <= KNOWN_SLOTS else "no known algorithm has such tensors"
-        )
+        known = left <= set(SLOTS.values())
+        fault = "a part is missing" if known else "no known algorithm has such tensors"
         shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
         more = ", ..." * (len(slots) > MAX_SLOTS_SHOWN)
         return dict.fromkeys(slots, f"{fault} (the layer has {', '.join(shown)}{more})")
@@ -173,14 +170,14 @@ def _check(module: Module, *, check_shapes: bool) -> Mapping[str, str]:
             return dict.fromkeys(slots, misfit)
         count = len(recipe.used & module.keys.keys())
         module.layers.append(Layer(target, parameter, algorithm, count))
-        for more_of_it in algorithm.companions(shape):
-            if name := target.parameter(more_of_it.parameter):
-                module.layers.append(Layer(target, name, more_of_it, 0))
+        for companion in algorithm.companions(shape):
+            if name := target.parameter(companion.parameter):
+                module.layers.append(Layer(target, name, companion, 0))
     return alone
 
 
 def _trouble(slots: Mapping[str, Tensor]) -> str | None:
-    """What is wrong with a module's tensors, whatever algorithm they are."""
+    """What is wrong with a module's tensors, regardless of their algorithm; None if nothing is."""
     for slot, tensor in slots.items():
         if slot in REFUSED:
             return REFUSED[slot]

@@ -63,8 +63,7 @@ def read_embedding(key: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding
         behind = kind.endswith("_out")
         return "an embedding for behind the text encoder" if behind else "no text encoder of ours"
     vectors = vectors[None] if vectors.dim() == 1 else vectors
-    trouble = _trouble(vectors, component, key_map)
-    return trouble or TokenEmbedding(word, component, vectors)
+    return _trouble(vectors, component, key_map) or TokenEmbedding(word, component, vectors)
 
 
 def _trouble(vectors: Tensor, component: str, key_map: KeyMap) -> str | None:

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lora.formats.header import Header
 
 CROSS_ATTENTION_WIDTHS = {768: "SD 1.5", 1024: "SD 2", 1280: "SDXL refiner", 2048: "SDXL"}
 """How many values per token a UNet's cross attention reads -> its family."""
-
-
-@dataclass(frozen=True)
-class Condition:
-    """One row of the table: a family, and how to know it."""
-
-    family: str
-    holds: Callable[[Header], bool]
 
 
 def _some_key_has(*parts: str) -> Callable[[Header], bool]:
@@ -27,17 +18,18 @@ def _reads(width: int) -> Callable[[Header], bool]:
     return lambda header: cross_attention_width(header) == width
 
 
-# The first that holds wins. Names that only one family has come before widths, which families may share.
-CONDITIONS: tuple[Condition, ...] = (
-    Condition("Flux", _some_key_has("double_blocks", "single_transformer_blocks", "single_blocks")),
-    Condition("Qwen-Image", _some_key_has("img_mlp", "img_mod", "txt_mod")),
-    Condition("SD 3", _some_key_has("joint_blocks", "attn.add_q_proj", "attn_add_q_proj")),
-    Condition("Wan", _some_key_has("blocks.0.cross_attn", "blocks_0_cross_attn", ".ffn.0.")),
-    *(Condition(family, _reads(width)) for width, family in CROSS_ATTENTION_WIDTHS.items()),
-    Condition("SDXL", _some_key_has("lora_te2_", "text_encoder_2.")),
-    Condition("SD 1.5", _some_key_has("lora_te_text_model")),
-    Condition("language model", _some_key_has("model.layers.", "h.0.attn")),
+CONDITIONS: tuple[tuple[str, Callable[[Header], bool]], ...] = (
+    ("Flux", _some_key_has("double_blocks", "single_transformer_blocks", "single_blocks")),
+    ("Qwen-Image", _some_key_has("img_mlp", "img_mod", "txt_mod")),
+    ("SD 3", _some_key_has("joint_blocks", "attn.add_q_proj", "attn_add_q_proj")),
+    ("Wan", _some_key_has("blocks.0.cross_attn", "blocks_0_cross_attn", ".ffn.0.")),
+    *((family, _reads(width)) for width, family in CROSS_ATTENTION_WIDTHS.items()),
+    ("SDXL", _some_key_has("lora_te2_", "text_encoder_2.")),
+    ("SD 1.5", _some_key_has("lora_te_text_model")),
+    ("language model", _some_key_has("model.layers.", "h.0.attn")),
 )
+"""A family, and how to know it: the first that holds wins. Names that only one family has come before
+widths, which families may share."""
 
 
 NAMED_SO: tuple[tuple[str, str], ...] = (
@@ -63,12 +55,10 @@ def family_of(base: str) -> str | None:
 
 
 def identify(header: Header) -> str | None:
-    """The family that the file was made for, by its usual name; None if that cannot be told."""
-    for condition in CONDITIONS:
-        if condition.holds(header):
-            return condition.family
+    """The family that the file was made for, by its usual name; None if nothing shows it."""
+    family = next((family for family, holds in CONDITIONS if holds(header)), None)
     base = header.metadata.get("ss_base_model_version", "")
-    return family_of(base) or base[:80] or None
+    return family or family_of(base) or base[:80] or None
 
 
 _DOWN_SUFFIXES = ("lora_down.weight", "lora_A.weight", "hada_w1_b", "lora.down.weight")

@@ -82,9 +82,12 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
         raise LoraCorrupt("the header's names are no Unicode text") from error
     infos = {name: _tensor_info(name, info, data_start) for name, info in fields.items()}
     tensors = dict(sorted(infos.items(), key=lambda item: (item[1].start, item[1].end)))
-    end_of_data = _end_of_data(tensors, data_start) - data_start
-    if end_of_data != size - data_start:
-        missing = end_of_data - (size - data_start)
+    end = data_start
+    for info in tensors.values():
+        if info.start != end:
+            raise LoraCorrupt("the file's tensors overlap, or there is a gap between them")
+        end = info.end
+    if missing := end - size:
         trouble = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
         raise LoraCorrupt(
             f"the file does not have the length that its header tells ({trouble})",
@@ -100,10 +103,9 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
     """Checks one entry of the header. Raises: LoraCorrupt if it is malformed or contradicts itself."""
     try:
         dtype, shape, (start, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-        whole = len(shape) <= MAX_DIMENSIONS and {*map(type, shape), type(start), type(end)} == {
-            int
-        }
-        whole = whole and all(0 <= n <= MAX_NUMBERS for n in (*shape, start, end))
+        numbers = (*shape, start, end)
+        whole = all(type(number) is int and 0 <= number <= MAX_NUMBERS for number in numbers)
+        whole = whole and len(shape) <= MAX_DIMENSIONS
     except (KeyError, TypeError, ValueError):
         whole = False
     if not whole:
@@ -118,32 +120,19 @@ def _tensor_info(name: str, info: Any, data_start: int) -> TensorInfo:
     return TensorInfo(dtype, shape, data_start + start, data_start + end)
 
 
-def _end_of_data(tensors: Mapping[str, TensorInfo], start: int) -> int:
-    """Returns where the last tensor ends. Raises: LoraCorrupt if tensors overlap or leave a gap."""
-    for info in tensors.values():
-        if info.start != start:
-            raise LoraCorrupt("the file's tensors overlap, or there is a gap between them")
-        start = info.end
-    return start
-
-
 def _not_safetensors(head: bytes, size: int) -> LoraError:
     """The error for a file that is not .safetensors, by what its first bytes look like."""
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
         return LoraUnsupported(
             "the file is a Python pickle or a zip archive", "Convert it to .safetensors."
         )
-    return LoraCorrupt(_what_it_is(head, size))
-
-
-def _what_it_is(head: bytes, size: int) -> str:
     text = head.lstrip().lower()
     if size == 0:
-        return "the file is empty"
+        return LoraCorrupt("the file is empty")
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "the file is a web page, not an adapter (a login or error page?)"
+        return LoraCorrupt("the file is a web page, not an adapter (a login or error page?)")
     if head.startswith(b"version https://git-lfs"):
-        return "the file is a Git LFS pointer, not the adapter itself"
+        return LoraCorrupt("the file is a Git LFS pointer, not the adapter itself")
     if text.startswith((b"{", b"[")):
-        return "the file is JSON text, not a .safetensors file"
-    return "the file is not a .safetensors file, or it was cut off within its header"
+        return LoraCorrupt("the file is JSON text, not a .safetensors file")
+    return LoraCorrupt("the file is not a .safetensors file, or it was cut off within its header")

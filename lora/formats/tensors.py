@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from pathlib import Path
 
 import torch
@@ -51,18 +53,14 @@ class Run:
 
     whole: Tensor
     """[numbers]."""
-    names: list[str]
-    infos: list[TensorInfo]
+    entries: list[tuple[str, TensorInfo]]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor with its name, as a view: so one operation changes the dtype or device of all."""
-        size, start = self.whole.element_size(), self.infos[0].start
-        for name, info in zip(self.names, self.infos, strict=True):
-            strides: list[int] = []
-            step = 1
-            for length in reversed(info.shape):
-                strides.insert(0, step)
-                step *= length
+        size, start = self.whole.element_size(), self.entries[0][1].start
+        for name, info in self.entries:
+            # Row-major: a stride is the product of the lengths behind it, without the product of all.
+            strides = list(accumulate(reversed(info.shape), mul, initial=1))[-2::-1]
             # One call of torch per tensor, where slicing and shaping would be two: files have thousands.
             yield name, self.whole.as_strided(info.shape, strides, (info.start - start) // size)
 
@@ -102,14 +100,13 @@ def _read(path: Path) -> mmap.mmap:
         part = (size // THREADS // READ_BYTES + 1) * READ_BYTES
 
         def fill(start: int) -> None:
-            place, end = start, min(start + part, size)
-            while place < end:
-                count = os.preadv(
-                    stream.fileno(), [view[place : min(place + READ_BYTES, end)]], place
-                )
+            end = min(start + part, size)
+            while start < end:
+                piece = view[start : min(start + READ_BYTES, end)]
+                count = os.preadv(stream.fileno(), [piece], start)
                 if not count:
                     raise LoraCorrupt("the file became shorter while it was read")
-                place += count
+                start += count
 
         with ThreadPoolExecutor(THREADS) as threads:
             list(threads.map(fill, range(0, size, part)))
@@ -117,19 +114,19 @@ def _read(path: Path) -> mmap.mmap:
 
 
 def _runs(header: Header, buffer: mmap.mmap) -> Iterator[Run]:
-    names: list[str] = []
-    infos: list[TensorInfo] = []
+    entries: list[tuple[str, TensorInfo]] = []
     for name, info in header.tensors.items():
-        if infos and (infos[-1].dtype, infos[-1].end) != (info.dtype, info.start):
-            yield Run(_whole(buffer, infos), names, infos)
-            names, infos = [], []
-        names.append(name)
-        infos.append(info)
-    yield Run(_whole(buffer, infos), names, infos)
+        if entries:
+            last = entries[-1][1]
+            if (last.dtype, last.end) != (info.dtype, info.start):
+                yield Run(_whole(buffer, entries[0][1], last), entries)
+                entries = []
+        entries.append((name, info))
+    yield Run(_whole(buffer, entries[0][1], entries[-1][1]), entries)
 
 
-def _whole(buffer: mmap.mmap, infos: list[TensorInfo]) -> Tensor:
-    dtype, start, end = DTYPES[infos[0].dtype], infos[0].start, infos[-1].end
+def _whole(buffer: mmap.mmap, first: TensorInfo, last: TensorInfo) -> Tensor:
+    dtype, start, end = DTYPES[first.dtype], first.start, last.end
     if start == end:
         return torch.empty(0, dtype=dtype)
     if start % dtype.itemsize:  # unaligned: the format allows it, processors handle it badly
@@ -138,7 +135,8 @@ def _whole(buffer: mmap.mmap, infos: list[TensorInfo]) -> Tensor:
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=start)
 
 
-SUMMABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COMPUTING = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""The dtypes that torch can add and multiply; narrower ones are only for storing."""
 
 
 def _check_finite(run: Run) -> None:
@@ -149,9 +147,9 @@ def _check_finite(run: Run) -> None:
     """
     if not run.whole.dtype.is_floating_point:
         return
-    if run.whole.dtype in SUMMABLE and bool(run.whole.sum().isfinite()):
+    if run.whole.dtype in COMPUTING and bool(run.whole.sum().isfinite()):
         return
     for name, tensor in run.tensors():
-        exact = tensor if tensor.dtype in SUMMABLE else tensor.float()
+        exact = tensor if tensor.dtype in COMPUTING else tensor.float()
         if not bool(exact.isfinite().all()):
             raise LoraCorrupt(f"the tensor {name[:200]} holds NaN or infinity")

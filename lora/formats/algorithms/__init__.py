@@ -91,10 +91,8 @@ def recipes(slots: Set[str]) -> tuple[tuple[Recipe, ...], Set[str]]:
         reads, used = slots_of(algorithm, left)
         if not used:
             continue
-        magnitude = next((slot for slot in MAGNITUDES if slot in left), None)
-        if algorithm not in DECOMPOSABLE:
-            magnitude = None
-        used = used | ({magnitude} if magnitude else set())
-        made.append(Recipe(algorithm, reads, used, magnitude))
+        magnitudes = [slot for slot in MAGNITUDES if slot in left and algorithm in DECOMPOSABLE]
+        used |= set(magnitudes[:1])
+        made.append(Recipe(algorithm, reads, used, next(iter(magnitudes), None)))
         left -= used
     return tuple(made), frozenset(left)

@@ -6,7 +6,7 @@ W' = W + diff (LyCORIS `full` and `norm`, LightX2V's `diff`, `diff_b`, `diff_m`)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
@@ -21,12 +21,15 @@ class _Whole(Algorithm):
 
     name: ClassVar[str] = "full"
 
+    @property
     def _tensor(self) -> Tensor:
-        raise NotImplementedError
+        """The subclass's first field, which is named after its slot."""
+        tensor: Tensor = getattr(self, fields(self)[0].name)
+        return tensor
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
-        ours = tuple(self._tensor().shape)
+        ours = tuple(self._tensor.shape)
         same = [n for n in ours if n != 1] == [n for n in shape if n != 1]
         return None if same else f"{list(ours)} is not the parameter's shape {list(shape)}"
 
@@ -34,13 +37,13 @@ class _Whole(Algorithm):
 class _Difference(_Whole):
     def delta(self, weight: Tensor) -> Tensor:
         """The difference."""
-        return placed(self._tensor(), weight).reshape(weight.shape)
+        return placed(self._tensor, weight).reshape(weight.shape)
 
 
 class _Value(_Whole):
     def delta(self, weight: Tensor) -> Tensor:
         """The value less the original."""
-        return placed(self._tensor(), weight).reshape(weight.shape) - placed(weight, weight)
+        return placed(self._tensor, weight).reshape(weight.shape) - placed(weight, weight)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +54,6 @@ class WeightDifference(_Difference):
     alpha: Tensor | None = None
     """Some tools write it. It has no effect, since a difference has no rank."""
 
-    def _tensor(self) -> Tensor:
-        return self.diff
-
 
 @dataclass(frozen=True, eq=False)
 class BiasDifference(_Difference):
@@ -61,9 +61,6 @@ class BiasDifference(_Difference):
 
     parameter: ClassVar[str] = "bias"
     diff_b: Tensor
-
-    def _tensor(self) -> Tensor:
-        return self.diff_b
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,18 +70,12 @@ class ModulationDifference(_Difference):
     parameter: ClassVar[str] = "modulation"
     diff_m: Tensor
 
-    def _tensor(self) -> Tensor:
-        return self.diff_m
-
 
 @dataclass(frozen=True, eq=False)
 class WeightValue(_Value):
     """A weight's new value."""
 
     weight: Tensor
-
-    def _tensor(self) -> Tensor:
-        return self.weight
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +84,3 @@ class BiasValue(_Value):
 
     parameter: ClassVar[str] = "bias"
     bias: Tensor
-
-    def _tensor(self) -> Tensor:
-        return self.bias

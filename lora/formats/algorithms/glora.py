@@ -42,10 +42,11 @@ class GLoRA(Algorithm):
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
-        if any(t.dim() < 2 for t in (self.a1, self.a2, self.b1, self.b2)):
+        factors = (self.a1, self.a2, self.b1, self.b2)
+        if any(factor.dim() < 2 for factor in factors):
             return "a factor has less than two dimensions"
         if self._ordered(shape) is None:
-            shapes = [list(t.shape) for t in (self.a1, self.a2, self.b1, self.b2)]
+            shapes = [list(factor.shape) for factor in factors]
             return f"factors {shapes} do not fit the layer {list(shape)}"
         return None
 
@@ -57,16 +58,15 @@ class GLoRA(Algorithm):
             (self.a1, self.a2, self.b1, self.b2),
             (self.a2, self.a1, self.b2, self.b1),
         ):
-            rank = a2.shape[0]
-            fits = a1.shape[0] == a2.shape[1] == shape[1] and a1[0].numel() == rank == b2.shape[0]
-            fits = fits and a2[0].numel() == shape[1] and b1.shape[0] == shape[0]
-            fits = fits and b1[0].numel() == rank
+            rank, inputs = a2.shape[0], shape[1]
+            fits = a1.shape[0] == a2.shape[1] == a2[0].numel() == inputs and b1.shape[0] == shape[0]
+            fits = fits and a1[0].numel() == b1[0].numel() == b2.shape[0] == rank
             if self.bm is None:
                 fits = fits and b2[0].numel() == math.prod(shape[1:])
             else:
-                fits = fits and b2[0].numel() == shape[1]
-                fits = fits and tuple(self.bm.shape) == (rank, rank, *shape[2:])
-            if fits and len(shape) in (2, 4):
+                fits = fits and b2[0].numel() == inputs
+                fits = fits and self.bm.shape == (rank, rank, *shape[2:])
+            if fits:
                 return a1, a2, b1, b2
         return None
 

@@ -30,16 +30,13 @@ class IA3(Algorithm):
         """See `Algorithm.misfit`."""
         if self.on_input.numel() != 1:
             return "on_input is not one number"
-        side = 1 if bool(self.on_input) else 0
-        if len(shape) < 2 or self.weight.numel() != shape[side]:
+        if len(shape) < 2 or self.weight.numel() != shape[int(bool(self.on_input))]:
             return f"the factors {list(self.weight.shape)} do not fit the layer {list(shape)}"
         return None
 
     def delta(self, weight: Tensor) -> Tensor:
         """W * w."""
-        return placed(weight, weight) * _along(
-            self.weight, weight, side=1 if bool(self.on_input) else 0
-        )
+        return placed(weight, weight) * _along(self.weight, weight, int(bool(self.on_input)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,19 +59,18 @@ class PeftIA3(Algorithm):
     def _side(self, shape: Shape) -> int | None:
         ours, count = tuple(self.ia3_l.shape), self.ia3_l.numel()
         if len(shape) == 2 and len(ours) == 2:
-            sides = [side for side in (0, 1) if ours[side] == shape[side] == count]
-            return sides[0] if sides else None
+            return next((side for side in (0, 1) if ours[side] == shape[side] == count), None)
         # A convolution's shape does not show the side; PEFT's default is the output.
         if len(shape) == 4 and len(ours) == 4 and ours[1] == count and count in shape[:2]:
             if self.on_input is not None and shape[0] == shape[1]:
-                return 1 if bool(self.on_input) else 0
-            return 0 if count == shape[0] else 1
+                return int(bool(self.on_input))
+            return shape.index(count)
         return None
 
     def delta(self, weight: Tensor) -> Tensor:
         """W * (l - 1)."""
         side = self._side(tuple(weight.shape)) or 0
-        return placed(weight, weight) * (_along(self.ia3_l, weight, side=side) - 1)
+        return placed(weight, weight) * (_along(self.ia3_l, weight, side) - 1)
 
     def companions(self, shape: Shape) -> tuple[Algorithm, ...]:
         """PEFT multiplies the whole output, the bias too."""
@@ -96,7 +92,7 @@ class PeftIA3Bias(Algorithm):
 
     def delta(self, weight: Tensor) -> Tensor:
         """b * (l - 1)."""
-        return placed(weight, weight) * (placed(self.ia3_l, weight).flatten() - 1)
+        return placed(weight, weight) * (_along(self.ia3_l, weight, 0) - 1)
 
 
 def _along(factors: Tensor, weight: Tensor, side: int) -> Tensor:

@@ -41,10 +41,8 @@ class LoKr(Algorithm):
     @property
     def rank(self) -> int | None:
         """Rows of the second factor's `_b`, else of the first's; None if both are whole."""
-        for factor in (self.lokr_w2_b, self.lokr_w1_b):
-            if factor is not None and factor.dim():
-                return factor.shape[0]
-        return None
+        factors = (self.lokr_w2_b, self.lokr_w1_b)
+        return next((f.shape[0] for f in factors if f is not None and f.dim()), None)
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
@@ -58,12 +56,10 @@ class LoKr(Algorithm):
         )
         if trouble:
             return trouble
-        kernel = math.prod(shape[2:])
-        rows, columns = first[0] * second[0], first[1] * math.prod(second[1:])
-        fits = len(first) == 2 and (rows, columns) == (shape[0], shape[1] * kernel)
-        if len(second) > 2:
-            fits = fits and second[2:] == shape[2:]
-        fits = fits and math.prod(second[1:]) % kernel == 0
+        columns = math.prod(second[1:])
+        whole = first[0] * second[0], first[1] * columns
+        fits = len(first) == 2 and whole == (shape[0], math.prod(shape[1:]))
+        fits = fits and second[2:] in ((), shape[2:]) and columns % math.prod(shape[2:]) == 0
         if not fits:
             return f"lokr_w1 {list(first)} and lokr_w2 {list(second)} do not fit the layer {list(shape)}"
         return None

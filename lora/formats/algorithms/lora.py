@@ -54,8 +54,8 @@ class LoRA(Algorithm):
             if len(shape) != 4 or tuple(self.lora_mid.shape) != (rank, rank, *kernel):
                 return f"lora_mid {list(self.lora_mid.shape)} does not fit the layer {list(shape)}"
             down = (*down[:2], *kernel) if math.prod(down[2:]) == 1 else ()
-        same = (up[0], *down[1:]) == shape
-        if not same and not _flat_fits(up[0], down, shape):
+        sides = (up[0], *down[1:2])
+        if sides != shape[:2] or math.prod(down[2:]) != math.prod(shape[2:]):
             return f"factors {list(up)} and {list(self.lora_down.shape)} do not fit the layer {list(shape)}"
         return self._sparse_misfit(shape)
 
@@ -86,8 +86,7 @@ class LoRA(Algorithm):
         if self.lora_mid is not None:
             flat = down.flatten(1).float()
             down = torch.einsum("mnhw,ni->mihw", self.lora_mid.float(), flat)
-        up = self.lora_up if self.lora_up.dim() == 2 else self.lora_up.flatten(1)
-        return LowRank(down, up, scaling(self.alpha, self.rank))
+        return LowRank(down, self.lora_up.flatten(1), scaling(self.alpha, self.rank))
 
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * (up @ down + sparse)."""
@@ -101,13 +100,6 @@ class LoRA(Algorithm):
             rows, columns = self.bias_indices.to(weight.device, torch.long)
             total.index_put_((rows, columns), placed(self.bias_values, weight), accumulate=True)
         return total.mul_(scaling(self.alpha, self.rank)).reshape(weight.shape)
-
-
-def _flat_fits(rows: int, down: Shape, shape: Shape) -> bool:
-    """Whether factors with another number of axes fit the layer: 1x1-shaped ones on a linear layer."""
-    if len(shape) < 2 or len(down) < 2:
-        return False
-    return (rows, down[1]) == shape[:2] and math.prod(down[2:]) == math.prod(shape[2:])
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,16 +49,15 @@ class OFT(Algorithm):
         blocks = tuple(self.oft_blocks.shape)
         if len(shape) < 2:
             return f"oft_blocks {list(blocks)} do not fit the layer {list(shape)}"
+        rows = shape[0]
         if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
             return f"oft_blocks {list(blocks)} are no square blocks"
-        if blocks[-3] * blocks[-2] != shape[0]:
-            return f"oft_blocks {list(blocks)} do not make up the {shape[0]} rows of the layer"
-        if len(blocks) == 4 and (blocks[-1] % 2 or shape[0] % (2 ** blocks[0] * (blocks[-1] // 2))):
-            return f"oft_blocks {list(blocks)} are no butterfly over {shape[0]} rows"
-        if self.rescale is not None and self.rescale.numel() != shape[0]:
-            return (
-                f"rescale {list(self.rescale.shape)} does not fit the {shape[0]} rows of the layer"
-            )
+        if blocks[-3] * blocks[-2] != rows:
+            return f"oft_blocks {list(blocks)} do not make up the {rows} rows of the layer"
+        if len(blocks) == 4 and (blocks[-1] % 2 or rows % (2 ** blocks[0] * (blocks[-1] // 2))):
+            return f"oft_blocks {list(blocks)} are no butterfly over {rows} rows"
+        if self.rescale is not None and self.rescale.numel() != rows:
+            return f"rescale {list(self.rescale.shape)} does not fit the {rows} rows of the layer"
         return None
 
     def delta(self, weight: Tensor) -> Tensor:

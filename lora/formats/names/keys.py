@@ -97,8 +97,7 @@ _ADAPTER_NAME = re.compile(
 
 def slot_of(suffix: str) -> str:
     """The slot of a suffix; for an unknown one, `?` and the suffix, which is the name of no field."""
-    slot = SLOTS.get(suffix)
-    return slot if slot else SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), f"?{suffix}")
+    return SLOTS.get(suffix) or SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), f"?{suffix}")
 
 
 MAX_KEY = 1000
@@ -233,9 +232,7 @@ class KeyMap:
 
     def missing_component(self, key: str) -> str | None:
         """The component that a key is for, if this pipeline does not have it."""
-        meant = [
-            component for component, prefixes in COMPONENTS.items() if key.startswith(prefixes.all)
-        ]
+        meant = [name for name, prefixes in COMPONENTS.items() if key.startswith(prefixes.all)]
         return None if set(meant) & set(self.components) else next(iter(meant), None)
 
 

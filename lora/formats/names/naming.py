@@ -24,7 +24,6 @@ from lora.formats.names.keys import (
     PEFT_PREFIX,
     SAME,
     KeyMap,
-    Shape,
     Target,
     prefixes_of,
 )
@@ -72,16 +71,12 @@ _SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
 }
 
 MAGNITUDE_OF: Mapping[Naming, str] = {
-    Naming.KOHYA: "dora_scale",
-    Naming.ORIGINAL: "dora_scale",
-    Naming.DIFFUSERS: "magnitude",
-    Naming.PEFT: "magnitude",
+    naming: "magnitude" if naming.has_config else "dora_scale" for naming in Naming
 }
 """The slot in which a naming keeps a DoRA's magnitudes of the outputs."""
 
 _WORDS: Mapping[str, str] = {
-    "lora_mid": "a Tucker core",
-    "lokr_t2": "a Tucker core",
+    **dict.fromkeys(("lora_mid", "lokr_t2"), "a Tucker core"),
     "bias_values": "a sparse rest",
     "lora_up_bias": "a bias in lora_B",
     "dora_scale": "DoRA magnitudes of the inputs",
@@ -96,7 +91,9 @@ _WORDS: Mapping[str, str] = {
     "diff_m": "a modulation's difference",
     "weight": "a weight's new value",
     "bias": "a bias' new value",
+    **dict.fromkeys(PEFT_TYPES["LOKR"] - {"lokr_t2"}, "LoKr"),
 }
+"""What a naming that lacks this slot cannot store; the first of these slots that it lacks is named."""
 
 
 def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
@@ -109,10 +106,8 @@ def trouble(naming: Naming, slots: Iterable[str]) -> str | None:
         return f"one module of a PEFT adapter cannot be {' and '.join(peft_types(there))}"
     if not left:
         return None
-    word = next((_WORDS[slot] for slot in _WORDS if slot in left), None)
-    if word is None and any(slot.startswith("lokr") for slot in left):
-        word = "LoKr"
-    return f"{naming} has no name for {word or left[0].removeprefix('?')}"
+    word = next((_WORDS[slot] for slot in _WORDS if slot in left), left[0].removeprefix("?"))
+    return f"{naming} has no name for {word}"
 
 
 def peft_types(slots: Iterable[str]) -> tuple[str, ...]:
@@ -166,9 +161,10 @@ class Namer:
         """
         if slot in _IN_CONFIG[self.naming]:
             return None
+        is_norm = len(target.parameters.get("weight", ())) == 1
         if slot == "weight" and "on_input" in beside:
             ending = "weight"
-        elif self.naming is Naming.KOHYA and slot in LYCORIS_NORMS and _is_norm(target):
+        elif self.naming is Naming.KOHYA and slot in LYCORIS_NORMS and is_norm:
             ending = LYCORIS_NORMS[slot]
         else:
             ending = _SUFFIXES[self.naming][slot]
@@ -210,8 +206,3 @@ def _full_path(target: Target) -> str:
     path = bare_path(target)
     clip = target.component in ("text_encoder", "text_encoder_2")
     return f"text_model.{path}" if clip and path != "text_projection" else path
-
-
-def _is_norm(target: Target) -> bool:
-    weight: Shape | None = target.parameters.get("weight")
-    return weight is not None and len(weight) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Mapping, Set
 from functools import cache
+from itertools import count
 
 LEVELS = 8
 """More down blocks than any UNet has."""
@@ -67,7 +68,8 @@ def sgm_path(path: str, siblings: Container[str]) -> str | None:
     attended = frozenset(
         i for i in range(LEVELS) if f"up_blocks.{i}.attentions.0.proj_in" in siblings
     )
-    theirs = layers(_resnets_per_down_block(siblings), attended).get(layer)
+    resnets = next(n for n in count() if f"down_blocks.0.resnets.{n}.conv1" not in siblings)
+    theirs = layers(resnets, attended).get(layer)
     kind = layer.split(".")[-2:][0]
     inside = _INSIDE[kind].get(inside, "") if kind in _INSIDE else inside
     return f"{theirs}.{inside}" if theirs and inside else None
@@ -97,17 +99,10 @@ def _inverse(resnets: int) -> tuple[Mapping[str, str], Mapping[str, str]]:
     return modules, attentions
 
 
-def _split(path: str, count: int) -> tuple[str, str]:
+def _split(path: str, parts: int) -> tuple[str, str]:
     """The first parts of a path, and the rest."""
-    parts = path.split(".", count)
-    return ".".join(parts[:count]), "".join(parts[count:])
-
-
-def _resnets_per_down_block(siblings: Container[str]) -> int:
-    count = 0
-    while f"down_blocks.0.resnets.{count}.conv1" in siblings:
-        count += 1
-    return count
+    steps = path.split(".", parts)
+    return ".".join(steps[:parts]), "".join(steps[parts:])
 
 
 _BLOCK = re.compile(r"(input|middle|output)_blocks?[._](\d+)")
