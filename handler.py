@@ -73,6 +73,8 @@ class Worker:
         Raises: WeightsMissing, or any error of loading the models; then no job can be served.
         """
         begun = time.perf_counter()
+        with suppress(OSError):  # whatever has to write there later reports it
+            self.parts.library.cache.shelf.prepare()
         log.info("%s is ready after %.1f s", self.parts.pipeline.name, time.perf_counter() - begun)
         if self.settings.preload:
             self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
@@ -89,8 +91,6 @@ class Worker:
         )
         engine = LoraEngine(pipeline.components, budgets)
         lora_cache = open_cache(settings)
-        with suppress(OSError):  # whatever has to write there later reports it
-            lora_cache.shelf.prepare()
         library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
         return Parts(pipeline, engine, library, open_bucket(settings), settings, threading.Lock())
 

@@ -113,10 +113,6 @@ def load_adapter(path: Path | str, engine: LoraEngine) -> LoraFile:
     whole, or holds NaN or infinity; LoraIncompatible if it is for another model; LoraUnsupported if its
     tensors fit, and none can be applied.
     """
-    from lora.durable import sha256_of
-    from lora.formats.adapter import load
-    from lora.formats.opening import opened
+    from lora.formats.opening import load_file
 
-    with opened(Path(path)) as adapter:
-        digest = sha256_of(adapter.original)
-        return load(adapter.file, engine.key_map, digest, config=adapter.config)
+    return load_file(Path(path), engine.key_map)

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from lora.commands.shared import progress, with_scale, write_file
-from lora.errors import LoraNotFound, ToolError
+from lora.errors import ToolError
 from settings import Settings, SettingsError
-from worker.opening import read_settings
+from worker.opening import open_cache, read_settings
 
 if TYPE_CHECKING:
     from lora.tools import OnProgress
-
-Wanted = tuple[str, float]
-"""The source and the scale of a LoRA."""
 
 FIELDS: Mapping[str, tuple[type, str]] = {
     "negative_prompt": (str, "what not to draw"),
@@ -65,32 +61,23 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Draws, and writes the pictures. Raises: CodedError, if possible before the model is loaded."""
-    wanted = _wanted(options)
+    loras = _loras(options)
     if options.out.exists() and not options.out.is_dir():
         raise ToolError(f"{options.out} is no folder")
+    own = {"model": options.model} if options.model else {}
+    if loras:  # the worker's defaults are for jobs without LoRAs
+        own |= {"lora_config": "", "lora_default_preset": ""}
+    # No platform carries the pictures, and no bucket gets them.
     settings = replace(
-        _settings(),
-        **({"model": options.model} if options.model else {}),
-        max_answer_mb=1e9,  # no platform has to carry the pictures,
-        bucket_endpoint_url="",  # and no bucket is to have them
-        lora_preload="",
+        _settings(), **own, max_answer_mb=1e9, bucket_endpoint_url="", lora_preload=""
     )
-    with (
-        progress() as on_progress,
-        _gathered(wanted, settings, on_progress) as (entries, own),
-        _folder(options.out),
-    ):
-        answer = _draw(own, _input(options, entries), on_progress)
+    with progress() as on_progress, _folder(options.out):
+        answer = _draw(settings, _job(options, loras), on_progress)
     if "error" in answer:
-        error = answer["error"]
-        for entry, (source, _) in zip(entries, wanted, strict=False):
-            error = error.replace(entry["path"], source)
-        return {"images": [], "errors": [error]}
+        return {"images": [], "errors": [answer["error"]]}
     options.out.mkdir(parents=True, exist_ok=True)
     written = [_written(uri, options.out, answer["seed"]) for uri in answer.pop("images")]
     del answer["image_url"]
-    for report, (source, _) in zip(answer["loras"], wanted, strict=False):
-        report["source"] = source
     return {"images": [str(path) for path in written], **answer}
 
 
@@ -106,45 +93,56 @@ def _folder(path: Path) -> Iterator[None]:
             path.rmdir()
 
 
-def _wanted(options: Namespace) -> list[Wanted]:
+def _loras(options: Namespace) -> list[dict[str, Any]]:
+    """The LoRAs of the command line and of the config file, as entries of a job."""
     from lora.volume.presets import read_config
 
     entries = read_config(options.config_json) if options.config_json else ()
-    given = [(entry["path"], entry.get("scale")) for entry in entries]
-    given += [with_scale(text) for text in options.lora]
-    return [(source, 1.0 if scale is None else scale) for source, scale in given]
+    named = [(entry["path"], entry.get("scale")) for entry in entries]
+    named += [with_scale(text) for text in options.lora]
+    return [{"path": path, "scale": 1.0 if scale is None else scale} for path, scale in named]
 
 
-def _input(options: Namespace, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _job(options: Namespace, loras: list[dict[str, Any]]) -> dict[str, Any]:
     names = ("prompt", "num_inference_steps", *FIELDS)
-    given = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return {**given, **({"loras": entries} if entries else {})}
+    values = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return {"id": "generate", "input": {**values, **({"loras": loras} if loras else {})}}
 
 
 def _settings() -> Settings:
+    """The worker's settings, from the environment. Raises: ToolError with every fault at once."""
     try:
         return read_settings(os.environ)
     except SettingsError as error:
         raise ToolError(str(error), "The README lists the environment variables.") from error
 
 
-def _draw(settings: Settings, values: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
+def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:
     """The answer of a worker in this process. Raises: ToolError if the model cannot be loaded."""
     _quiet()
     from handler import Worker
     from pipelines.weights import WeightsMissing
     from schemas import parse_job
+    from worker.own_files import OwnFiles, own_file
 
-    job = {"id": "generate", "input": values}
-    parse_job(job)  # before the model is loaded
+    cache = open_cache(settings)
+    for use in parse_job(job).loras:  # whatever is wrong with them shows before the model is loaded
+        if own_file(use.lora.path) is None:
+            report = partial(_report_bytes, on_progress, use.lora.shown)
+            cache.get(cache.resolve(use.lora), report)
     worker = Worker(
         settings, lambda _, now: on_progress(int(100 * now["fraction"]), 100, now["text"])
     )
     try:
-        worker.setup()
+        parts = worker.parts
     except WeightsMissing as error:
         raise ToolError(str(error), "`demo` is the model that is always here.") from error
+    worker.parts = replace(parts, library=OwnFiles(cache, parts.engine.key_map))
     return dict(worker(job))
+
+
+def _report_bytes(on_progress: OnProgress, name: str, done: int, total: int | None) -> None:
+    on_progress(done, total or 0, name)
 
 
 def _quiet() -> None:
@@ -155,81 +153,6 @@ def _quiet() -> None:
     for library in (of_transformers, of_diffusers):
         library.set_verbosity_error()
         library.disable_progress_bar()
-
-
-@contextmanager
-def _gathered(
-    wanted: list[Wanted], settings: Settings, on_progress: OnProgress
-) -> Iterator[tuple[list[dict[str, Any]], Settings]]:
-    """The entries of a job that name the LoRAs, and the settings of a worker that finds them.
-
-    A job cannot name a path, by design. So each LoRA, from the user's files or from the cache, is linked into
-    a cache for this run, or copied if it cannot be linked. The originals do not change.
-    """
-    if not wanted:
-        yield [], settings
-        return
-    with TemporaryDirectory(prefix="lora-") as folder:
-        root, entries = Path(folder), []
-        for index, (source, scale) in enumerate(wanted):
-            place = root / f"{index}"
-            place.mkdir()
-            name = _local(source, place) or _fetched(source, settings, place, on_progress)
-            entries.append({"path": f"{index}/{name}", "scale": scale})
-        own = replace(settings, lora_cache_dir=root, lora_config="", lora_default_preset="")
-        yield entries, own
-
-
-def _local(source: str, place: Path) -> str | None:
-    """Puts the user's file or folder into `place`. Returns its name there, or None if there is none."""
-    from lora.formats.endings import EXTENSIONS
-    from lora.formats.opening import file_of
-
-    path = Path(source).expanduser()
-    if path.is_dir():
-        path = file_of(path)
-    if not path.is_file():
-        if source.startswith(("/", "./", "../", "~")):
-            raise LoraNotFound(f"there is no file {source}")
-        return None
-    if path.suffix not in EXTENSIONS:
-        raise ToolError(f"{path} is no adapter file", f"Its name ends in {', '.join(EXTENSIONS)}.")
-    return _put(path, place)
-
-
-def _put(path: Path, place: Path) -> str:
-    """Links an adapter's file into `place`, with PEFT's config if there is one. Returns its name."""
-    from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
-
-    _link(path, place / path.name)
-    if path.stem == PEFT_STEM and (config := path.with_name(PEFT_CONFIG)).is_file():
-        shutil.copyfile(config, place / PEFT_CONFIG)
-    return path.name
-
-
-def _fetched(source: str, settings: Settings, place: Path, on_progress: OnProgress) -> str:
-    """Fetches a source into the user's cache, and from there into `place`. Returns its name there."""
-    from lora.fetch.sources import Reference
-    from lora.formats.endings import SAFETENSORS
-    from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
-    from worker.opening import open_cache
-
-    cache, reference = open_cache(settings), Reference(source)
-    entry = cache.get(
-        cache.resolve(reference), lambda done, total: on_progress(done, total or 0, reference.shown)
-    )
-    if entry.record.config is None:
-        return _put(entry.path, place)
-    _link(entry.path, place / f"{PEFT_STEM}{SAFETENSORS}")
-    (place / PEFT_CONFIG).write_text(entry.record.config)
-    return f"{PEFT_STEM}{SAFETENSORS}"
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source.resolve(), target)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(source, target)
 
 
 def _written(uri: str, folder: Path, seed: int) -> Path:

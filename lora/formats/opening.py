@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from lora.durable import sha256_of
 from lora.errors import LoraNotFound, naming
+from lora.formats.adapter import LoraFile, load
 from lora.formats.endings import EXTENSIONS
+from lora.formats.names.keys import KeyMap
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS, config_beside
 from lora.formats.pickles import convert, looks_like_pickle
 
@@ -71,3 +74,12 @@ def file_of(path: Path) -> Path:
             f"A PEFT folder has {PEFT_STEM}.safetensors and {PEFT_CONFIG}.",
         )
     return file
+
+
+def load_file(path: Path, key_map: KeyMap) -> LoraFile:
+    """Reads an adapter in any of its forms, and binds it to the pipeline that `key_map` describes.
+
+    Raises: as `opened` and `lora.formats.adapter.load`, with the file's name; OSError.
+    """
+    with opened(path) as adapter:
+        return load(adapter.file, key_map, sha256_of(adapter.original), config=adapter.config)

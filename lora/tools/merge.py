@@ -23,15 +23,15 @@ from torch import Tensor
 from lora.engine.merging import merge as merge_changes
 from lora.engine.stack import LoraUse
 from lora.errors import ToolError
-from lora.formats.adapter import LoraFile, load
+from lora.formats.adapter import LoraFile
 from lora.formats.algorithms import Algorithm
 from lora.formats.contents import UnusedKey
 from lora.formats.names.keys import KeyMap
-from lora.formats.opening import opened
+from lora.formats.opening import load_file
 from lora.tools import OnProgress, dtype_name, ignore_progress, read_ahead
 from lora.tools.adapters.hashes import HASH_FIELDS
 from lora.tools.adapters.metadata import parse_json
-from lora.tools.models.checkpoints import Checkpoint, Place, Stored, file_sha256
+from lora.tools.models.checkpoints import Checkpoint, Place, Stored
 from lora.tools.models.outputs import FileToWrite, Output
 from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
 from lora.tools.writing import StreamWriter
@@ -140,8 +140,7 @@ def merge(
 def _load(path: Path, key_map: KeyMap) -> LoraFile:
     """Raises: LoraError or ToolError, with the adapter's name."""
     try:
-        with opened(path) as found:
-            return load(found.file, key_map, file_sha256(found.original), config=found.config)
+        return load_file(path, key_map)
     except OSError as error:
         raise unreadable(path, error) from error
 

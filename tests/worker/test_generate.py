@@ -97,7 +97,7 @@ def test_the_config_file_of_lightx2v_is_read(
         ran = draw(capsys, tmp_path / name, "--config_json", config)
         assert ran.code == 0, ran.err
         assert [(one["file"], one["scale"]) for one in ran.json["loras"]] == [
-            ("0/demo-stripes.safetensors", 0.7)
+            ("demo-stripes.safetensors", 0.7)
         ]
     assert (tmp_path / "one" / "7.png").read_bytes() == (tmp_path / "two" / "7.png").read_bytes()
 
