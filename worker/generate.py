@@ -8,11 +8,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.commands.shared import progress, with_scale, write_file
+from lora.commands.shared import bytes_of, progress, with_scale, write_file
 from lora.errors import ToolError
 from settings import Settings, SettingsError
 from worker.opening import open_cache, read_settings
@@ -128,8 +127,7 @@ def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> d
     cache = open_cache(settings)
     for use in parse_job(job).loras:  # whatever is wrong with them shows before the model is loaded
         if own_file(use.lora.path) is None:
-            report = partial(_report_bytes, on_progress, use.lora.shown)
-            cache.get(cache.resolve(use.lora), report)
+            cache.get(cache.resolve(use.lora), bytes_of(use.lora.shown, on_progress))
     worker = Worker(
         settings, lambda _, now: on_progress(int(100 * now["fraction"]), 100, now["text"])
     )
@@ -139,10 +137,6 @@ def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> d
         raise ToolError(str(error), "`demo` is the model that is always here.") from error
     worker.parts = replace(parts, library=OwnFiles(cache, parts.engine.key_map))
     return dict(worker(job))
-
-
-def _report_bytes(on_progress: OnProgress, name: str, done: int, total: int | None) -> None:
-    on_progress(done, total or 0, name)
 
 
 def _quiet() -> None:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora.commands.shared import add_json, byte_count, progress, size, table
+from lora.commands.shared import add_json, byte_count, bytes_of, progress, size, table
 from lora.errors import CodedError, LoraCorrupt, LoraError, ToolError
 
 if TYPE_CHECKING:
-    from lora.tools import OnProgress
     from lora.volume.cache import VolumeCache
 
 SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
@@ -76,7 +74,7 @@ def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     with progress() as on_progress:
         for source in options.sources:
             reference = Reference(source)
-            on_bytes = partial(_report_bytes, on_progress, reference.shown)
+            on_bytes = bytes_of(reference.shown, on_progress)
             try:
                 entry = cache.get(cache.resolve(reference), on_bytes)
             except LoraError as error:
@@ -93,10 +91,6 @@ def _add(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
                     }
                 )
     return {"loras": added, "errors": errors}
-
-
-def _report_bytes(on_progress: OnProgress, what: str, done: int, total: int | None) -> None:
-    on_progress(done, total or 0, what)
 
 
 def _naming(error: CodedError, shown: str) -> str:

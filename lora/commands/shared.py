@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -184,6 +184,11 @@ def progress() -> Iterator[OnProgress]:
             bar.refresh()
 
         yield on_progress
+
+
+def bytes_of(name: str, on_progress: OnProgress) -> Callable[[int, int | None], None]:
+    """What a download of this name reports its bytes to."""
+    return lambda done, total: on_progress(done, total or 0, name)
 
 
 def plain(value: Any) -> Any:
