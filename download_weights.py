@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora.errors import CodedError
 from pipelines.weights import (
     WeightsIncomplete,
     WeightsMissing,
@@ -51,7 +50,7 @@ def download_lora(source: str) -> Path:
 
 
 def _resolve(source: str) -> tuple[VolumeCache, Resolved]:
-    # Not at the top: the image's layer of base weights has only what is imported there.
+    # Imported here, since the image's layer of base weights has only what is imported at the top.
     from lora.fetch.sources import Reference
     from lora.fetch.web import quiet_libraries
     from worker.opening import open_cache, read_settings
@@ -72,14 +71,26 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only check, without the network")
     parser.add_argument("--lora", nargs="+", metavar="SOURCE", help="fetch LoRAs into the cache")
     options = parser.parse_args()
+    if options.lora:
+        return _download(options.lora)
     try:
-        for source in options.lora or []:
-            log.info("%s", download_lora(source))
         settings = Settings.from_env(os.environ)
-        for repo in [] if options.lora else repos_to_bake(settings):
+        for repo in repos_to_bake(settings):
             check(find_weights(repo) if options.check else bake(repo, settings.hf_token or None))
             log.info("%s is whole", repo)
-    except (CodedError, WeightsIncomplete, WeightsMissing, SettingsError) as error:
+    except (WeightsIncomplete, WeightsMissing, SettingsError) as error:
+        log.error("%s", error)
+        return 2
+    return 0
+
+
+def _download(sources: list[str]) -> int:
+    from lora.errors import CodedError
+
+    try:
+        for source in sources:
+            log.info("%s", download_lora(source))
+    except (CodedError, SettingsError) as error:
         log.error("%s", error)
         return 2
     return 0
