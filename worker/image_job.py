@@ -102,8 +102,8 @@ class ImageJob:
         request, timings = self.request, self._timings
         pipeline, engine = self._parts.pipeline, self._parts.engine
         pairs = list(zip(request.loras, self.loaded, strict=True))
-        stack = [use.of(found.file) for use, found in pairs]
-        words = [word for use, found in pairs if use.scale for word in found.embeddings]
+        stack = [use.of(loaded.file) for use, loaded in pairs]
+        words = [word for use, loaded in pairs if use.scale for word in loaded.embeddings]
         with (
             pipeline.tokens(words) as warnings,
             engine.applied(stack, self._mode(), request.num_inference_steps) as block,
@@ -160,8 +160,8 @@ class ImageJob:
         parts, request, drawn = self._parts, self.request, self.drawn
         with self._timings.measure("encode"):
             loras = [
-                (found.entry.path.stem, use.scale, found.file.sha256)
-                for use, found in zip(request.loras, self.loaded, strict=True)
+                (loaded.entry.path.stem, use.scale, loaded.file.sha256)
+                for use, loaded in zip(request.loras, self.loaded, strict=True)
             ]
             text = parameters_text(request, parts.pipeline.name, drawn.images[0].size, loras)
             quality = request.output_quality
@@ -174,8 +174,8 @@ class ImageJob:
             "model": parts.pipeline.name,
             **self._chosen.as_answer(),
             "loras": [
-                _report(use, found, drawn.mode)
-                for use, found in zip(request.loras, self.loaded, strict=True)
+                _report(use, loaded, drawn.mode)
+                for use, loaded in zip(request.loras, self.loaded, strict=True)
             ],
             "timings": {phase: round(s, 4) for phase, s in self._timings.seconds.items()},
             "warnings": [

@@ -122,18 +122,18 @@ def describe(path: Path, against: KeyMap | None = None) -> Description:
     Raises: LoraNotFound; LoraCorrupt, for NaN and infinity too; LoraUnsupported for what is no adapter, such
     as the weights of a whole model; OSError.
     """
-    with opened(path) as found:
-        header = read_header(found.file)
-        hashes = hashes_of(found.original)
+    with opened(path) as adapter:
+        header = read_header(adapter.file)
+        hashes = hashes_of(adapter.original)
         key_map = own_key_map(header)
-        file = load(found.file, key_map, hashes.sha256, config=found.config)
-        fit = _fit(found, against, hashes.sha256) if against else None
+        file = load(adapter.file, key_map, hashes.sha256, config=adapter.config)
+        fit = _fit(adapter, against, hashes.sha256) if against else None
     norms, without = _norms(file)
-    bases = _bases(header, found.config)
+    bases = _bases(header, adapter.config)
     return Description(
         file=clean(path.name),
-        form=found.form,
-        bytes=found.original.stat().st_size,
+        form=adapter.form,
+        bytes=adapter.original.stat().st_size,
         tensors=len(header.tensors),
         algorithms=_algorithms(file),
         layouts=_counted(layout_of(key) for key in header.tensors),
@@ -258,11 +258,11 @@ def _keys(file: LoraFile) -> tuple[UnusedKey, ...]:
     return tuple(UnusedKey(clean(one.key), clean(one.reason)) for one in file.unused[:MAX_KEYS])
 
 
-def _fit(found: Opened, key_map: KeyMap, sha256: str) -> Fit:
+def _fit(adapter: Opened, key_map: KeyMap, sha256: str) -> Fit:
     """Which tensors of the file have a place in a model."""
     try:
-        file = load(found.file, key_map, sha256, config=found.config)
+        file = load(adapter.file, key_map, sha256, config=adapter.config)
     except (LoraIncompatible, LoraUnsupported) as error:
-        count = len(read_header(found.file).tensors)
+        count = len(read_header(adapter.file).tensors)
         return Fit(0, 0, count, (), clean(error.sentence))
     return Fit(file.modules, file.keys, len(file.unused), _keys(file), None)
