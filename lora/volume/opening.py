@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
 
 from lora.fetch.civitai import Civitai
@@ -13,6 +14,19 @@ from lora.fetch.rules import WebRules, auth_headers, origin_of
 from lora.fetch.sources import CIVITAI, HUB
 from lora.fetch.web import Web
 from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
+
+VARIABLES = (
+    *("HF_TOKEN", "HF_ENDPOINT", "CIVITAI_TOKEN", "CIVITAI_ENDPOINT"),
+    *(
+        "LORA_CACHE_DIR",
+        "LORA_CACHE_MAX_GB",
+        "LORA_MAX_FILE_MB",
+        "LORA_DOWNLOAD_TIMEOUT",
+        "LORA_TTL_HOURS",
+    ),
+    *("LORA_AUTH_HEADERS", "LORA_ALLOWED_HOSTS", "LORA_ALLOW_PRIVATE_URLS"),
+)
+"""The environment variables that say how a cache is opened; they mean here what they mean to the worker."""
 
 FOLDER = "/models/loras"
 """The cache's folder where LORA_CACHE_DIR is not set."""
@@ -26,12 +40,13 @@ def open_cache(
 ) -> VolumeCache:
     """The cache in a folder, by default LORA_CACHE_DIR. Nothing is requested or written yet.
 
-    The environment variables are the worker's: tokens and endpoints of the hubs, LORA_AUTH_HEADERS,
-    LORA_ALLOWED_HOSTS, LORA_ALLOW_PRIVATE_URLS, LORA_CACHE_MAX_GB, LORA_MAX_FILE_MB,
-    LORA_DOWNLOAD_TIMEOUT and LORA_TTL_HOURS.
-    Raises: ValueError that names the variable and repeats nothing of its text.
+    `VARIABLES` of the environment say how. Raises: ValueError that names a variable that cannot be used, or
+    is misspelt, and repeats nothing of its text.
     """
     values = {name: text.strip() for name, text in (environ or os.environ).items()}
+    for name in set(values) - set(VARIABLES):
+        if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
+            raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")
 
     def text(name: str) -> str:
         return values.get(name, "")

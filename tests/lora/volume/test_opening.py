@@ -1,0 +1,60 @@
+"""A cache by environment variables: what each means, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from lora.fetch.rules import WebRules
+from lora.volume.opening import VARIABLES, open_cache
+from settings import Settings
+
+
+def test_the_variables_mean_what_they_mean_to_the_worker(tmp_path: Path) -> None:
+    environ = {
+        "LORA_CACHE_DIR": str(tmp_path),
+        "LORA_CACHE_MAX_GB": "2.5",
+        "LORA_MAX_FILE_MB": "10",
+        "LORA_TTL_HOURS": "1",
+        "LORA_ALLOWED_HOSTS": "a.example, *.b.example",
+        "LORA_AUTH_HEADERS": '{"a.example": "X-Key: secret"}',
+        "HF_TOKEN": "hf_x",
+    }
+    cache = open_cache(environ=environ)
+    assert cache.shelf.root == tmp_path
+    limits = cache.limits
+    assert (limits.total_bytes, limits.file_bytes, limits.ttl) == (2_500_000_000, 10_000_000, 3600)
+    rules: WebRules = cache.web.rules
+    assert rules.allowed_hosts == ("a.example", "*.b.example")
+    assert rules.tokens["https://a.example:443"] == ("X-Key", "secret")
+    assert rules.tokens["https://huggingface.co:443"] == ("Authorization", "Bearer hf_x")
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_variable_is_a_setting_of_the_worker() -> None:
+    assert set(VARIABLES) <= {one.metadata["env"] for one in fields(Settings)}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("LORA_CACHE_MAX_GB", "canary", "LORA_CACHE_MAX_GB is not a number"),
+        ("LORA_TTL_HOURS", "-1", "LORA_TTL_HOURS is not a number of at least 0"),
+        ("LORA_MAX_FILE_MB", "inf", "LORA_MAX_FILE_MB is not a number"),
+        ("LORA_AUTH_HEADERS", "canary", "LORA_AUTH_HEADERS: it is no JSON"),
+        ("LORA_CACHE_DIRR", "canary", "did you mean LORA_CACHE_DIR?"),
+    ],
+)
+def test_what_cannot_be_used_is_named_and_not_repeated(name: str, text: str, said: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        open_cache(environ={name: text})
+    assert said in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+def test_settings_of_the_worker_alone_are_let_pass(tmp_path: Path) -> None:
+    names = {one.metadata["env"]: "x" for one in fields(Settings)}
+    others = {name: text for name, text in names.items() if name not in VARIABLES}
+    assert open_cache(tmp_path, others).shelf.root == tmp_path
