@@ -10,11 +10,10 @@ from typing import Any
 
 from lora.commands import shared
 from lora.errors import ToolError
+from lora.formats.names.keys import COMPONENTS
 from lora.tools import FILE_FORMATS
 
 SUMMARY = "write a model with LoRAs merged into its weights"
-
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

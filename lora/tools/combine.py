@@ -28,7 +28,7 @@ from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import header_of, read_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors import cutting
-from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, Module, Report
+from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, ModuleToCut, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, Product, product_of, side_by_side
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import layer_seed
@@ -171,7 +171,7 @@ def _refuse_other_algorithms(part: Part) -> None:
         raise ToolError(f"{part.name} is {name}, which cannot be combined as it is", hint)
 
 
-def _combine(parts: Sequence[_Scaled], options: CombineOptions) -> Module:
+def _combine(parts: Sequence[_Scaled], options: CombineOptions) -> ModuleToCut:
     keys = {slot: key for scaled in reversed(parts) for slot, key in scaled.part.keys.items()}
     first = parts[0].part
     name = first.name
@@ -186,15 +186,15 @@ def _combine(parts: Sequence[_Scaled], options: CombineOptions) -> Module:
     part = replace(first, slots=slots, keys=keys)
     thin = [scaled for scaled in parts if "lora_down" in scaled.part.slots]
     if not thin:
-        return Module(part)
+        return ModuleToCut(part)
     if len({_sizes(scaled.part) for scaled in thin}) > 1:
         hint = "They are for different models."
         raise ToolError(f"the files' layers {name} differ in shape", hint)
     if options.policy is not None:
         policy = options.policy
-        return Module(part, lambda: _cut(name, thin, policy, options))
+        return ModuleToCut(part, lambda: _cut(name, thin, policy, options))
     exact = _sum(thin).slots(options.write.dtype or torch.float32)
-    return Module(replace(part, slots={**exact, **slots}))
+    return ModuleToCut(replace(part, slots={**exact, **slots}))
 
 
 def _sizes(part: Part) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors import cutting
-from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, Module, Report
+from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, ModuleToCut, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import layer_seed
@@ -103,7 +103,7 @@ def as_lora(
     return cutting.cut_modules(renamed, modules, options.policy, on_progress)
 
 
-def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None) -> Module:
+def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None) -> ModuleToCut:
     algorithms = [recipe.make(part.slots) for recipe in recipes(frozenset(part.slots))[0]]
     on_weight = [algorithm for algorithm in algorithms if algorithm.parameter == "weight"]
     if len(on_weight) == 1 and isinstance(on_weight[0], LoRA) and on_weight[0].is_low_rank:
@@ -112,7 +112,7 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
     matrices = [algorithm for algorithm in on_weight if not _stays(part, algorithm)]
     if not matrices:
         kept = {s: part.slots[s] for s in ("diff",) if s in part.slots}
-        return Module(replace(part, slots={**kept, **slots}))
+        return ModuleToCut(replace(part, slots={**kept, **slots}))
     _needs_weight(part, matrices, read_weight)
     shape = _shape(part, matrices)
 
@@ -124,13 +124,13 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
         return total
 
     if len(shape) < 2 or _is_table(part):
-        return Module(replace(part, slots={**slots, "diff": change()}))
+        return ModuleToCut(replace(part, slots={**slots, "diff": change()}))
     policy = options.policy
     if policy is None:
         raise ToolError(f"{part.name} is {matrices[0].name}, and no rank is chosen", "Give --rank.")
     layer = CutLayer(part.name, None, options.write.dtype or _dtype(part))
     seed = layer_seed(options.seed, layer.name)
-    return Module(
+    return ModuleToCut(
         replace(part, slots=slots),
         lambda: Cut.of_matrix(layer, change().flatten(1), shape[1:], policy, seed),
     )
@@ -138,16 +138,16 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
 
 def _low_rank(
     part: Part, algorithms: list[Algorithm], options: ConvertOptions, read_weight: ReadWeight | None
-) -> Module:
+) -> ModuleToCut:
     """A LoRA stays as it is; a Tucker core is multiplied out, and the result cut if a rank is chosen."""
     others = _other_slots(part, algorithms, read_weight)
     factors = {slot: t for slot, t in part.slots.items() if slot in FACTOR_SLOTS}
     if "lora_mid" not in factors:
-        return Module(replace(part, slots={**factors, **others}))
+        return ModuleToCut(replace(part, slots={**factors, **others}))
     layer = CutLayer(part.name, part.rank, options.write.dtype or _dtype(part))
     if options.policy is None:
-        return Module(replace(part, slots={**product_of(part).slots(layer.dtype), **others}))
-    return Module(replace(part, slots=others), lambda: Cut.of_product(layer, product_of(part)))
+        return ModuleToCut(replace(part, slots={**product_of(part).slots(layer.dtype), **others}))
+    return ModuleToCut(replace(part, slots=others), lambda: Cut.of_product(layer, product_of(part)))
 
 
 def _stays(part: Part, algorithm: Algorithm) -> bool:

@@ -22,7 +22,7 @@ from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.opening import Opened, opened
 from lora.tools.adapters.hashes import HASH_FIELDS, Hashes, hashes_of
-from lora.tools.adapters.metadata import MAX_WORD, clean, named_bases, training_facts, trigger_words
+from lora.tools.adapters.metadata import MAX_WORD, clean, named_bases, training_facts, word_counts
 from lora.tools.adapters.own_names import own_key_map
 from lora.tools.describe_names import block_of, kind_of, layout_of
 from lora.tools.factors.lowrank import delta_norm
@@ -141,7 +141,7 @@ def describe(path: Path, against: KeyMap | None = None) -> Description:
         base_told_by=bases,
         dtypes=_counted(info.dtype for info in header.tensors.values()),
         components=_components(file),
-        words=trigger_words(header.metadata),
+        words=word_counts(header.metadata),
         embeddings=tuple(sorted({clean(one.word, MAX_WORD) for one in file.embeddings})),
         training=training_facts(header.metadata),
         hashes=hashes,

@@ -36,7 +36,7 @@ from lora.tools.models.outputs import FileToWrite, Output
 from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
 from lora.tools.writing import StreamWriter
 
-DTYPES: Mapping[str, torch.dtype | None] = {"same": None, **NAMED_DTYPES}
+MERGED_DTYPES: Mapping[str, torch.dtype | None] = {"same": None, **NAMED_DTYPES}
 """The names of the output's dtypes; `same`: each tensor keeps its own."""
 
 NOT_WEIGHTS = "a word's vectors cannot be merged into weights"
@@ -50,8 +50,8 @@ class MergeOptions:
     """How the result is written."""
 
     dtype: str = "same"
-    """One of `DTYPES`. fp8 (float8_e4m3fn) is only for weights of two or more axes; the others and the VAE
-    become bf16. Tensors that are no parameters, such as EMA copies, always keep their dtype."""
+    """One of `MERGED_DTYPES`. fp8 (float8_e4m3fn) is only for weights of two or more axes; the others and the
+    VAE become bf16. Tensors that are no parameters, such as EMA copies, always keep their dtype."""
     format: str | None = None
     """One of `FILE_FORMATS`; by default what the output's name says."""
     allow_unused: bool = False
@@ -104,8 +104,8 @@ def merge(
     that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
     """
     started, done = time.monotonic(), 0
-    if options.dtype not in DTYPES:
-        raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(DTYPES)}.")
+    if options.dtype not in MERGED_DTYPES:
+        raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(MERGED_DTYPES)}.")
     if not all(math.isfinite(factor) for use in loras for factor in use.factors):
         raise ToolError("a scale is not a number")
     target = Output.of(model, output, options.format, [use.lora for use in loras])
@@ -209,7 +209,7 @@ class MergedTensors:
     def dtype_of(self, raw: Raw) -> torch.dtype:
         """The dtype in which a tensor is written."""
         stored = self.model.holds.get(raw)
-        dtype = DTYPES[self.dtype]
+        dtype = MERGED_DTYPES[self.dtype]
         if dtype is None or not stored:
             return raw.dtype
         small = dtype.itemsize == 1 and (len(raw.shape) < 2 or stored[0].place.component == "vae")

@@ -15,7 +15,7 @@ from lora.tools.adapters.parts import Part
 from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
 from lora.tools.factors import cutting
-from lora.tools.factors.cutting import Cut, CutLayer, Module, Report
+from lora.tools.factors.cutting import Cut, CutLayer, ModuleToCut, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.writing import refuse_overwriting
@@ -66,12 +66,12 @@ def resize(
     return cutting.report_of(resized, changes, [adapter])
 
 
-def _module(part: Part, dtype: torch.dtype | None) -> Module:
+def _module(part: Part, dtype: torch.dtype | None) -> ModuleToCut:
     if not _is_lora(part):
-        return Module(part)
+        return ModuleToCut(part)
     rest = _scaled_rest(part)
     layer = CutLayer(part.name, part.rank, dtype or part.slots["lora_up"].dtype)
-    return Module(
+    return ModuleToCut(
         replace(part, slots=rest),
         lambda: Cut.of_product(layer, product_of(part)),
         least=1 if BOUND & rest.keys() else 0,

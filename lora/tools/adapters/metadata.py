@@ -97,7 +97,7 @@ def _folders(metadata: Mapping[str, str]) -> str:
     return clean(", ".join(shown))
 
 
-def trigger_words(metadata: Mapping[str, str]) -> dict[str, int]:
+def word_counts(metadata: Mapping[str, str]) -> dict[str, int]:
     """Word -> how often the captions had it (kohya's `ss_tag_frequency`), the most frequent first.
 
     The phrase in `modelspec.trigger_phrase` comes before all, with 0 if no caption had it.

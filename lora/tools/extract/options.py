@@ -15,7 +15,7 @@ from lora.formats.names.naming import Naming
 from lora.tools import EMBEDDINGS, Format, dtype_name
 from lora.tools.factors.ranks import RankPolicy
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Conv(StrEnum):
@@ -54,7 +54,7 @@ class ExtractOptions:
     """Read the result, merge it into the source, and measure the distance to the target."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
+        if self.dtype not in OUTPUT_DTYPES:
             hint = "Take fp32, fp16 or bf16."
             raise ToolError(f"an adapter cannot be stored as {dtype_name(self.dtype)}", hint)
         if not 0 <= self.min_diff < float("inf"):

@@ -132,7 +132,7 @@ class Cut:
 
 
 @dataclass(frozen=True, eq=False)
-class Module:
+class ModuleToCut:
     """One module of an adapter that is being rewritten."""
 
     part: Part
@@ -156,7 +156,7 @@ class Module:
 
 def cut_modules(
     adapter: Adapter,
-    modules: Sequence[Module],
+    modules: Sequence[ModuleToCut],
     policy: RankPolicy | None,
     on_progress: OnProgress = ignore_progress,
 ) -> tuple[Adapter, list[LayerChange]]:
@@ -193,7 +193,7 @@ def cut_modules(
     return replace(adapter, parts=tuple(parts), metadata=metadata), changes
 
 
-def _spectrum(module: Module, policy: RankPolicy) -> Spectrum:
+def _spectrum(module: ModuleToCut, policy: RankPolicy) -> Spectrum:
     if module.decompose is None:
         raise ValueError("the module is not to be cut")
     cut = module.decompose()
@@ -206,7 +206,7 @@ HEADER_PER_TENSOR, HEADER = 200, 4096
 """Generous numbers of bytes for a tensor's entry in a header, and for the rest without long metadata."""
 
 
-def _bytes_beside(adapter: Adapter, modules: Sequence[Module], limit: int) -> int:
+def _bytes_beside(adapter: Adapter, modules: Sequence[ModuleToCut], limit: int) -> int:
     """The bytes of a file besides its factors: header, metadata, and the tensors that stay.
 
     Raises: ToolError if they reach the limit.

@@ -20,7 +20,7 @@ from lora.formats.algorithms import recipes
 from lora.formats.algorithms.base import Algorithm
 from lora.formats.header import read_header
 from lora.formats.names.keys import SLOTS
-from lora.tools.adapters.metadata import clean, trigger_words
+from lora.tools.adapters.metadata import clean, word_counts
 from lora.tools.adapters.own_names import own_key_map, split_key
 from lora.tools.describe import Description, describe
 from lora.tools.describe_names import block_of, kind_of, layout_of
@@ -312,7 +312,7 @@ def test_nothing_in_a_description_moves_the_cursor(tmp_path: Path) -> None:
     "text", ["[", "[1]", '{"a": 1}', '{"a": {"b": "x"}}', '{"a": {"b": -1}}', "[" * 5000, "null"]
 )
 def test_malformed_tag_counts_are_no_words(text: str) -> None:
-    assert trigger_words({"ss_tag_frequency": text}) == {}
+    assert word_counts({"ss_tag_frequency": text}) == {}
 
 
 def test_clean_cuts_and_flattens() -> None:
