@@ -52,16 +52,18 @@ Result = TypeVar("Result")
 SendProgress = Callable[[Job, dict[str, Any]], None]
 
 PREPARING = 8
-"""Threads that prepare and answer jobs; more than jobs at once, since a cancelled job's download goes on."""
+"""Least threads that prepare and answer jobs: more than jobs, since a cancelled job's download goes on."""
 
 
 class Worker:
-    """Serves jobs: prepares several at once, and draws one at a time. All state is in `parts`."""
+    """Serves jobs: prepares several at once, and draws one at a time. What jobs share is in `parts`."""
 
     def __init__(self, settings: Settings, send_progress: SendProgress | None = None) -> None:
         self.settings = settings
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
-        self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="prepare")
+        self._preparing = ThreadPoolExecutor(
+            max(PREPARING, 2 * settings.concurrency), thread_name_prefix="prepare"
+        )
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._kept = KeptAnswers()
         self.preloaded: dict[str, str] = {}
@@ -119,7 +121,7 @@ class Worker:
     # --- one job, by a plain call ---------------------------------------------------------------
 
     def __call__(self, job: Job) -> Answer:
-        """The answer to a job, or `{"error": "CODE: sentence. hint"}`. Never raises.
+        """The answer to a job, or `{"error": "CODE: sentence. hint"}`. After `setup`, never raises.
 
         `refresh_worker` is set where the process must not go on: weights could not be put back, the memory
         did not suffice, or the device failed.
@@ -240,7 +242,8 @@ class Worker:
                 task.uncancel()  # the task goes on, to return an answer
             stop.cancel()
             ended = Cancelled("the job was cancelled")
-        if to_its_end and not running.cancel():
+        queued = running.cancel()  # nothing that was not begun is begun now
+        if to_its_end and not queued:
             with suppress(asyncio.CancelledError):
                 return await asyncio.shield(asyncio.wrap_future(running)) or failure(ended)
         return failure(ended)

@@ -153,8 +153,8 @@ LORA_ENTRY: dict[str, Any] = {
             "number",
             0.0,
             (0, 1),
-            "When it begins, as a fraction of the base model's denoising; in text encoders it "
-            "always is",
+            "When it begins, as a fraction of the base model's denoising; to text encoders it "
+            "always applies",
         ),
         "end": number("number", 1.0, (0, 1), "When it ends"),
         "weight_name": field("string|null", None, "Which file of a Hugging Face repo"),
@@ -214,7 +214,7 @@ def parse_job(job: object) -> ImageRequest:
     if not values.get("prompt") and not values.get("image_url"):
         faults.append("prompt is required (unless image_url is given)")
     name, steps = values.get("scheduler"), values.get("num_inference_steps")
-    if name in DISTILLED and isinstance(steps, int) and steps > DISTILLED_STEPS:
+    if name in DISTILLED and isinstance(steps, (int, float)) and steps > DISTILLED_STEPS:
         faults.append(f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}")
     loras = parse_loras(
         values.get("loras"), values.get("lora_mode"), strict=bool(values.get("strict_loras"))

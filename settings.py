@@ -1,4 +1,4 @@
-"""Every environment variable that the worker reads, once, in one frozen object."""
+"""Every setting of the worker, read once from the environment into one frozen object."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import asyncio
 import threading
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -216,3 +217,20 @@ def test_failures_are_not_kept(demo_worker: Worker, server: LoopbackServer) -> N
     server.serve("/later.safetensors", as_bytes(kohya(seed=77)))
     one["input"]["loras"] = [{"path": one["input"]["loras"][0], "refresh": True}]
     assert picture(run(demo_worker, one)[0])
+
+
+def test_an_action_that_was_cancelled_before_its_turn_is_never_done(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(demo_worker, "_preparing", pool)
+        pool.submit(gate.wait, PATIENCE)
+        done: list[object] = []
+        monkeypatch.setattr(demo_worker, "_acted", done.append)
+        action = {"id": "x", "input": {"action": "loras.delete", "name": "demo-night"}}
+        queued = pool._work_queue.qsize
+        answer = asyncio.run(cancelled(demo_worker, action, lambda: queued() > 0))
+        assert answer["error"].startswith("CANCELLED")
+        gate.set()
+    assert done == []

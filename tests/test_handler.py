@@ -241,6 +241,12 @@ def test_a_scale_of_zero_is_reported_as_what_it_is(demo_worker: Worker) -> None:
     np.testing.assert_array_equal(pixels(answer), pixels(demo_worker(job())))
 
 
+def test_a_range_without_a_step_is_reported_as_what_it_is(demo_worker: Worker) -> None:
+    entry = {"path": "demo-night", "start": 0.9, "end": 0.95}
+    report = demo_worker(job(loras=[entry]))["loras"][0]
+    assert (report["layers"], report["status"]) == (0, "no step in its range")
+
+
 # --- errors --------------------------------------------------------------------------------------
 
 Prepare = Callable[[LoopbackServer], Any]

@@ -196,3 +196,10 @@ def test_every_field_has_a_default_and_a_description() -> None:
     for name, rule in IMAGE_REQUEST["properties"].items():
         assert "default" in rule, name
         assert rule["description"], name
+
+
+@pytest.mark.parametrize("steps", [60, 60.0])
+def test_a_distilled_sampler_takes_no_more_steps_however_they_are_written(steps: float) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        parse_job({"input": {"prompt": "x", "scheduler": "LCM", "num_inference_steps": steps}})
+    assert "LCM takes at most 50" in str(caught.value)

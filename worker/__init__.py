@@ -1,1 +1,1 @@
-"""What a job needs around the drawing: pictures in, pictures out, progress."""
+"""Answers jobs: pictures, and actions on LoRAs and presets."""

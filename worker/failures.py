@@ -1,4 +1,4 @@
-"""Errors of the worker itself, and the answers to jobs that failed."""
+"""Memory that ran out, what nobody foresaw, and the answers to jobs that failed."""
 
 from __future__ import annotations
 

@@ -82,14 +82,14 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Checks before the work that the folder can be made; afterwards it is removed if it was not there."""
-    there = path.exists()
+    """Checks before the work that the folder can be made; afterwards removes all that this made."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        if not there:
-            path.rmdir()
+        for folder in missing:
+            folder.rmdir()
 
 
 def _loras(options: Namespace) -> list[dict[str, Any]]:

@@ -112,11 +112,12 @@ class ImageJob:
             images = self._generate(block)
             drawn = time.perf_counter()
         timings.add("restore", time.perf_counter() - drawn)
-        unheld = [
+        unheld = block.never_held()
+        idle = (
             f"{self.loaded[place].entry.name}: no step lies between its start and end"
-            for place in block.never_held()
-        ]
-        return Drawn(images, block.mode, (*warnings, *block.warnings, *unheld))
+            for place in unheld
+        )
+        return Drawn(images, block.mode, (*warnings, *block.warnings, *idle), frozenset(unheld))
 
     def _mode(self) -> Mode:
         if self.request.lora_mode is None and any(use.ranged for use in self.request.loras):
@@ -174,8 +175,8 @@ class ImageJob:
             "model": parts.pipeline.name,
             **self._chosen.as_answer(),
             "loras": [
-                _report(use, loaded, drawn.mode)
-                for use, loaded in zip(request.loras, self.loaded, strict=True)
+                _report(use, loaded, drawn.mode, in_range=place not in drawn.unheld)
+                for place, (use, loaded) in enumerate(zip(request.loras, self.loaded, strict=True))
             ],
             "timings": {phase: round(s, 4) for phase, s in self._timings.seconds.items()},
             "warnings": [
@@ -199,6 +200,8 @@ class Drawn:
     images: list[Image.Image]
     mode: Mode | None = None
     warnings: tuple[str, ...] = ()
+    unheld: frozenset[int] = frozenset()
+    """The places of the LoRAs whose range held no step."""
 
 
 def _as_uri(preview: Image.Image | None) -> str | None:
@@ -222,10 +225,14 @@ MAX_UNUSED = 1000
 """Most unused tensors that an answer lists; its warning has the whole count."""
 
 
-def _report(use: LoraUse[Reference], loaded: Loaded, mode: Mode | None) -> dict[str, Any]:
+def _report(
+    use: LoraUse[Reference], loaded: Loaded, mode: Mode | None, *, in_range: bool
+) -> dict[str, Any]:
     """One LoRA's entry in the answer."""
     file = loaded.file
-    layers = len({layer.target for layer in file.layers if use.scale_of(layer.target)})
+    # Text encoders do not denoise, so a range does not concern them.
+    drawn = use if in_range else use.without("unet")
+    layers = len({layer.target for layer in file.layers if drawn.scale_of(layer.target)})
     words = sorted({word.word for word in loaded.embeddings}) if use.scale else []
     return {
         "source": use.lora.shown,
@@ -240,7 +247,11 @@ def _report(use: LoraUse[Reference], loaded: Loaded, mode: Mode | None) -> dict[
         "unused_keys": unused_keys(loaded),
         "scale": {"all": use.scale, **use.components} if use.components else use.scale,
         "mode": mode,
-        "status": "applied" if layers or words else "scale is 0",
+        "status": "applied"
+        if layers or words
+        else "scale is 0"
+        if in_range
+        else "no step in its range",
     }
 
 

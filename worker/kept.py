@@ -23,7 +23,7 @@ class _Kept:
 class KeptAnswers:
     """Answers by job id and input, kept for ten minutes as long as they fit.
 
-    A retry has the id and the input of the first try; no other job has both.
+    A retry has the id and the input of the first try; no other job has both. A job without an id is not kept.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -43,8 +43,9 @@ class KeptAnswers:
         """Keeps an answer, whose values must not be changed any more."""
         kept = _Kept(self._clock(), job.get("input"), dict(answer))
         size = _characters(kept.request) + _characters(answer)
-        with self._guard:
-            self._answers.put(str(job.get("id")), kept, size)
+        if job.get("id"):
+            with self._guard:
+                self._answers.put(str(job["id"]), kept, size)
 
 
 def _characters(value: Any) -> int:

@@ -39,7 +39,7 @@ class ShortLines(logging.Formatter):
 
 
 def set_up(*, json_lines: bool) -> None:
-    """Logs to stderr from INFO on. Exceptions' texts are never logged: they may hold a URL or a token."""
+    """Logs to stderr from INFO on. Errors of libraries are logged without their text: it may hold a URL."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if json_lines else ShortLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

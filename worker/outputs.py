@@ -67,7 +67,7 @@ def parameters_text(
 ) -> str:
     """The generation parameters in the form that common web UIs write and read.
 
-    It has three lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
+    Its lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
     `loras` are (name, scale, sha256); `size` is (width, height).
     """
     tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale, _ in loras)
@@ -191,7 +191,7 @@ def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> 
         except (BotoCoreError, ClientError) as error:
             raise UploadFailed(
                 f"the bucket did not take the picture ({type(error).__name__})",
-                "Check the BUCKET_* settings.",
+                "Check s3Config, or the BUCKET_* settings.",
             ) from error
     return urls
 

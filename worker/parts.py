@@ -40,7 +40,7 @@ class Parts:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The library of the volume's LoRAs."""
+        """What is known of the adapters on the volume: the actions `library.*`."""
         training, cache = self.settings.lora_training_dir, self.library.cache
         folder = Path(training) if training else None
         return Catalog(cache, self.engine.key_map, folder, self.settings.model)

@@ -9,14 +9,14 @@ from contextlib import suppress
 from types import FrameType, ModuleType
 from typing import Any, TypeVar
 
-Answer = TypeVar("Answer")
+Reply = TypeVar("Reply")
 
 
 class Shutdown:
     """Ends the SDK's open requests to the platform as soon as SIGTERM or SIGINT comes.
 
-    The SDK asks for jobs, and for jobs to stop, by requests that the platform holds open. At a signal the SDK
-    waits up to 90 s for their answers, and a job that comes with such an answer is lost (runpod 1.12).
+    The SDK asks for new jobs, and which jobs to stop, by requests that the platform holds open. At a signal
+    the SDK waits up to 90 s for their answers, and a job that comes with one is lost (runpod 1.12).
     """
 
     def __init__(self) -> None:
@@ -30,8 +30,8 @@ class Shutdown:
         for name in ("get_job", "get_stop_signals"):
             setattr(scaling, name, self._guarded(getattr(scaling, name)))
 
-    def _guarded(self, ask: Callable[..., Awaitable[Answer]]) -> Callable[..., Awaitable[Answer]]:
-        async def asked(*arguments: Any) -> Answer:
+    def _guarded(self, ask: Callable[..., Awaitable[Reply]]) -> Callable[..., Awaitable[Reply]]:
+        async def asked(*arguments: Any) -> Reply:
             over = self._listen()
             question = asyncio.ensure_future(ask(*arguments))
             end = asyncio.ensure_future(over.wait())

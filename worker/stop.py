@@ -57,8 +57,10 @@ class Stop:
 
 
 def seconds_for(job: object, default: float) -> float | None:
-    """Seconds that a job may take: the smaller of `default` (0: no limit) and its policy's executionTimeout,
-    which is in milliseconds, less `MARGIN`, or half of it if that is more.
+    """Seconds that a job may take; None for no limit.
+
+    They are its executionTimeout (milliseconds) less `MARGIN`, but at least half of it; or `default` (0 for
+    none) if that is smaller.
     """
     policy = job.get("policy") if isinstance(job, Mapping) else None
     timeout = policy.get("executionTimeout") if isinstance(policy, Mapping) else None

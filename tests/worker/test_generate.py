@@ -167,7 +167,7 @@ def test_several_pictures_and_a_second_run_take_free_names(
 def test_what_cannot_be_drawn_is_told(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, more: tuple[object, ...], code: str
 ) -> None:
-    ran = draw(capsys, tmp_path / "out", *more)
+    ran = draw(capsys, tmp_path / "out" / "of" / "it", *more)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"error: {code}: "), ran.err
     assert not (tmp_path / "out").exists()

@@ -26,3 +26,9 @@ def test_what_is_kept_is_bounded() -> None:
         True,
         True,
     ]
+
+
+def test_jobs_without_an_id_are_not_kept() -> None:
+    kept = KeptAnswers()
+    kept.put({"input": {"prompt": "a"}}, {"seed": 1})
+    assert kept.get({"input": {"prompt": "a"}}) is None
