@@ -4,16 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 Value = TypeVar("Value")
-
-
-@dataclass
-class _Entry(Generic[Value]):
-    value: Value
-    size: int
 
 
 class ByteLru(Generic[Value]):
@@ -21,9 +14,9 @@ class ByteLru(Generic[Value]):
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
-        self._entries: OrderedDict[Hashable, _Entry[Value]] = OrderedDict()
+        self._entries: OrderedDict[Hashable, tuple[Value, int]] = OrderedDict()
         self.size = 0
-        """The bytes of all that is kept."""
+        """The bytes of all values."""
 
     def __contains__(self, key: Hashable) -> bool:
         return key in self._entries
@@ -33,27 +26,25 @@ class ByteLru(Generic[Value]):
 
     def get(self, key: Hashable) -> Value | None:
         """The value, which counts as used now; None if it is not there (any more)."""
-        entry = self._entries.get(key)
-        if entry is None:
+        if key not in self._entries:
             return None
         self._entries.move_to_end(key)
-        return entry.value
+        return self._entries[key][0]
 
     def put(self, key: Hashable, value: Value, size: int) -> None:
-        """Keeps the value if it fits the budget at all; what was used least recently is removed for it."""
+        """Keeps the value unless it is over the budget alone; removes the least recently used for it."""
         self.pop(key)
         if size > self.budget:
             return
-        self._entries[key] = _Entry(value, size)
+        self._entries[key] = value, size
         self.size += size
         while self.size > self.budget:
-            _, oldest = self._entries.popitem(last=False)
-            self.size -= oldest.size
+            self.pop(next(iter(self._entries)))
 
     def pop(self, key: Hashable) -> None:
         """Forgets one entry."""
-        entry = self._entries.pop(key, None)
-        self.size -= entry.size if entry else 0
+        if key in self._entries:
+            self.size -= self._entries.pop(key)[1]
 
     def clear(self) -> None:
         """Forgets all entries."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tomllib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,13 +15,13 @@ import torch
 
 from lora.errors import CodedError
 from lora.fetch.sources import Reference, parse, redact_url
-from lora.library.catalog import Catalog, Query, Standing
+from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
 from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
 from validation import InvalidInput, faults_of, filled
 from worker.image_job import unused_keys
 from worker.parts import Parts
-from worker.selection import NONE, PRESET, Selection, ready, text_field
+from worker.selection import NONE, PRESET, ready, text_field
 
 MAX_NAME = 100
 """Characters of a preset's name."""
@@ -30,13 +31,14 @@ Answer = dict[str, Any]
 Fields = dict[str, dict[str, Any]]
 """Name of a field -> its rule in JSON Schema."""
 
-_NAME = {"type": "string", "minLength": 1}
 
-_FILE: Fields = {"name": {**_NAME, "description": "A file in the cache"}}
+def _name(description: str) -> Fields:
+    return {"name": {"type": "string", "minLength": 1, "description": description}}
 
-_PINNED: Fields = {
-    "pinned": {"type": "boolean", "default": True, "description": "false takes the pin away"}
-}
+
+_FILE = _name("A file in the cache")
+
+_PINNED = {"type": "boolean", "default": True, "description": "false takes the pin away"}
 
 _ENTRY: Fields = {
     name: LORA_ENTRY["properties"][name]
@@ -52,9 +54,9 @@ _SOURCES: Fields = {
     }
 }
 
-_LORA: Fields = {"name": {**_NAME, "description": "A LoRA's name, as library.list has it"}}
+_LORA = _name("A LoRA's name, as library.list has it")
 
-_PRESET_NAME: Fields = {"name": {**_NAME, "description": "What a job selects it by"}}
+_PRESET_NAME = _name("What a job selects it by")
 
 
 def _number(default: int, maximum: int, description: str) -> dict[str, Any]:
@@ -81,12 +83,11 @@ class Action(NamedTuple):
     fields: Fields
     """The fields beside `action`."""
     required: str = ""
-    """The name of the field that must be there, if one must."""
+    """The one field that must be there, if any."""
 
-    @property
-    def schema(self) -> dict[str, Any]:
-        """The fields as JSON Schema."""
-        return {"type": "object", "additionalProperties": False, "properties": self.fields}
+
+def _schema(fields: Fields) -> dict[str, Any]:
+    return {"type": "object", "additionalProperties": False, "properties": fields}
 
 
 def version() -> str:
@@ -111,23 +112,26 @@ class Actions:
     @property
     def table(self) -> dict[str, Action]:
         """Every action by its name."""
-        library = _LibraryActions(self.parts.catalog, self.parts.selection)
-        preset = {**_PRESET_NAME, **PRESET["properties"]}
+        catalog, cache = self.parts.catalog, self.parts.library.cache
+
+        def by_name(answer: Callable[[str], Answer], fields: Fields = _LORA) -> Action:
+            return Action(lambda values: answer(values["name"]), fields, "name")
+
         return {
             "health": Action(self._health, {}),
-            "loras.list": Action(self._list, {}),
+            "loras.list": Action(lambda _: {"loras": cache.shelf.describe()}, {}),
             "loras.prefetch": Action(self._prefetch, _SOURCES, "loras"),
             "loras.inspect": Action(self._inspect, _ENTRY, "path"),
-            "loras.delete": Action(self._delete, _FILE, "name"),
-            "loras.pin": Action(self._pin, {**_FILE, **_PINNED}, "name"),
-            "library.scan": Action(library.scan, {}),
-            "library.list": Action(library.page, _QUERY),
-            "library.activate": Action(library.activate, _LORA, "name"),
-            "library.deactivate": Action(library.deactivate, _LORA, "name"),
-            "library.delete": Action(library.delete, _LORA, "name"),
-            "presets.list": Action(library.presets, {}),
-            "presets.set": Action(library.set_preset, preset, "name"),
-            "presets.delete": Action(library.delete_preset, _PRESET_NAME, "name"),
+            "loras.delete": by_name(lambda name: {"deleted": cache.delete(name)}, _FILE),
+            "loras.pin": Action(self._pin, {**_FILE, "pinned": _PINNED}, "name"),
+            "library.scan": Action(self._scan, {}),
+            "library.list": Action(self._page, _QUERY),
+            "library.activate": by_name(lambda name: catalog.activate(name).as_answer()),
+            "library.deactivate": by_name(lambda name: catalog.deactivate(name).as_answer()),
+            "library.delete": by_name(lambda name: {"deleted": catalog.delete(name)}),
+            "presets.list": Action(self._presets, {}),
+            "presets.set": Action(self._set, {**_PRESET_NAME, **PRESET["properties"]}, "name"),
+            "presets.delete": by_name(self._delete_preset, _PRESET_NAME),
         }
 
     def answer(self, job: Mapping[str, Any]) -> Answer:
@@ -136,13 +140,13 @@ class Actions:
         name = values.pop("action")
         if name not in table:
             raise InvalidInput("action is none of " + ", ".join(table))
-        action = table[name]
-        faults = list(faults_of(action.schema, values, ""))
+        action, schema = table[name], _schema(table[name].fields)
+        faults = list(faults_of(schema, values, ""))
         if action.required and action.required not in values:
             faults.append(f"{action.required} is required")
         if faults:
             raise InvalidInput("; ".join(faults), "See the README's table of actions.")
-        return action.answer(filled(action.schema, values))
+        return action.answer(filled(schema, values))
 
     def _health(self, _: Mapping[str, Any]) -> Answer:
         parts, cache = self.parts, self.parts.library.cache
@@ -171,20 +175,15 @@ class Actions:
             "preloaded": dict(self.preloaded),
         }
 
-    def _list(self, _: Mapping[str, Any]) -> Answer:
-        return {"loras": self.parts.library.cache.shelf.describe()}
-
     def _prefetch(self, values: Mapping[str, Any]) -> Answer:
-        references, faults = [], []
-        for index, given in enumerate(values["loras"]):
-            entry = as_entry(given)
-            schema = {"type": "object", "additionalProperties": False, "properties": _ENTRY}
+        references, faults, schema = [], [], _schema(_ENTRY)
+        for index, value in enumerate(values["loras"]):
+            entry = as_entry(value)
             if entry is None:
                 faults.append(f"loras[{index}] {NAMES_NO_LORA}")
-                continue
-            entry_faults = list(faults_of(schema, entry, f"loras[{index}]."))
-            faults += entry_faults
-            if not entry_faults:
+            elif broken := list(faults_of(schema, entry, f"loras[{index}].")):
+                faults += broken
+            else:
                 references.append(Reference(**filled(schema, entry)))
         if faults:
             raise InvalidInput("; ".join(faults))
@@ -193,25 +192,66 @@ class Actions:
     def _inspect(self, values: Mapping[str, Any]) -> Answer:
         loaded = self.parts.library.load(Reference(**values))
         file = loaded.file
-        modules: dict[str, int] = {}
-        for target in {layer.target for layer in file.layers}:
-            modules[target.component] = modules.get(target.component, 0) + 1
+        targets = {layer.target for layer in file.layers}
         return {
             **_about(loaded),
-            "modules": modules,
+            "modules": dict(Counter(target.component for target in targets)),
             "words": sorted({embedding.word for embedding in loaded.embeddings}),
             "used_keys": file.keys,
             "unused_keys": unused_keys(loaded),
             "warnings": list(loaded.warnings),
         }
 
-    def _delete(self, values: Mapping[str, Any]) -> Answer:
-        return {"deleted": self.parts.library.cache.delete(values["name"])}
-
     def _pin(self, values: Mapping[str, Any]) -> Answer:
         cache, name = self.parts.library.cache, values["name"]
         (cache.pin if values["pinned"] else cache.unpin)(name)
         return {"name": name, "pinned": values["pinned"]}
+
+    def _scan(self, _: Mapping[str, Any]) -> Answer:
+        scanned = self.parts.catalog.scan()
+        return {
+            **{str(standing): scanned.standings.get(standing, 0) for standing in Standing},
+            "looked_at": scanned.looked_at,
+            "warnings": list(scanned.warnings),
+        }
+
+    def _page(self, values: Mapping[str, Any]) -> Answer:
+        page = self.parts.catalog.page(Query(**values))
+        return {
+            "loras": [item.as_answer() for item in page.items],
+            "total": page.total,
+            "page": values["page"],
+            "pages": page.pages,
+        }
+
+    def _presets(self, _: Mapping[str, Any]) -> Answer:
+        selection, sound, faults = self.parts.selection, {}, {}
+        for name in sorted(selection.presets.read()):
+            try:
+                preset = selection.presets.find(name)
+                ready(name, preset)
+                sound[name] = _shown(preset)
+            except CodedError as error:
+                faults[name] = error.sentence
+        return {"presets": sound, "faults": faults, "default": selection.default_preset or None}
+
+    def _set(self, values: Mapping[str, Any]) -> Answer:
+        name = values["name"]
+        preset = {field: value for field, value in values.items() if field != "name" and value}
+        if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
+            raise InvalidInput(
+                f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
+            )
+        if name.lower() == NONE:
+            raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
+        for use in ready(name, preset).loras:
+            parse(use.lora)  # a source that means nothing is refused now, not in the first job
+        self.parts.selection.presets.set(name, preset)
+        return {"name": name, **_shown(preset)}
+
+    def _delete_preset(self, name: str) -> Answer:
+        self.parts.selection.presets.delete(name)
+        return {"deleted": name}
 
 
 def _about(loaded: Loaded) -> Answer:
@@ -227,72 +267,8 @@ def _about(loaded: Loaded) -> Answer:
     }
 
 
-@dataclass(frozen=True)
-class _LibraryActions:
-    """Answers the actions of the library and of the presets."""
-
-    catalog: Catalog
-    selection: Selection
-
-    def scan(self, _: Mapping[str, Any]) -> Answer:
-        scanned = self.catalog.scan()
-        return {
-            **{str(standing): scanned.standings.get(standing, 0) for standing in Standing},
-            "looked_at": scanned.looked_at,
-            "warnings": list(scanned.warnings),
-        }
-
-    def page(self, values: Mapping[str, Any]) -> Answer:
-        page = self.catalog.page(Query(**values))
-        return {
-            "loras": [item.as_answer() for item in page.items],
-            "total": page.total,
-            "page": values["page"],
-            "pages": page.pages,
-        }
-
-    def activate(self, values: Mapping[str, Any]) -> Answer:
-        return self.catalog.activate(values["name"]).as_answer()
-
-    def deactivate(self, values: Mapping[str, Any]) -> Answer:
-        return self.catalog.deactivate(values["name"]).as_answer()
-
-    def delete(self, values: Mapping[str, Any]) -> Answer:
-        return {"deleted": self.catalog.delete(values["name"])}
-
-    def presets(self, _: Mapping[str, Any]) -> Answer:
-        sound, faults = {}, {}
-        for name in sorted(self.selection.presets.read()):
-            try:
-                preset = self.selection.presets.find(name)
-                ready(name, preset)
-                sound[name] = _shown(preset)
-            except CodedError as error:
-                faults[name] = error.sentence
-        default = self.selection.default_preset or None
-        return {"presets": sound, "faults": faults, "default": default}
-
-    def set_preset(self, values: Mapping[str, Any]) -> Answer:
-        name = values["name"]
-        preset = {field: value for field, value in values.items() if field != "name" and value}
-        if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
-            raise InvalidInput(
-                f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
-            )
-        if name.lower() == NONE:
-            raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
-        for use in ready(name, preset).loras:
-            parse(use.lora)  # a source that means nothing is refused now, not in the first job
-        self.selection.presets.set(name, preset)
-        return {"name": name, **_shown(preset)}
-
-    def delete_preset(self, values: Mapping[str, Any]) -> Answer:
-        self.selection.presets.delete(values["name"])
-        return {"deleted": values["name"]}
-
-
 def _shown(preset: Mapping[str, Any]) -> Answer:
     """A preset without the query of its URLs, which may hold a token."""
-    entries = [dict(as_entry(given) or {}) for given in preset.get("loras", [])]
+    entries = [as_entry(value) or {} for value in preset.get("loras", [])]
     loras = [{**entry, "path": redact_url(str(entry.get("path")))} for entry in entries]
     return {**filled(PRESET, preset), "loras": loras}

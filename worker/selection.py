@@ -53,36 +53,30 @@ class Ready:
     """A preset that was checked."""
 
     name: str
-    loras: tuple[LoraUse[Reference], ...]
-    before: tuple[str, ...]
+    loras: tuple[LoraUse[Reference], ...] = ()
+    before: tuple[str, ...] = ()
     """Texts that come before the prompt."""
-    after: tuple[str, ...]
+    after: tuple[str, ...] = ()
     """Texts that come behind it, each behind a comma."""
 
 
 def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) -> Ready:
-    """Checks a preset as a job is checked that names its LoRAs itself.
-
-    Raises: InvalidInput, with every fault at once.
-    """
+    """Checks a preset as strictly as the LoRAs that a job names. Raises: InvalidInput, with every fault."""
     faults = list(faults_of(PRESET, preset, ""))
-    values = filled(PRESET, preset)
-    loras: tuple[LoraUse[Reference], ...] = ()
-    before: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    checked, values = Ready(name), filled(PRESET, preset)
     if not faults:
         before = _texts([values["prompt_prefix"]])
         after = _texts((*values["trigger_words"], values["prompt_suffix"]))
         loras, _, broken = parse_loras(values["loras"], lora_mode)
+        checked = Ready(name, loras, before, after)
         words = {f"trigger_words[{n}]": word for n, word in enumerate(values["trigger_words"])}
         faults = [*faults_of({}, words, ""), *broken]
         if not (values["loras"] or before or after):
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
-        raise InvalidInput(
-            f"preset {name!r}: {'; '.join(faults)}", "presets.set writes a preset anew."
-        )
-    return Ready(name, loras, before, after)
+        sentence = f"preset {name!r}: {'; '.join(faults)}"
+        raise InvalidInput(sentence, "presets.set writes a preset anew.")
+    return checked
 
 
 def _texts(values: Sequence[str | None]) -> tuple[str, ...]:
@@ -101,8 +95,8 @@ class Chosen:
 
     def as_answer(self) -> dict[str, Any]:
         """The answer's fields about presets and prompt, where they differ from the job's."""
-        preset = {"preset": list(self.presets)} if self.presets else {}
-        return {**preset, **({} if self.prompt is None else {"prompt": self.prompt})}
+        answer: dict[str, Any] = {"preset": list(self.presets)} if self.presets else {}
+        return answer if self.prompt is None else {**answer, "prompt": self.prompt}
 
 
 @dataclass(frozen=True)
@@ -119,9 +113,8 @@ class Selection:
         """The request with its presets: their LoRAs first, then its own.
 
         `has_loras`: whether the job has a list of LoRAs, which may be empty. Jobs that have neither a list
-        nor a selection get the defaults.
-        Raises: LoraNotFound for a preset that is not there; InvalidInput for one that has faults; LoraCorrupt
-        if the presets cannot be read.
+        nor a selection get the defaults. Raises: LoraNotFound if a preset is not there; InvalidInput if one
+        has faults; LoraCorrupt if the presets cannot be read.
         """
         wanted = request.lora_selection
         if wanted is None and not has_loras:
@@ -130,17 +123,15 @@ class Selection:
         return _joined(request, (), [self._ready(name, request) for name in names])
 
     def _by_default(self, request: ImageRequest) -> Chosen:
-        loras: tuple[LoraUse[Reference], ...] = ()
-        if self.default_loras:
-            loras, _, faults = parse_loras(list(self.default_loras))
-            if faults:
-                raise InvalidInput.of(faults)
-        if not self.default_preset:
-            return _joined(request, loras, [])
+        loras, _, faults = parse_loras(list(self.default_loras))
+        if faults:
+            raise InvalidInput.of(faults)
+        names = [self.default_preset] if self.default_preset else []
         try:
-            return _joined(request, loras, [self._ready(self.default_preset, request)])
+            chosen = [self._ready(name, request) for name in names]
         except CodedError as error:
             raise type(error)(f"LORA_DEFAULT_PRESET: {error.sentence}", error.hint) from error
+        return _joined(request, loras, chosen)
 
     def _ready(self, name: str, request: ImageRequest) -> Ready:
         return ready(name, self.presets.find(name), request.lora_mode)

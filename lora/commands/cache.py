@@ -115,7 +115,7 @@ def _verify(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
 
 
 def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
-    from lora.volume.room import make_room
+    from lora.volume.room import Room
 
     budget = cache.limits.total_bytes if options.to is None else options.to
     if budget is None:
@@ -123,7 +123,7 @@ def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
     before = {path: path.stat().st_size for path in cache.shelf.files()}
     for root in cache.shelf.roots:
         if root.is_dir():
-            make_room(root, 0, 0, budget, ())
+            Room(budget).make(root, 0, 0)
     gone = {path: count for path, count in before.items() if not path.exists()}
     names = [str(path.relative_to(cache.shelf.root_of(path))) for path in gone]
     return {"evicted": names, "bytes": sum(gone.values())}

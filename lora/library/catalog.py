@@ -1,8 +1,8 @@
 """The volume's LoRAs as a library: what is there, what was checked, what failed and why.
 
-The files on the disk are the truth; beside each lies its state. Many workers may scan, activate and delete
+The files on the disk are the truth; each has its state beside it. Many workers may scan, activate and delete
 at the same time without a lock: each state is whole and belongs to one version of its adapter. A state keeps
-no job from using a LoRA: it says what a job would be told.
+no job from using a LoRA: it only says what would happen.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from lora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.formats.names.keys import KeyMap
-from lora.library.activation import Activation
-from lora.library.checks import header_of, refuse_half_a_folder
+from lora.library.activation import Activation, header_of, refuse_half_a_folder
 from lora.library.query import TRAINING, Item, Page, Query, Scanned
 from lora.library.states import Standing, State, put, put_if_unknown, state_of, unknown
-from lora.library.summary import summarise
+from lora.library.summary import summarised
 from lora.volume.adapters import STATE, TRAINING_STATE, StoredAdapter, adapters_in, delete
 from lora.volume.cache import VolumeCache
 from lora.volume.folders import Folders
@@ -29,7 +28,7 @@ from lora.volume.records import Record, read_as, record_path, write_errors_as
 __all__ = ["TRAINING", "Catalog", "Item", "Page", "Query", "Scanned", "Standing"]
 
 ORPHAN_SECONDS = 86_400.0
-"""How old the state of an adapter that is gone must be to be removed: by then nobody puts it back."""
+"""The age at which the state of a removed adapter is removed: by then nobody puts the adapter back."""
 
 
 class Catalog:
@@ -38,7 +37,7 @@ class Catalog:
     def __init__(
         self, cache: VolumeCache, key_map: KeyMap, training: Path | None = None, model: str = ""
     ) -> None:
-        """`model`: the name of the worker's base model, with which a PEFT config's is compared."""
+        """`model`: the name of the worker's base model, which is compared with that of a PEFT config."""
         self._shelf = cache.shelf
         self._activation = Activation(cache, key_map, model)
         self._training = (
@@ -46,10 +45,8 @@ class Catalog:
         )
         self._items_before: dict[str, Item] = {}
 
-    # --- looking ---------------------------------------------------------------------------------
-
     def page(self, query: Query) -> Page:
-        """The adapters that fit the query, as they lie on the disk now. Changes nothing."""
+        """The adapters on the disk that fit the query. Changes nothing."""
         return query.page_of(self._items())
 
     def scan(self) -> Scanned:
@@ -78,12 +75,11 @@ class Catalog:
 
     def _prepare_training(self) -> list[str]:
         """Removes leftovers of dead workers in the training folder; a warning if there is no such folder."""
-        if self._training is None:
-            return []
-        if not self._training.root.is_dir():
+        if self._training and not self._training.root.is_dir():
             return ["the training folder (LORA_TRAINING_DIR) is not there"]
         with suppress(OSError):  # read-only: the warnings count the states that cannot be written
-            self._training.prepare()
+            if self._training:
+                self._training.prepare()
         return []
 
     def _items(self) -> Iterator[Item]:
@@ -103,7 +99,7 @@ class Catalog:
         seen = set[str]()
         for root in self._shelf.roots:
             for adapter in adapters_in(root):
-                if adapter.path not in seen:  # of two, a job gets the volume's
+                if adapter.path not in seen:  # of two with this path, a job gets the volume's
                     seen.add(adapter.path)
                     yield adapter
         if self._training:
@@ -127,7 +123,7 @@ class Catalog:
         raise LoraNotFound(f"the library has no LoRA {name!r}", hint)
 
     def _glance(self, adapter: StoredAdapter) -> State:
-        """The state as far as the header shows it. Raises: OSError."""
+        """The state that the header shows. Raises: OSError."""
         state = replace(unknown(adapter), at=time.time())
         if self._is_training(adapter):
             state = replace(state, source=self._name(adapter))
@@ -140,25 +136,23 @@ class Catalog:
             header = header_of(adapter.root / str(adapter.weights))
         except LoraError as error:
             return replace(state, state=Standing.FAILED, reason=error.sentence)
-        return replace(state, **asdict(summarise(header))) if header else state
+        return summarised(state, header) if header else state
 
     def _remove_orphans(self) -> None:
         """Removes the states of adapters that were removed by hand."""
         roots = (*self._shelf.roots, *([self._training.root] if self._training else []))
         for path in [path for root in roots for path in root.rglob(f"*{STATE}")]:
-            gone = not path.with_name(path.name.removesuffix(STATE)).exists()
+            is_orphan = not path.with_name(path.name.removesuffix(STATE)).exists()
             with suppress(OSError):  # another worker removed it
-                if gone and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
+                if is_orphan and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
                     path.unlink()
-
-    # --- deciding --------------------------------------------------------------------------------
 
     def activate(self, name: str) -> Item:
         """Checks all that a load needs, and writes down the outcome: `active`, or `failed` with its reason.
 
-        `active`: the weights are whole and hold no NaN, and every layer fits the worker's model; a PEFT
-        folder has its config, whose base model is the worker's, or a folder that exists, or not named. An
-        adapter of the training folder is published in the cache's folder then, for jobs to name (`file`).
+        `active`: the weights are whole and hold no NaN, and every layer fits the worker's model. A PEFT
+        folder has its config, and the config names the worker's base model, a folder that exists, or none.
+        An adapter of the training folder is then published in the cache, under a name for jobs (`file`).
 
         Raises: LoraNotFound, SourceInvalid; CacheFull if nothing can be written, LoraCorrupt if the adapter
         changes meanwhile: then nothing is decided.
@@ -188,9 +182,9 @@ class Catalog:
         return self._decided(adapter, state)
 
     def delete(self, name: str) -> str:
-        """Removes an adapter and all that belongs to it; its full name. What else a folder holds stays.
+        """Removes an adapter and all that belongs to it, and returns its full name. Other files stay.
 
-        A job that has it read already is not disturbed. Raises: LoraNotFound, SourceInvalid, CacheFull.
+        A job that has already read it is not disturbed. Raises: LoraNotFound, SourceInvalid, CacheFull.
         """
         adapter = self._find(name)
         with write_errors_as(f"{name} cannot be deleted"):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from lora.library.states import State, as_answer
-from lora.volume.adapters import StoredAdapter
+from lora.library.states import State
+from lora.volume.adapters import FileVersion, StoredAdapter
 
 TRAINING = "training:"
-"""Begins the names of adapters in the training folder; a cached file's name in a job never begins so."""
+"""How the names of adapters in the training folder begin; a cached file's name in a job never does."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ class Item:
 
     def as_answer(self) -> dict[str, Any]:
         """Everything about it, JSON-safe, with no path of this machine."""
+        state = asdict(self.state)
         return {
             "name": self.name,
-            **as_answer(self.state),
+            **{name: value for name, value in state.items() if name not in FileVersion._fields},
+            "state": str(self.state.state),
+            "words": list(self.state.words),
             "file": self.file,
             "bytes": self.adapter.version.size,
             "pinned": self.adapter.pinned,

@@ -1,7 +1,7 @@
 """What is known of an adapter on the volume, in a file beside it: NAME.state.json.
 
-A state belongs to one version of its adapter. One that does not fit the adapter, or cannot be read, counts as
-none: so a state that a dead worker left, or one of a file that was changed, misleads nobody.
+A state belongs to one version of its adapter. A state of another version, or one that cannot be read, counts
+as none: so the state that a dead worker left, or that of a changed file, misleads nobody.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ import json
 import math
 import os
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 from lora.durable import part_file
 from lora.volume.adapters import FileVersion, StoredAdapter, adapter_at
-from lora.volume.records import INCOMING, write
+from lora.volume.records import INCOMING, read_as, write
 
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of a file system without hard links."""
@@ -28,9 +27,9 @@ class Standing(StrEnum):
     """How far an adapter was checked."""
 
     DISCOVERED = "discovered"
-    """It lies there, and no fault is known yet."""
+    """No fault is known yet."""
     ACTIVE = "active"
-    """It was read whole, and every layer of it fits the worker's model."""
+    """It was read whole, and every layer fits the worker's model."""
     FAILED = "failed"
     """It cannot be used; the reason says why."""
 
@@ -76,24 +75,22 @@ def unknown(adapter: StoredAdapter) -> State:
 def read_state(path: Path) -> State | None:
     """The state in a file; None if there is no file, or it holds no sound state."""
     try:
-        values = json.loads(path.read_text())
-        known = {field.name: values[field.name] for field in fields(State) if field.name in values}
-        words = tuple(known.get("words", ()))
-        state = State(**{**known, "state": Standing(known["state"]), "words": words})
-    except (OSError, ValueError, TypeError, KeyError):
+        if state := read_as(State, path):
+            state = replace(state, state=Standing(state.state), words=tuple(state.words))
+    except (ValueError, TypeError):
         return None
-    return state if _is_sound(state) else None
+    return state if state and _is_sound(state) else None
 
 
 def _is_sound(state: State) -> bool:
     """Whether each field has its type, on which lists rely."""
     whole = (state.size, state.mtime_ns, state.layers)
     maybe_whole = (state.config_size, state.config_mtime_ns, state.rank)
-    texts = ("reason", "sha256", "source", "algorithm", "base", "file")
+    texts = (state.reason, state.sha256, state.source, state.algorithm, state.base, state.file)
     return (
         all(type(value) is int for value in whole)
         and all(value is None or type(value) is int for value in maybe_whole)
-        and all(isinstance(getattr(state, name), (str, type(None))) for name in texts)
+        and all(value is None or isinstance(value, str) for value in texts)
         and all(isinstance(word, str) for word in state.words)
         and type(state.at) in (int, float)
         and math.isfinite(state.at)
@@ -107,46 +104,45 @@ def state_of(adapter: StoredAdapter) -> State:
 
 
 def put(adapter: StoredAdapter, state: State) -> None:
-    """Writes a state, in place of whatever lies there. Raises: OSError.
+    """Writes a state, in place of any other. Raises: OSError.
 
-    Without waiting for the disk: a state that a loss of power takes can be made again, and a sync per file
-    would make the first scan of thousands take minutes.
+    It does not wait for the disk: a state that a loss of power takes can be made again, and with a sync per
+    file the first scan of thousands would take minutes.
     """
     write(adapter.root, adapter.state_path, state)
 
 
 def put_if_unknown(adapter: StoredAdapter, state: State) -> State:
-    """Writes a state unless there is one that fits the adapter, and returns the one that is there then: a
-    scan never undoes a decision.
+    """Writes a state unless the adapter has one that fits it, and returns the one it has then.
 
-    A state of another version is taken away. If another worker wrote one of the version that lies there in
-    that very moment, it is put back. Raises: OSError.
+    So a scan never undoes a decision. A state of another version is moved away first; if a worker has just
+    replaced it with one of the current version, that one is put back. Raises: OSError.
     """
     folder, path = adapter.root / INCOMING, adapter.state_path
     folder.mkdir(exist_ok=True)
     with part_file(folder, path.name) as part, part_file(folder, path.name) as taken:
         part.write_text(json.dumps(asdict(state), indent=1))
-        while _lies_there(adapter.version, adapter) and not _linked(part, path):
-            there = state_of(adapter)
-            if there.at:
-                return there
-            with suppress(FileNotFoundError):  # another worker took it
+        while _is_current(adapter.version, adapter) and not _linked(part, path):
+            present = state_of(adapter)
+            if present.at:
+                return present
+            with suppress(FileNotFoundError):  # another worker moved it away
                 path.rename(taken)
                 _put_back_if_wrong(taken, adapter)
     return state
 
 
 def _put_back_if_wrong(taken: Path, adapter: StoredAdapter) -> None:
-    """Puts a state that was taken away back if it is of the version that lies there."""
-    path, lost = adapter.state_path, read_state(taken)
-    if lost and _lies_there(lost.version, adapter) and not _linked(taken, path):
-        there = read_state(path)
-        if there is None or there.version != lost.version:
+    """Puts a state back that was moved away, if it is of the adapter's current version."""
+    path, state = adapter.state_path, read_state(taken)
+    if state and _is_current(state.version, adapter) and not _linked(taken, path):
+        present = read_state(path)
+        if present is None or present.version != state.version:
             taken.replace(path)
 
 
-def _lies_there(version: FileVersion, adapter: StoredAdapter) -> bool:
-    """Whether an adapter is of this version now."""
+def _is_current(version: FileVersion, adapter: StoredAdapter) -> bool:
+    """Whether the adapter on the disk has this version now."""
     now = adapter_at(adapter.root, adapter.path)
     return now is not None and now.version == version
 
@@ -164,11 +160,3 @@ def _linked(part: Path, path: Path) -> bool:
             return False
         part.replace(path)
     return True
-
-
-def as_answer(state: State) -> dict[str, Any]:
-    """A state as answers show it: JSON-safe, without the adapter's version."""
-    values = asdict(replace(state, words=()))
-    for name in FileVersion._fields:
-        del values[name]
-    return {**values, "state": str(state.state), "words": list(state.words)}

@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
 
 from lora.formats.algorithms import recipes
@@ -15,6 +15,7 @@ from lora.formats.embeddings import BUNDLE, is_embedding
 from lora.formats.families import identify
 from lora.formats.header import Header
 from lora.formats.names.keys import slot_of
+from lora.library.states import State
 
 MAX_WORDS, MAX_WORD, MAX_TAGS = 20, 100, 5
 """How many words are kept, how long each may be, and how many of them may be tags of images."""
@@ -23,22 +24,11 @@ MAX_DOTS = 3
 """The longest suffix of a key has so many parts (`lora_linear_layer.up.weight`)."""
 
 
-@dataclass(frozen=True)
-class Summary:
-    """What a header says, whatever model is loaded."""
+def summarised(state: State, header: Header) -> State:
+    """The state with what the header says. Reads no tensor: modules differ by their names in the file.
 
-    algorithm: str | None
-    """The algorithms that occur, the most frequent first, joined by plus signs; None if none is known."""
-    rank: int | None
-    """The most frequent one; None if there is none."""
-    base: str | None
-    words: tuple[str, ...]
-    layers: int
-    """How many modules have tensors in the file."""
-
-
-def summarise(header: Header) -> Summary:
-    """Reads no tensor, and needs no model: modules are told apart by their names in the file."""
+    Algorithms stand in the order of their frequency; the rank is the most frequent one.
+    """
     modules = _by_stem(header)
     algorithms: Counter[str] = Counter()
     ranks: Counter[int] = Counter()
@@ -49,7 +39,8 @@ def summarise(header: Header) -> Summary:
         ranks.update(shape[:1])
     if any(is_embedding(key) for key in header.tensors):
         algorithms["textual inversion"] += 1
-    return Summary(
+    return replace(
+        state,
         algorithm="+".join(name for name, _ in algorithms.most_common()) or None,
         rank=ranks.most_common(1)[0][0] if ranks else None,
         base=identify(header),
@@ -58,7 +49,7 @@ def summarise(header: Header) -> Summary:
     )
 
 
-_slot_of = lru_cache(maxsize=1024)(slot_of)  # a file has thousands of keys, and few suffixes
+_slot_of = lru_cache(maxsize=1024)(slot_of)  # a file has thousands of keys and few suffixes
 
 
 def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
@@ -79,7 +70,7 @@ def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
 def trigger_words(header: Header) -> tuple[str, ...]:
     """The words that the adapter was trained on, as far as its trainer wrote them down.
 
-    Its own words (embeddings), `modelspec.trigger_phrase`, and of kohya's `ss_tag_frequency` the names of
+    They come from its embeddings, `modelspec.trigger_phrase`, and kohya's `ss_tag_frequency`: the names of
     the image folders ("10_NAME") and the most frequent tags.
     """
     words = (" ".join(word.split())[:MAX_WORD] for word in _words(header))

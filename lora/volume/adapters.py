@@ -21,6 +21,8 @@ PIN = pin_path(Path("name")).suffix
 
 PEFT_WEIGHTS = tuple(PEFT_STEM + ending for ending in EXTENSIONS)
 
+PEFT_FILES = (*PEFT_WEIGHTS, PEFT_CONFIG)
+
 TRAINING_STATE = re.compile(
     r"(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state)"
     r"[\w.-]*\.(safetensors|pt|pth|bin|ckpt)",
@@ -30,7 +32,7 @@ TRAINING_STATE = re.compile(
 
 
 class FileVersion(NamedTuple):
-    """Which version of an adapter it is: another size or time of its weights or its config is another.
+    """A version of an adapter: it differs when the size or time of the weights or the config does.
 
     The inode is no part of it: two workers may see different ones on a network file system.
     """
@@ -44,11 +46,11 @@ class FileVersion(NamedTuple):
 
 
 class StoredAdapter(NamedTuple):
-    """An adapter as it lies on the disk. A tuple, because thousands are made and compared."""
+    """An adapter on the disk. A tuple, because thousands are made and compared."""
 
     root: Path
     path: str
-    """Its file's or folder's, relative to the root."""
+    """The path of its file or folder, relative to the root."""
     weights: str | None
     """The file with its tensors, relative to the root; None if a PEFT folder lacks it."""
     config: str | None
@@ -56,7 +58,7 @@ class StoredAdapter(NamedTuple):
     version: FileVersion
     pinned: bool = False
     state_version: tuple[int, int, int] | None = None
-    """Size, time and inode of its state; None if there is none, or if one adapter was looked up alone."""
+    """Size, time and inode of its state; None if it has none, or comes from `adapter_at`."""
 
     @property
     def is_folder(self) -> bool:
@@ -66,18 +68,18 @@ class StoredAdapter(NamedTuple):
     @property
     def is_peft(self) -> bool:
         """Whether PEFT saved it, so that it needs a config."""
-        return PurePosixPath(self.weights or PEFT_CONFIG).name in (*PEFT_WEIGHTS, PEFT_CONFIG)
+        return PurePosixPath(self.weights or PEFT_CONFIG).name in PEFT_FILES
 
     @property
     def state_path(self) -> Path:
-        """Where its state lies."""
+        """The file of its state."""
         return self.root / (self.path + STATE)
 
 
 def adapters_in(root: Path, skip: re.Pattern[str] | None = None) -> Iterator[StoredAdapter]:
     """Every adapter in the folder and below it, in no order; none if it cannot be read.
 
-    Hidden names are passed over, and links that lead out of the folder, and files whose name is `skip`.
+    Hidden names, links that lead out of the folder, and files whose names match `skip` are passed over.
     """
     yield from _walk(root, "", skip, None)
 
@@ -87,14 +89,13 @@ def adapter_at(root: Path, path: str) -> StoredAdapter | None:
 
     Weights in a PEFT folder mean the folder.
     """
-    place = root / path
-    is_folder = place.is_dir()
-    folder = place if is_folder else place.parent
+    target = root / path
+    is_folder = target.is_dir()
+    folder = target if is_folder else target.parent
     below = "" if folder == root else str(folder.relative_to(root))
-    peft = (*PEFT_WEIGHTS, PEFT_CONFIG)
-    names = peft if is_folder or place.name in peft else (place.name,)
+    names = PEFT_FILES if is_folder or target.name in PEFT_FILES else (target.name,)
     files = {name: status for name in names if (status := _status(folder / name))}
-    wanted = below if below and place.name in PEFT_WEIGHTS else str(place.relative_to(root))
+    wanted = below if below and target.name in PEFT_WEIGHTS else str(target.relative_to(root))
     for adapter in _made_of(files, root, below):
         if adapter.path == wanted:
             weights = adapter.weights
@@ -105,17 +106,17 @@ def adapter_at(root: Path, path: str) -> StoredAdapter | None:
 def delete(adapter: StoredAdapter) -> None:
     """Removes an adapter and all that belongs to it; what else its folder holds stays. Raises: OSError.
 
-    The state goes first: one that is written after that belongs to a later version. Weights go before their
+    The state goes first: a state that appears after that belongs to a later version. Weights go before their
     config, so that nobody reads them without it.
     """
     names = [f"{adapter.path}/{name}" for name in PEFT_WEIGHTS] if adapter.is_folder else []
-    gone = [adapter.state_path]
+    doomed = [adapter.state_path]
     for name in names or filter(None, [adapter.weights]):
         weights = adapter.root / name
-        gone += [weights, record_path(weights), pin_path(weights)]
+        doomed += [weights, record_path(weights), pin_path(weights)]
     if adapter.config:
-        gone.append(adapter.root / adapter.config)
-    for path in gone:
+        doomed.append(adapter.root / adapter.config)
+    for path in doomed:
         path.unlink(missing_ok=True)
     if adapter.is_folder:
         with suppress(OSError):  # something else is in it
@@ -137,44 +138,41 @@ def _walk(
         if entry.is_dir(follow_symlinks=False):
             below = f"{folder}/{name}" if folder else name
             yield from _walk(root, below, skip, entries.get(name + STATE))
-        elif name.endswith((*EXTENSIONS, PEFT_CONFIG)) and not (skip and skip.fullmatch(name)):
-            with suppress(OSError):  # removed just now
-                status = entry.stat()
-                if stat.S_ISREG(status.st_mode):
-                    files[name] = status
+        elif skip and skip.fullmatch(name):
+            continue
+        elif name.endswith((*EXTENSIONS, PEFT_CONFIG)) and (status := _status(entry)):
+            files[name] = status
     for adapter in _made_of(files, root, folder):
         name = adapter.path.rpartition("/")[2]
-        beside = state if adapter.path == folder else entries.get(name + STATE)
+        beside = _status(state if adapter.path == folder else entries.get(name + STATE))
+        version = (beside.st_size, beside.st_mtime_ns, beside.st_ino) if beside else None
         weights = (adapter.weights or "").rpartition("/")[2]
-        yield adapter._replace(pinned=weights + PIN in entries, state_version=_version_of(beside))
+        yield adapter._replace(pinned=weights + PIN in entries, state_version=version)
 
 
 def _made_of(
     files: Mapping[str, os.stat_result], root: Path, folder: str
 ) -> Iterator[StoredAdapter]:
-    """The adapters that files of these names in one folder make, without what lies beside them."""
+    """The adapters that files of these names in one folder make, without their pins and states."""
     below = f"{folder}/" if folder else ""
+
+    def made(path: str, weights: str | None, config: str | None) -> StoredAdapter:
+        own, beside = files.get(weights or ""), files.get(config or "")
+        version = FileVersion(own.st_size, own.st_mtime_ns) if own else FileVersion(0, 0)
+        if beside:
+            version = FileVersion(*version[:2], beside.st_size, beside.st_mtime_ns)
+        weights, config = weights and below + weights, config and below + config
+        return StoredAdapter(root, path, weights, config, version)
+
     peft = next((name for name in PEFT_WEIGHTS if name in files), None)
-    config = files.get(PEFT_CONFIG)
+    config = PEFT_CONFIG if PEFT_CONFIG in files else None
     if folder and (peft or config):
-        config_path = below + PEFT_CONFIG if config else None
-        version = _file_version(files[peft] if peft else None, config)
-        yield StoredAdapter(root, folder, below + peft if peft else None, config_path, version)
+        yield made(folder, peft, config)
     elif config and not peft:  # the root has no name of its own
-        yield StoredAdapter(root, PEFT_CONFIG, None, PEFT_CONFIG, _file_version(None, config))
-    for name, status in files.items():
-        if not name.endswith(EXTENSIONS):
-            continue
-        if name not in PEFT_WEIGHTS:
-            yield StoredAdapter(root, below + name, below + name, None, _file_version(status, None))
-        elif not folder:
-            config_path = PEFT_CONFIG if config else None
-            yield StoredAdapter(root, name, name, config_path, _file_version(status, config))
-
-
-def _file_version(weights: os.stat_result | None, config: os.stat_result | None) -> FileVersion:
-    own = (weights.st_size, weights.st_mtime_ns) if weights else (0, 0)
-    return FileVersion(*own, config.st_size, config.st_mtime_ns) if config else FileVersion(*own)
+        yield made(PEFT_CONFIG, None, config)
+    for name in files:
+        if name.endswith(EXTENSIONS) and not (folder and name in PEFT_WEIGHTS):
+            yield made(below + name, name, config if name in PEFT_WEIGHTS else None)
 
 
 def _entries(root: Path, folder: str) -> dict[str, os.DirEntry[str]]:
@@ -193,17 +191,9 @@ def leads_out(path: Path, root: Path) -> bool:
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
-def _version_of(entry: os.DirEntry[str] | None) -> tuple[int, int, int] | None:
-    if entry is not None:
-        with suppress(OSError):
-            status = entry.stat()
-            return status.st_size, status.st_mtime_ns, status.st_ino
-    return None
-
-
-def _status(path: Path) -> os.stat_result | None:
+def _status(path: Path | os.DirEntry[str] | None) -> os.stat_result | None:
+    """A regular file's status; None for anything else, and for a file that was removed just now."""
     with suppress(OSError, ValueError):
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode):
-            return status
+        status = path.stat() if path else None
+        return status if status and stat.S_ISREG(status.st_mode) else None
     return None

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from lora.errors import AccessDenied, LoraCorrupt, LoraError, LoraNotFound, nearest
+from lora.errors import LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Limits, OnBytes
 from lora.fetch.hub import Hub
@@ -30,10 +29,8 @@ from lora.formats.endings import SAFETENSORS
 from lora.volume.adapters import delete
 from lora.volume.fetching import Fetch, SharedFetches
 from lora.volume.lease import Lease
-from lora.volume.publishing import Publisher
 from lora.volume.records import pin_path, write_errors_as
-from lora.volume.resolver import Refusals, Resolved, Resolver
-from lora.volume.room import Room
+from lora.volume.resolver import REFUSED, Refusals, Resolved, Resolver
 from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name
 
 __all__ = ["FALLBACK_ROOT", "CacheEntry", "Limits", "OnBytes", "Resolved", "VolumeCache"]
@@ -45,8 +42,8 @@ FALLBACK_ROOT = Path(tempfile.gettempdir()) / "loras"
 class VolumeCache:
     """Adapter files by source, on a folder that may be shared with other workers.
 
-    Threads of one worker that ask for the same source share one download. Workers share it through a lease,
-    which only saves bandwidth: whoever publishes, publishes by atomic rename. Where the volume cannot be
+    Threads of one worker that ask for the same source share one download, and so do workers, by a lease. The
+    lease only saves bandwidth: every file is published by an atomic rename. Where the volume cannot be
     written, new files go to `fallback`, and the volume's files are served.
     """
 
@@ -61,34 +58,36 @@ class VolumeCache:
         fallback: Path | None = None,
         lease: Callable[[Path, float], Lease] = Lease,
     ) -> None:
-        self.limits = limits = limits or Limits()
-        self.web = web or Web()
-        self.shelf = Shelf(root, fallback, stale_after=2 * limits.timeout)
-        self._refusals = Refusals(limits.refusal)
-        self._resolver = Resolver(
-            self.shelf, hub or Hub(), civitai or Civitai(self.web), self._refusals, limits
-        )
-        self._lease = lease
-        self._room = Room(limits.total_bytes)
-        self._publisher = Publisher(self.shelf, self._room, limits.file_bytes)
+        self.limits, self.web, self._lease = limits or Limits(), web or Web(), lease
+        self.shelf = Shelf(root, fallback, self.limits)
+        self.in_use = self.shelf.room.in_use
+        """Keeps a file from being evicted by this worker while the block runs."""
+        self._refusals = refusals = Refusals(self.limits.refusal)
+        self._resolver = Resolver(self.shelf, hub or Hub(), civitai or Civitai(self.web), refusals)
         self._shared = SharedFetches()
 
     def resolve(self, reference: Reference) -> Resolved:
-        """Where the reference's file is: in the cache by name, or at a URL.
-
-        Asks the hub or Civitai if it must, downloads nothing. Raises: LoraError.
-        """
+        """Where the reference's file is. Asks a hub if it must, and downloads nothing. Raises: LoraError."""
         return self._resolver.resolve(reference)
 
     def get(self, resolved: Resolved, on_bytes: OnBytes | None = None) -> CacheEntry:
-        """The whole and checked file of a location that `resolve` found. Raises: LoraError."""
-        if isinstance(resolved.location, CachedName):
-            return self.find(resolved.location)
-        entry = self.fetch(resolved.location, on_bytes, refresh=resolved.refresh)
-        return entry.warned(resolved.warning) if resolved.warning else entry
+        """The whole and checked file of a location that `resolve` found, downloaded unless it is there.
+
+        A file that is older than the TTL is asked for again if its content can change; if the source fails
+        then, the old file serves, with a warning. `refresh` asks in any case, and fails if the source does.
+        Whatever fails, nothing new appears under the file's name and no temporary file stays.
+        Raises: LoraError.
+        """
+        location, refresh, warning = resolved
+        if isinstance(location, CachedName):
+            return self.find(location)
+        key = location.identity, location.sha256, refresh
+        fetch = partial(self._fetch, location, refresh)
+        entry = self._shared.run(key, location.shown, fetch, on_bytes)
+        return entry.warned(warning) if warning else entry
 
     def path_for(self, remote: RemoteFile) -> Path:
-        """Where this source's file is on the volume, or will be: the same on every worker, in every run."""
+        """Where this source's file is on the volume, or will be."""
         return self.shelf.root / file_name(remote)
 
     def find(self, cached: CachedName) -> CacheEntry:
@@ -102,7 +101,7 @@ class VolumeCache:
             raise self._not_found(cached.name)
         is_pickle = path.suffix != SAFETENSORS
         try:
-            entry = self._publisher.converted(path) if is_pickle else self.shelf.entry(path)
+            entry = self.shelf.converted(path) if is_pickle else self.shelf.entry(path)
         except Damaged as error:
             raise LoraCorrupt(str(error), "Name its source, and it is fetched again.") from error
         except FileNotFoundError:
@@ -114,30 +113,14 @@ class VolumeCache:
         return entry
 
     def _not_found(self, name: str) -> LoraNotFound:
-        files = [PurePosixPath(str(adapter.weights)) for adapter in self.shelf.adapters()]
-        stems = [str(file.with_suffix("")) for file in files]
+        adapters = self.shelf.adapters()
+        stems = [str(PurePosixPath(str(adapter.weights)).with_suffix("")) for adapter in adapters]
         hint = nearest(name.removesuffix(SAFETENSORS), stems)
-        return LoraNotFound(
-            f"the cache has no file {name!r}", hint or f"The cache holds {len(stems)} files."
-        )
-
-    # --- fetching --------------------------------------------------------------------------------
-
-    def fetch(
-        self, remote: RemoteFile, on_bytes: OnBytes | None = None, *, refresh: bool = False
-    ) -> CacheEntry:
-        """The source's file, downloaded unless it is there already.
-
-        A file that is older than the TTL is asked for again if its content can change; where the source
-        fails then, the old file serves, with a warning. `refresh` asks in any case, and fails if the source
-        does. Whatever fails, nothing new appears under the file's name and no temporary file stays.
-        Raises: LoraError.
-        """
-        key = remote.identity, remote.sha256, refresh
-        return self._shared.run(key, remote.shown, partial(self._fetch, remote, refresh), on_bytes)
+        hint = hint or f"The cache holds {len(stems)} files."
+        return LoraNotFound(f"the cache has no file {name!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
-        fetch = Fetch(remote, self._publisher, self.web, self.limits, self._lease, on_bytes)
+        fetch = Fetch(remote, self.shelf, self.web, self._lease, on_bytes)
         try:
             kept = self.shelf.kept(remote)
         except Damaged as error:
@@ -145,20 +128,14 @@ class VolumeCache:
         if kept and (remote.fixed or (not refresh and fetch.is_current(kept))):
             return kept
         try:
-            # With an old file at hand, one job waits for a source in trouble, and not each.
-            kinds = (LoraError,) if kept else (LoraNotFound, AccessDenied)
+            # If there is an old file, only one job waits for a source in trouble.
+            kinds = (LoraError,) if kept else REFUSED
             with self._refusals.remembered(remote.identity, ask_anyway=refresh, kinds=kinds):
                 return fetch.run(kept)
         except LoraError as error:
             if kept is None or refresh:
                 raise
             return kept.warned(f"{kept.name} may be out of date: {error.sentence}")
-
-    # --- keeping ---------------------------------------------------------------------------------
-
-    def in_use(self, path: Path) -> AbstractContextManager[None]:
-        """Keeps a file from being evicted by this worker while the block runs."""
-        return self._room.in_use(path)
 
     def pin(self, name: str) -> None:
         """Keeps a file for ever, on all workers. Raises: LoraNotFound, SourceInvalid, CacheFull."""

@@ -13,29 +13,27 @@ from pathlib import Path
 
 from lora.durable import part_file
 from lora.errors import CacheFull, DownloadFailed, LoraCorrupt
-from lora.fetch.download import Download, Limits, NotModified, OnBytes
+from lora.fetch.download import Download, NotModified, OnBytes
 from lora.fetch.sources import RemoteFile
 from lora.fetch.web import Web
 from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG
 from lora.volume.lease import Lease
-from lora.volume.publishing import Publisher
-from lora.volume.records import INCOMING, Record, record_path, write
-from lora.volume.shelf import CacheEntry, Damaged, file_name
+from lora.volume.records import INCOMING, record_path, write
+from lora.volume.shelf import CacheEntry, Damaged, Shelf, file_name
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 POLL = 0.1
-"""Seconds between two looks at what another worker downloads."""
+"""Seconds between two looks at whether another worker is done."""
 
 
 @dataclass
 class Fetch:
-    """A source that is asked for its file. Whatever fails, no temporary file stays."""
+    """One source's file on its way into the cache. Whatever fails, no temporary file stays."""
 
     remote: RemoteFile
-    publisher: Publisher
+    shelf: Shelf
     web: Web
-    limits: Limits
     lease: Callable[[Path, float], Lease]
     on_bytes: OnBytes
     begun: float = field(default_factory=time.time)
@@ -45,13 +43,13 @@ class Fetch:
     def is_current(self, entry: CacheEntry) -> bool:
         """Whether the file need not be asked for: its content cannot change, or it was asked for lately."""
         asked = entry.record.asked
-        lately = asked is not None and time.time() - asked < self.limits.ttl
+        lately = asked is not None and time.time() - asked < self.shelf.limits.ttl
         return self.remote.fixed or bool(self.remote.sha256) or lately
 
     def run(self, old: CacheEntry | None) -> CacheEntry:
-        """The file as its source has it now. `old`: what lies in the cache of it. Raises: LoraError."""
-        shelf, self.deadline = self.publisher.shelf, time.monotonic() + self.limits.timeout
-        for root in shelf.writable():
+        """The file as its source has it now. `old`: the version that the cache has. Raises: LoraError."""
+        self.deadline = time.monotonic() + self.shelf.limits.timeout
+        for root in self.shelf.writable():
             try:
                 return self._into(root, old)
             except OSError as error:
@@ -59,7 +57,7 @@ class Fetch:
                     raise CacheFull(
                         "the volume of the LoRA cache is full", "Remove files, or make it larger."
                     ) from error
-                shelf.lost(root, error)
+                self.shelf.lost(root, error)
         raise CacheFull("the LoRA cache cannot be written", "The volume may be gone or read-only.")
 
     def _into(self, root: Path, old: CacheEntry | None) -> CacheEntry:
@@ -70,37 +68,39 @@ class Fetch:
             return entry if old or self.is_current(entry) else None
 
         path = root / INCOMING / f"{file_name(self.remote)}.lease"
-        lease = self.lease(path, self.limits.lease)
-        too_late = DownloadFailed(
-            f"{self.remote.shown} is being downloaded by another worker, which takes too long",
-            "Try again later.",
+        lease = self.lease(path, self.shelf.limits.lease)
+        sentence = (
+            f"{self.remote.shown} is being downloaded by another worker, which takes too long"
         )
-        theirs = lease.wait(lambda: newer(self._there()), self.deadline, POLL, too_late)
-        if theirs:
-            return theirs
+        too_late = DownloadFailed(sentence, "Try again later.")
+        if entry := lease.wait(lambda: newer(self._kept()), self.deadline, POLL, too_late):
+            return entry
         with lease:
-            # What lies there now may be newer than before waiting: a 304 says that this one is the newest.
-            there = self._there()
-            return newer(there) or self._download(root, there)
+            # This one may be newer than before waiting. The request names it, so that a 304 confirms it.
+            kept = self._kept()
+            return newer(kept) or self._download(root, kept)
 
-    def _there(self) -> CacheEntry | None:
+    def _kept(self) -> CacheEntry | None:
         try:
-            return self.publisher.shelf.kept(self.remote)
+            return self.shelf.kept(self.remote)
         except Damaged:
             return None
 
     def _download(self, root: Path, kept: CacheEntry | None) -> CacheEntry:
-        room, path = self.publisher.room, root / file_name(self.remote)
-        known = _conditions(kept.record) if kept and kept.path.is_relative_to(root) else {}
+        room, path, headers = self.shelf.room, root / file_name(self.remote), {}
+        if kept and kept.path.is_relative_to(root):
+            record = kept.record
+            conditions = {"If-None-Match": record.etag, "If-Modified-Since": record.modified}
+            headers = {name: value for name, value in conditions.items() if value}
         try:
             with part_file(root / INCOMING, path.name) as part:
+                limits = self.shelf.limits
                 download = Download(
-                    self.web, self.remote, part, self.limits, self.on_bytes, deadline=self.deadline
+                    self.web, self.remote, part, limits, self.on_bytes, deadline=self.deadline
                 )
                 with room.in_use(kept.path) if kept else nullcontext():
-                    fetched = download.run(lambda more: room.make(path, more, more), known)
-                config = self._config(root)
-                return self.publisher.publish(part, root, self.remote, fetched, config)
+                    fetched = download.run(lambda more: room.make(root, more, more, path), headers)
+                return self.shelf.publish(part, root, self.remote, fetched, self._config(root))
         except NotModified:
             if kept is None:
                 raise DownloadFailed(f"{self.remote.shown} answered HTTP 304") from None
@@ -109,24 +109,18 @@ class Fetch:
             return replace(kept, record=record)
 
     def _config(self, root: Path) -> str | None:
-        """The config that belongs to a PEFT adapter: without it, its scale is not known."""
+        """The text of a PEFT adapter's config: without it, nobody knows the adapter's scale."""
         url = self.remote.config_url
         if url is None:
             return None
         config = RemoteFile(url, "", f"{self.remote.shown}'s {PEFT_CONFIG}", PEFT_CONFIG)
-        limits = replace(self.limits, file_bytes=CONFIG_BYTES)
+        limits = replace(self.shelf.limits, file_bytes=CONFIG_BYTES)
         with part_file(root / INCOMING, PEFT_CONFIG) as part:
             Download(self.web, config, part, limits, deadline=self.deadline).run(lambda size: None)
             try:
                 return part.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise LoraCorrupt(f"{config.shown} is no text") from error
-
-
-def _conditions(record: Record) -> dict[str, str]:
-    """The headers by which a server answers 304 if it still has what is here."""
-    headers = {"If-None-Match": record.etag, "If-Modified-Since": record.modified}
-    return {name: value for name, value in headers.items() if value}
 
 
 @dataclass
@@ -155,7 +149,7 @@ class SharedFetches:
         fetch: Callable[[OnBytes], CacheEntry],
         on_bytes: OnBytes | None,
     ) -> CacheEntry:
-        """The outcome of `fetch`, or of another thread's that began with the same key and still runs."""
+        """The outcome of `fetch`, or of another thread's fetch with the same key that still runs."""
         with self._guard:
             ours = key not in self._running
             running = self._running.setdefault(key, _Running())

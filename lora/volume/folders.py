@@ -22,7 +22,7 @@ DAMAGED_DAYS = 1.0
 """How long a damaged file is kept to be looked at."""
 
 LOCAL = frozenset({"ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs", "zfs", "tmpfs", "overlay"})
-"""File systems whose open files stay readable whatever happens to their names. All others count as remote."""
+"""File systems whose open files stay readable after a rename or delete. All others count as remote."""
 
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -40,25 +40,24 @@ class Folders:
 
     @property
     def roots(self) -> tuple[Path, ...]:
-        """The folders that files are looked for in, in this order."""
+        """The folders to look for files in, in this order."""
         return (self.root, self.fallback) if self.fallback else (self.root,)
 
-    # --- writing ---------------------------------------------------------------------------------
-
     def prepare(self) -> Path:
-        """The folder that is written to: the volume if it can be, else the fallback, and a warning.
-
-        Raises: OSError if nothing can be written.
-        """
-        for root in self.writable():
+        """The volume or, with a warning, the fallback if that fails. Raises: OSError if both fail."""
+        if root := next(self.writable(), None):
             return root
         raise OSError(errno.EROFS, "neither the volume nor this container's disk can be written")
 
     def writable(self) -> Iterator[Path]:
-        """The folders that can be written, the volume first. Leftovers of dead workers are removed there."""
+        """The folders that can be written, the volume first, without the leftovers of dead workers."""
         for root in self.roots:
             try:
-                _probe(root)
+                incoming = root / INCOMING
+                incoming.mkdir(parents=True, exist_ok=True)
+                probe = incoming / f"probe-{uuid.uuid4().hex}.part"
+                probe.touch()
+                probe.unlink()
             except OSError as error:
                 self.lost(root, error)
                 continue
@@ -68,15 +67,13 @@ class Folders:
             yield root
 
     def lost(self, root: Path, error: OSError) -> None:
-        """Takes note that a folder cannot be written."""
+        """Notes that a folder cannot be written."""
         trouble = f"the LoRA cache on the volume cannot be written ({error.strerror})"
         if root == self.root and self.fallback:
             trouble += "; LoRAs are kept on this container's disk"
             if self.trouble != trouble:
                 log.warning("%s: %s", root, trouble)
             self.trouble = trouble
-
-    # --- looking ---------------------------------------------------------------------------------
 
     def root_of(self, path: Path) -> Path:
         """The folder of the cache that a file is in."""
@@ -91,20 +88,20 @@ class Folders:
         return self._local[self.root_of(path)]
 
     def adapters(self) -> list[StoredAdapter]:
-        """Every adapter that has its weights, in the order of their files' names, the volume's first."""
-
-        def steps(adapter: StoredAdapter) -> list[str]:
-            return str(adapter.weights).split("/")
-
-        walks = [sorted(adapters_in(root), key=steps) for root in self.roots]
-        return [adapter for walk in walks for adapter in walk if adapter.weights]
+        """Every adapter that has its weights, in the order of their files' paths, the volume's first."""
+        return [
+            adapter
+            for root in self.roots
+            for adapter in sorted(adapters_in(root), key=lambda item: str(item.weights).split("/"))
+            if adapter.weights
+        ]
 
     def files(self) -> list[Path]:
         """The files of `adapters`."""
         return [adapter.root / str(adapter.weights) for adapter in self.adapters()]
 
     def existing(self, name: str) -> Path | None:
-        """The file of this name; .safetensors is preferred to pickles, the volume to the fallback.
+        """The file of this name. A .safetensors file goes before pickles, the volume before the fallback.
 
         Raises: SourceInvalid if it leads out of the folders.
         """
@@ -121,7 +118,7 @@ class Folders:
         return None
 
     def adapter(self, name: str) -> StoredAdapter | None:
-        """The adapter of this name: unlike `existing`, also a PEFT folder that lacks its weights.
+        """The adapter of this name. Unlike `existing`, also finds a PEFT folder without its weights.
 
         Raises: SourceInvalid if it leads out of the folders.
         """
@@ -148,17 +145,8 @@ def on_local_disk(folder: Path, mounts: Path = MOUNTS) -> bool:
     return kind in LOCAL
 
 
-def _probe(root: Path) -> None:
-    """Raises: OSError if the folder cannot be made or written."""
-    folder = root / INCOMING
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f"probe-{uuid.uuid4().hex}.part"
-    probe.touch()
-    probe.unlink()
-
-
 def _sweep(root: Path, age: float) -> None:
-    """Removes leftovers of dead workers: parts and leases that were not written to for `age` seconds."""
+    """Removes old damaged files, and parts and leases that nobody wrote to for `age` seconds."""
     for folder, oldest in ((INCOMING, age), (DAMAGED, DAMAGED_DAYS * 86_400)):
         with suppress(OSError):
             for path in (root / folder).iterdir():

@@ -1,7 +1,7 @@
-"""A file by which one of many workers that share a folder says that it does a job, and that it is alive.
+"""A file with which one of many workers that share a folder shows that it does a job, and that it is alive.
 
-A lease saves bandwidth, no more: where two workers believe that they hold it, both download the same file,
-and each publishes a whole one. That is all that happens on a file system without exclusive creation.
+A lease only saves bandwidth. If two workers hold it, which happens on a file system without exclusive
+creation, both download the same file and each publishes a whole one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ log = logging.getLogger(__name__)
 BEATS = 5
 """Signs of life within the silence that counts as death."""
 
-Found = TypeVar("Found")
+Made = TypeVar("Made")
 
 
 def process_name(pid: int | str = "self") -> str:
     """A name that no other process has or had: this machine's boot, the pid's namespace, pid and start time.
 
-    Raises: FileNotFoundError or ProcessLookupError if there is no such process, or it is dead and its parent
-    has not noticed yet; OSError if it may not be looked at, or there is no /proc.
+    Raises: FileNotFoundError or ProcessLookupError if there is no such process, or only a zombie; OSError if
+    it may not be read, or there is no /proc.
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     namespace = Path(f"/proc/{pid}/ns/pid").readlink()
@@ -55,17 +55,17 @@ class Lease:
     _stop: threading.Event = field(default_factory=threading.Event, init=False)
 
     def wait(
-        self, look: Callable[[], Found | None], deadline: float, poll: float, too_late: Exception
-    ) -> Found | None:
-        """Waits until the lease is ours (None), or until `look` finds what its owner was to make.
+        self, look: Callable[[], Made | None], deadline: float, poll: float, too_late: Exception
+    ) -> Made | None:
+        """Waits until the lease is ours (None), or until `look` returns what its owner was to make.
 
-        A dead owner's lease is taken over; where it cannot be removed, nobody can have it, and all waiters go
+        A dead owner's lease is taken over. If it cannot be removed, nobody can have it, and no waiter waits
         on. `poll`: seconds between two tries. Raises: `too_late` after `deadline`, by time.monotonic().
         """
         watch = LeaseWatch(self.path, self.silence)
         while not self.take():
-            if found := look():
-                return found
+            if result := look():
+                return result
             if watch.is_dead():
                 if not watch.remove():
                     break
@@ -76,7 +76,7 @@ class Lease:
         return None
 
     def take(self) -> bool:
-        """Whether the lease is ours now. True, too, where the folder allows none: then nobody can have it."""
+        """Whether the lease is ours now. Also True if the folder allows none: then nobody can have it."""
         try:
             owner = process_name()
         except OSError:
@@ -92,7 +92,7 @@ class Lease:
         try:
             with os.fdopen(handle, "w") as stream:
                 stream.write(f"{self._name} 0\n")
-        except OSError as error:  # a full volume takes the name and not the text
+        except OSError as error:  # a full volume holds the name, but not the text
             log.info("no lease for %s: %s", self.path.name, error.strerror)
             with suppress(OSError):
                 self.path.unlink()
@@ -118,7 +118,7 @@ class Lease:
             number += 1
             with suppress(OSError):
                 if not self._is_ours():
-                    return  # taken over: we go on, and publish as well
+                    return  # taken over: our job goes on, and both publish
                 with self.path.open("r+") as stream:
                     stream.write(f"{self._name} {number}\n")
 
@@ -143,9 +143,9 @@ class LeaseWatch:
         return _owner_is_gone(text) or time.monotonic() - self._since > self._silence
 
     def remove(self) -> bool:
-        """Removes the lease that was seen last, and no other: another waiter may have been faster.
+        """Removes the lease that `is_dead` saw, and no other: another waiter may have been faster.
 
-        False if the folder does not let it be removed: then waiting is in vain.
+        False if the folder does not allow it: then waiting is in vain.
         """
         with part_file(self._path.parent, self._path.name) as taken:
             try:
@@ -159,7 +159,7 @@ class LeaseWatch:
                 return False
             with suppress(OSError):
                 if taken.read_text() != self._seen:
-                    os.link(taken, self._path)  # a living one: put back, unless there is a newer
+                    os.link(taken, self._path)  # it is alive: put back, unless there is a newer one
         return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,7 @@ AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Loaded:
-    """A reference, found and parsed."""
+    """A reference with its parsed file."""
 
     reference: Reference
     entry: CacheEntry
@@ -42,7 +41,7 @@ class Loaded:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What may differ from what the adapter's maker, or the request, meant."""
+        """What may differ from what the adapter's maker or the request meant."""
         own = self.entry.warnings
         if self.entry.record.source.endswith(PEFT_STEM + SAFETENSORS) and not self.file.scaled:
             return (*own, f"{self.entry.name} has no {PEFT_CONFIG}, so alpha counts as the rank")
@@ -65,20 +64,16 @@ class LoraLibrary:
         self._guard = threading.Lock()
 
     def load(self, reference: Reference, on_bytes: OnBytes | None = None) -> Loaded:
-        """The adapter that a reference means, from the cache or from its source.
-
-        Raises: LoraError, whose sentence names the reference.
-        """
+        """The adapter of a reference, from the cache or its source. Raises: LoraError that names it."""
         with naming(reference.shown):
             return self._load(reference, self._resolve(reference), on_bytes)
 
     def load_all(
         self, references: Sequence[Reference], report: Callable[[Transfer], None] | None = None
     ) -> list[Loaded]:
-        """The adapters of a job, fetched at the same time. `report` is told how far all of them are.
+        """The adapters of a job, fetched at the same time. `report` gets the progress of all of them.
 
-        Nothing is downloaded unless every reference is known to mean something. Raises: LoraError, with
-        the faults of all of them.
+        Nothing is downloaded until every reference is resolved. Raises: LoraError, with the faults of all.
         """
         transfers = Transfers(report or (lambda transfer: None))
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="lora") as pool:
@@ -92,7 +87,7 @@ class LoraLibrary:
             return each(self._load, references, resolved, listeners)
 
     def _resolve(self, reference: Reference) -> tuple[Resolved, float]:
-        """Where it is, and how many seconds it took to find out."""
+        """Where the file is, and how many seconds it took to find out."""
         begun = time.perf_counter()
         return self.cache.resolve(reference), time.perf_counter() - begun
 
@@ -108,7 +103,11 @@ class LoraLibrary:
         except (FileNotFoundError, LoraCorrupt) as error:
             entry = self._get_again(resolved, entry, error, on_bytes)
             fetched = time.perf_counter()
-            file = self._parse_for_good(entry)
+            try:
+                file = self._parse(entry)
+            except FileNotFoundError as again:
+                sentence = f"{entry.name} was removed by another worker, twice"
+                raise DownloadFailed(sentence, "Try again later.") from again
         return Loaded(
             reference=reference,
             entry=entry,
@@ -123,7 +122,7 @@ class LoraLibrary:
     ) -> CacheEntry:
         """The file once more, if the one that could not be read is gone, or was damaged on the volume.
 
-        Raises: `error` if the source has the same bytes.
+        Raises: `error` if fetching again would bring the same bytes.
         """
         resolved = resolved._replace(refresh=False)
         if not isinstance(error, LoraCorrupt):
@@ -135,39 +134,29 @@ class LoraLibrary:
         warning = f"{entry.name} was damaged on the volume; it was fetched again"
         return self.cache.get(resolved, on_bytes).warned(warning)
 
-    def _parse_for_good(self, entry: CacheEntry) -> LoraFile:
-        try:
-            return self._parse(entry)
-        except FileNotFoundError as error:
-            raise DownloadFailed(
-                f"{entry.name} was removed by another worker, twice", "Try again later."
-            ) from error
-
     def _parse(self, entry: CacheEntry) -> LoraFile:
         """The file's parsed form, kept by its content: a changed file is never mistaken for the old one.
 
-        Raises: LoraError; FileNotFoundError if the file is not the one of its record any more.
+        Raises: LoraError; FileNotFoundError if the file no longer fits its record.
         """
-        record, config = entry.record, entry.record.config
-        if config is None:
-            config = config_beside(entry.path)
-        key = record.sha256, hashlib.sha256((config or "").encode()).hexdigest()
+        record = entry.record
+        config = config_beside(entry.path) if record.config is None else record.config
+        key = record.sha256, config
         with self._guard:
-            warm = self._warm.get(key)
-        if warm is not None:
-            return warm
+            if file := self._warm.get(key):
+                return file
         try:
             with self.cache.in_use(entry.path):
                 file = load(
                     entry.path, self._key_map, record.sha256, config=config, mapped=entry.mappable
                 )
-                stat = entry.path.stat()
+                status = entry.path.stat()
         except OSError as error:
             # ESTALE: a network file system says that the file is gone.
             if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:
                 raise FileNotFoundError(entry.path) from error
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
-        if not record.fits(stat):
+        if not record.fits(status):
             raise FileNotFoundError(entry.path)
         with self._guard:
             self._warm.put(key, file, record.size)
@@ -188,10 +177,10 @@ def _named(work: Callable[..., Result], reference: Reference, *more: Any) -> Res
 
 
 def _results(futures: Sequence[Future[Result]]) -> list[Result]:
-    """All results. Raises: the first error, whose sentence has those of the others."""
-    errors = [error for future in futures if (error := future.exception())]
-    coded = list({str(error): error for error in errors if isinstance(error, LoraError)}.values())
-    if len(coded) < 2 or len(coded) < len({str(error) for error in errors}):
+    """All results. Raises: the first error; if all are LoraErrors, its sentence has those of the others."""
+    errors = {str(error): error for future in futures if (error := future.exception())}
+    coded = [error for error in errors.values() if isinstance(error, LoraError)]
+    if len(coded) < 2 or len(coded) < len(errors):
         return [future.result() for future in futures]
     first = coded[0]
     raise type(first)("; ".join(error.sentence for error in coded), first.hint) from first

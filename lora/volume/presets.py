@@ -1,16 +1,15 @@
 """Named stacks of LoRAs on the volume, and LightX2V's config files.
 
 `presets.json` in the cache's folder is one JSON object: name -> preset, an object with `loras` as in a job,
-and perhaps `prompt_prefix`, `prompt_suffix`, `trigger_words`, `description`. People may edit it by hand. It
-is read anew each time, so a change shows at once. This module reads and writes; `worker.selection` checks
-what a preset holds, as a job is checked.
+and perhaps `prompt_prefix`, `prompt_suffix`, `trigger_words`, `description`. People may edit it by hand: it
+is read anew each time. This module reads and writes it; `worker.selection` checks the presets.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ MAX_BYTES = 10_000_000
 """Of presets.json, and of a config file."""
 
 SILENCE, PATIENCE, POLL = 10.0, 30.0, 0.02
-"""Seconds: after which a silent writer counts as dead; that a change waits for others; between two tries."""
+"""Seconds of silence after which a writer counts as dead; that a change waits; between two tries."""
 
 Preset = Mapping[str, Any]
 
@@ -46,31 +45,27 @@ class Presets:
         return self.root / FILE
 
     def read(self) -> dict[str, Any]:
-        """Name -> value, which may be a preset or not; empty if there is no file.
+        """Name -> value, which need not be a preset; empty if there is no file.
 
-        Raises: LoraCorrupt, with the place, if the file is no JSON object.
+        Raises: LoraCorrupt, with line and column, if the file is no JSON object.
         """
         return self._read()[1]
 
     def find(self, name: str) -> Preset:
-        """The preset of that name.
-
-        Raises: LoraNotFound, with the nearest names; LoraCorrupt if what stands there is no object.
-        """
+        """The preset of that name. Raises: LoraNotFound, with near names; LoraCorrupt if it is no object."""
         presets = self.read()
         if name not in presets:
-            known = sorted(presets)
-            listed = f"There are: {', '.join(known[:20])}." if known else "There are none."
-            raise LoraNotFound(f"there is no preset {name!r}", nearest(name, known) or listed)
+            names = sorted(presets)
+            listed = f"There are: {', '.join(names[:20])}." if names else "There are none."
+            raise LoraNotFound(f"there is no preset {name!r}", nearest(name, names) or listed)
         if not isinstance(presets[name], dict):
             raise LoraCorrupt(f"{FILE}: {name} is not an object", "Mend it on the volume.")
         return dict(presets[name])
 
     def set(self, name: str, preset: Preset) -> None:
-        """Writes a preset, in place of the one that has its name; the others stay.
+        """Writes a preset, in place of one with its name; the others stay.
 
-        Raises: CacheFull if it cannot be written; LoraCorrupt if the file there is no JSON object: then it
-        is left as it is.
+        Raises: CacheFull if it cannot be written; LoraCorrupt if the file is no JSON object, and is left so.
         """
         self._change(lambda presets: {**presets, name: dict(preset)})
 
@@ -104,8 +99,8 @@ class Presets:
     def _change(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Reads, changes and writes while no other worker does, as far as the lease can ensure that.
 
-        On a file system that gives the lease to everybody, a change by another worker is noticed right
-        before the file is replaced.
+        If the file system gives the lease to several, another worker's change is noticed right before the
+        file is replaced.
         """
         folder, full = self.root / INCOMING, "The volume may be full, read-only or gone."
         too_late = CacheFull(f"{FILE} is being changed by other workers", "Try again later.")
@@ -141,58 +136,49 @@ def read_config(path: Path) -> tuple[dict[str, Any], ...]:
     paths, configs = config.get("lora_path") or [], config.get("lora_configs") or []
     if paths and configs:
         raise ToolError(f"{path.name} has both lora_path and lora_configs", "Keep one of them.")
-    if configs:
-        return tuple(_configured(configs, path.name))
-    strength = config.get("strength_model", 1.0)
-    listed = [paths] if isinstance(paths, str) else paths
-    if not isinstance(listed, list):
-        raise ToolError(f"{path.name}: lora_path is neither a path nor a list", CONFIG_HINT)
-    return tuple(
-        _entry(source, strength, f"{path.name}: lora_path[{index}]", "strength_model")
-        for index, source in enumerate(listed)
-    )
+    where, field = f"{path.name}: lora_configs", "strength"
+    if paths:
+        where, field = f"{path.name}: lora_path", "strength_model"
+        paths = [paths] if isinstance(paths, str) else paths
+        if not isinstance(paths, list):
+            raise ToolError(f"{where} is neither a path nor a list", CONFIG_HINT)
+        configs = [{"path": item, "strength": config.get(field, 1.0)} for item in paths]
+    if not isinstance(configs, list):
+        raise ToolError(f"{where} is not a list", CONFIG_HINT)
+    return tuple(_entry(item, f"{where}[{index}]", field) for index, item in enumerate(configs))
 
 
 CONFIG_HINT = 'Write {"lora_configs": [{"path": "…", "strength": 1.0}]}.'
 
 
-def _configured(configs: object, name: str) -> Iterator[dict[str, Any]]:
-    if not isinstance(configs, list):
-        raise ToolError(f"{name}: lora_configs is not a list", CONFIG_HINT)
-    for index, config in enumerate(configs):
-        where = f"{name}: lora_configs[{index}]"
-        if not isinstance(config, dict):
-            raise ToolError(f"{where} is not an object", CONFIG_HINT)
-        yield _entry(config.get("path"), config.get("strength", 1.0), where, "strength")
-
-
-def _entry(path: object, scale: object, where: str, field: str) -> dict[str, Any]:
+def _entry(config: object, where: str, field: str) -> dict[str, Any]:
+    """`field`: what the file calls the strength."""
+    if not isinstance(config, dict):
+        raise ToolError(f"{where} is not an object", CONFIG_HINT)
+    path, scale = config.get("path"), config.get("strength", 1.0)
     if not isinstance(path, str) or not path.strip():
         raise ToolError(f"{where} names no LoRA", CONFIG_HINT)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise ToolError(f"{where}: {field} is not a number", CONFIG_HINT)
     if not abs(scale) <= MAX_SCALE:  # NaN, too
-        raise ToolError(
-            f"{where}: {field} is not between {-MAX_SCALE} and {MAX_SCALE}", CONFIG_HINT
-        )
+        limits = f"between {-MAX_SCALE} and {MAX_SCALE}"
+        raise ToolError(f"{where}: {field} is not {limits}", CONFIG_HINT)
     return {"path": path.strip(), "scale": float(scale)}
 
 
 def cached_names(entries: tuple[dict[str, Any], ...], root: Path) -> tuple[dict[str, Any], ...]:
-    """The entries as a job may name them: an absolute path in the cache's folder becomes its name there.
+    """The entries as a job may name them: a path to a file in the cache's folder becomes its name there.
 
-    Raises: ToolError for any other absolute path: a worker serves only what lies in its cache.
+    Raises: ToolError for any other path on the disk: a worker serves only what lies in its cache.
     """
-    return tuple({**entry, "path": _cached_name(entry["path"], root)} for entry in entries)
 
+    def name_of(path: str) -> str:
+        if not path.startswith(("/", "~", "./", "../")):
+            return path
+        file = Path(path).expanduser().resolve()
+        if file.is_relative_to(root.resolve()):
+            return str(file.relative_to(root.resolve()))
+        sentence = f"{Path(path).name} does not lie in the LoRA cache"
+        raise ToolError(sentence, "Put it into LORA_CACHE_DIR, or name a URL or a repo.")
 
-def _cached_name(path: str, root: Path) -> str:
-    if not path.startswith(("/", "~", "./", "../")):
-        return path
-    file = Path(path).expanduser().resolve()
-    if not file.is_relative_to(root.resolve()):
-        raise ToolError(
-            f"{Path(path).name} does not lie in the LoRA cache",
-            "Put it into LORA_CACHE_DIR, or name a URL or a repo.",
-        )
-    return str(file.relative_to(root.resolve()))
+    return tuple({**entry, "path": name_of(entry["path"])} for entry in entries)

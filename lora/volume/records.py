@@ -1,4 +1,4 @@
-"""What the cache writes down: a record beside each adapter, and what sources answered lately."""
+"""Small JSON files of the cache: the record beside each adapter, and the sources' last answers."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ class Record:
     """What the cache knows of an adapter file."""
 
     source: str
-    """Where it came from, as it may be shown."""
+    """Where it came from, without secrets."""
     sha256: str
     size: int
     mtime_ns: int
-    """The adapter file's own time when it was hashed: another time means another file."""
+    """The file's own time when it was hashed: a file with another time was changed."""
     fetched: float | None
     """When it was downloaded, in seconds since 1970; None for a file that was put here by hand."""
     checked: float | None = None
-    """When its source last said that this is still the one."""
+    """When its source last confirmed it."""
     etag: str | None = None
     modified: str | None = None
     """The source's Last-Modified."""
     source_sha256: str | None = None
-    """The hash of what was downloaded, where that was converted."""
+    """The hash of the downloaded file, if that was converted."""
     config: str | None = None
     """The text of the adapter_config.json that belongs to it."""
 
     @property
     def asked(self) -> float | None:
-        """When its source was asked last; None for a file without one."""
+        """When its source was last asked; None if it has none."""
         return self.fetched if self.checked is None else self.checked
 
     @property
@@ -56,7 +56,7 @@ class Record:
         return self.source_sha256 or self.sha256
 
     def fits(self, status: os.stat_result) -> bool:
-        """Whether the adapter file still has the size and the time that it had when it was hashed."""
+        """Whether the file still has the size and time that it had when it was hashed."""
         return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
 
 
@@ -74,10 +74,7 @@ def pin_path(path: Path) -> Path:
 
 
 def read_as(kind: type[Kind], path: Path) -> Kind | None:
-    """A dataclass that `write` wrote; None if there is none, or none that can be read.
-
-    Fields that a newer version added are left out.
-    """
+    """A dataclass that `write` wrote, without the fields that a newer version added; None if unreadable."""
     try:
         values = json.loads(path.read_text())
         names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
@@ -96,7 +93,7 @@ def write(root: Path, path: Path, value: Any) -> None:
 
 
 def touch(path: Path) -> None:
-    """Notes a use: the record's time is the last one."""
+    """Notes a use: the record's time is that of the last use."""
     try:
         os.utime(path)
     except OSError as error:  # a read-only volume: only the order of eviction suffers
@@ -105,7 +102,7 @@ def touch(path: Path) -> None:
 
 @contextmanager
 def write_errors_as(sentence: str, hint: str = "") -> Iterator[None]:
-    """Turns an OSError of the block into CacheFull, whose sentence is this one with the system's reason."""
+    """Turns an OSError of the block into CacheFull with this sentence and the system's reason."""
     try:
         yield
     except OSError as error:

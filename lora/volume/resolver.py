@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 
 from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.civitai import Civitai
-from lora.fetch.download import Limits, pause_after
+from lora.fetch.download import pause_after
 from lora.fetch.hub import Hub
 from lora.fetch.sources import CachedName, CivitaiFile, HubFile, Reference, RemoteFile, parse
 from lora.volume.records import read_as, write
 from lora.volume.shelf import Shelf, digest_of
 
 LOOKUPS = ".lookups"
+
+REFUSED = LoraNotFound, AccessDenied
 
 
 class Resolved(NamedTuple):
@@ -38,7 +40,7 @@ class Lookup:
 
 
 class Refusals:
-    """Remembers for some seconds which source answered 404 (nothing is there) or 403 (not for us)."""
+    """Remembers for some seconds which sources answered 404 (nothing is there) or 403 (not for us)."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -47,13 +49,9 @@ class Refusals:
 
     @contextmanager
     def remembered(
-        self,
-        key: str,
-        *,
-        ask_anyway: bool = False,
-        kinds: tuple[type[LoraError], ...] = (LoraNotFound, AccessDenied),
+        self, key: str, *, ask_anyway: bool, kinds: tuple[type[LoraError], ...] = REFUSED
     ) -> Iterator[None]:
-        """Wraps the asking of a source: raises its refusal of a moment ago, and remembers one of now.
+        """Runs a block that asks a source; raises the source's remembered refusal instead, if there is one.
 
         `kinds`: the errors that are remembered.
         """
@@ -66,8 +64,8 @@ class Refusals:
         except kinds as error:
             now = time.monotonic()
             with self._guard:
-                self._until = {k: v for k, v in self._until.items() if v[0] > now}
-                self._until[key] = now + self._seconds, error
+                fresh = {k: refused for k, refused in self._until.items() if refused[0] > now}
+                self._until = {**fresh, key: (now + self._seconds, error)}
             raise
         with self._guard:
             self._until.pop(key, None)
@@ -76,14 +74,11 @@ class Refusals:
 class Resolver:
     """Asks each hub once in a while, not once per job."""
 
-    def __init__(
-        self, shelf: Shelf, hub: Hub, civitai: Civitai, refusals: Refusals, limits: Limits
-    ) -> None:
-        self._shelf, self._hub, self._civitai = shelf, hub, civitai
-        self._refusals, self._limits = refusals, limits
+    def __init__(self, shelf: Shelf, hub: Hub, civitai: Civitai, refusals: Refusals) -> None:
+        self._shelf, self._hub, self._civitai, self._refusals = shelf, hub, civitai, refusals
 
     def resolve(self, reference: Reference) -> Resolved:
-        """As `VolumeCache.resolve` says. Raises: LoraError."""
+        """Where the reference's file is: in the cache by name, or at a URL. Raises: LoraError."""
         location = parse(reference, self._hub.endpoint, self._civitai.endpoint)
         if isinstance(location, HubFile):
             plain = not (reference.weight_name or reference.revision or "@" in reference.path)
@@ -105,7 +100,7 @@ class Resolver:
     def _look_up(
         self, key: str, ask: Callable[[], RemoteFile], fixed: bool, *, refresh: bool
     ) -> Resolved:
-        """What a hub says of a reference; as long as its last answer is fresh, that, from the volume."""
+        """A hub's answer about a reference; from the volume as long as the last answer is fresh."""
         name = f"{digest_of(key)}.json"
         known, when = None, 0.0
         for root in self._shelf.roots:
@@ -113,7 +108,7 @@ class Resolver:
             if lookup and lookup.when > when:
                 with suppress(TypeError):
                     known, when = RemoteFile(**lookup.file), lookup.when
-        fresh = fixed or time.time() - when < self._limits.ttl
+        fresh = fixed or time.time() - when < self._shelf.limits.ttl
         if known and fresh and not refresh:
             return Resolved(known)
         try:
@@ -129,13 +124,14 @@ class Resolver:
         return Resolved(answer, refresh)
 
     def _patiently(self, ask: Callable[[], RemoteFile]) -> RemoteFile:
-        """Asks again where a hub does not answer, as a download does."""
-        deadline = time.monotonic() + self._limits.timeout
-        for failures in range(1, self._limits.tries):
+        """Asks again if a hub does not answer, as often as a download would."""
+        limits = self._shelf.limits
+        deadline = time.monotonic() + limits.timeout
+        for failures in range(1, limits.tries):
             try:
                 return ask()
             except DownloadFailed:
-                pause = pause_after(failures, self._limits)
+                pause = pause_after(failures, limits)
                 if time.monotonic() + pause > deadline:
                     raise
                 time.sleep(pause)

@@ -6,7 +6,7 @@ import logging
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from lora.volume.records import Record, read_as, record_path
 log = logging.getLogger(__name__)
 
 RESERVE = 1 << 20
-"""Bytes that are left free on the volume for records and whatever else is written there."""
+"""Bytes that are left free on the volume for records and other small files."""
 
 
 class Room:
@@ -40,47 +40,33 @@ class Room:
                 self._in_use[path] -= 1
                 self._in_use = +self._in_use  # without zeros
 
-    def make(self, target: Path, size: int, to_write: int) -> None:
-        """Makes room for `target`, of whose `size` bytes `to_write` are not on the disk yet.
+    def make(self, root: Path, size: int, to_write: int, instead_of: Path | None = None) -> None:
+        """Removes the least recently used files until a new one of `size` bytes fits the budget, and the
+        `to_write` bytes of it that are not on the disk yet fit the disk.
 
-        A file that lies there already will be replaced, and does not count. Raises: CacheFull, OSError.
+        Only downloaded files are removed. An operator's, pinned ones and those in use stay. So does
+        `instead_of`: the new file will replace it, so it does not count.
+        Raises: CacheFull, saying by how much it does not fit; then nothing was removed. OSError.
         """
+        lacking = to_write + RESERVE - shutil.disk_usage(root).free
+        if lacking <= 0 and self._budget is None:
+            return  # the usual case, without reading thousands of records
+        adapters = {path: item for path, item in _by_last_use(root) if path != instead_of}
+        files = [(path, adapter.version.size) for path, adapter in adapters.items()]
+        keep = {path for path, adapter in adapters.items() if adapter.pinned}
         with self._guard:
-            keep = set(self._in_use)
-        make_room(target.parent, size, to_write, self._budget, keep, target)
-
-
-def make_room(
-    root: Path,
-    size: int,
-    to_write: int,
-    budget: int | None,
-    keep: Iterable[Path],
-    instead_of: Path | None = None,
-) -> None:
-    """Removes the files used least recently until another of `size` bytes fits the budget, and its bytes
-    that are still `to_write` fit the disk.
-
-    Only downloaded files are removed. An operator's, pinned ones and `keep` stay. So does `instead_of`,
-    which the new file will replace, and it does not count.
-    Raises: CacheFull, saying by how much it does not fit; then nothing was removed. OSError.
-    """
-    lacking = to_write + RESERVE - shutil.disk_usage(root).free
-    if lacking <= 0 and budget is None:
-        return  # the usual case, without a look at thousands of records
-    adapters = {path: item for path, item in _by_last_use(root) if path != instead_of}
-    files = [(path, adapter.version.size) for path, adapter in adapters.items()]
-    kept = {*keep, *(path for path, adapter in adapters.items() if adapter.pinned)}
-    chosen: list[Path] = []
-    if budget is not None:
-        over = sum(size for _, size in files) + size - budget
-        chosen = files_to_evict(files, over, kept, "its budget", "Raise LORA_CACHE_MAX_GB")
-    if lacking > 0:
-        more = files_to_evict(files, lacking, kept, "room on the volume", "Make the volume larger")
-        chosen = max(chosen, more, key=len)  # both are the oldest ones: one holds the other
-    for path in chosen:
-        log.info("evicting %s", path.name)
-        delete(adapters[path])
+            keep.update(self._in_use)
+        chosen: list[Path] = []
+        if self._budget is not None:
+            over = sum(size for _, size in files) + size - self._budget
+            chosen = files_to_evict(files, over, keep, "its budget", "Raise LORA_CACHE_MAX_GB")
+        if lacking > 0:
+            remedy = "Make the volume larger"
+            more = files_to_evict(files, lacking, keep, "room on the volume", remedy)
+            chosen = max(chosen, more, key=len)  # both start with the oldest: one has the other
+        for path in chosen:
+            log.info("evicting %s", path.name)
+            delete(adapters[path])
 
 
 def files_to_evict(
@@ -88,7 +74,7 @@ def files_to_evict(
 ) -> list[Path]:
     """Which of these (path, bytes; oldest use first) must go so that `excess` bytes become free.
 
-    Raises: CacheFull if removing all that may go does not suffice; it says by how much.
+    Raises: CacheFull, saying by how much removing all but `keep` does not suffice.
     """
     chosen = []
     for path, size in files:

@@ -1,4 +1,4 @@
-"""Adapter files in the cache's folders with their records: what is whole, and what was changed."""
+"""Adapter files in the cache's folders with their records: published, found, and checked for changes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import time
 import uuid
 from contextlib import suppress
@@ -13,19 +14,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lora.durable import sha256_of
-from lora.errors import LoraCorrupt, LoraError
+from lora.durable import part_file, replace_durably, sha256_of
+from lora.errors import LoraCorrupt, LoraError, naming
+from lora.fetch.download import Fetched, Limits
 from lora.fetch.sources import RemoteFile
 from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
+from lora.formats.peft import config_beside
+from lora.formats.pickles import convert, looks_like_pickle
 from lora.volume.adapters import StoredAdapter
 from lora.volume.folders import Folders
-from lora.volume.records import DAMAGED, Record, read_as, record_path, touch, write
+from lora.volume.records import DAMAGED, INCOMING, Record, read_as, record_path, touch, write
+from lora.volume.room import Room
 
 log = logging.getLogger(__name__)
 
 PATIENCE = (0.02, 0.1)
-"""Seconds to wait while a record and its file do not fit: a worker may be between its two renames."""
+"""Seconds to wait while a record does not fit its file: a worker may be between its two renames."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,20 @@ class Damaged(Exception):
 class Shelf(Folders):
     """The cache's folders, and the record of each file in them."""
 
-    def entry(
-        self, path: Path, *, downloaded: bool = False, source: str | None = None
-    ) -> CacheEntry:
+    def __init__(self, root: Path, fallback: Path | None, limits: Limits) -> None:
+        super().__init__(root, fallback, stale_after=2 * limits.timeout)
+        self.limits, self.room = limits, Room(limits.total_bytes)
+
+    def entry(self, path: Path, source: str | None = None) -> CacheEntry:
         """The file with its record; its use is noted. Raises: OSError, Damaged, LoraError."""
         record = self._record(path, source)
         mappable = record.fetched is not None and self.is_local(path)
-        return CacheEntry(path, self.name_of(path), record, downloaded, mappable)
+        return CacheEntry(path, self.name_of(path), record, False, mappable)
 
     def _record(self, path: Path, source: str | None) -> Record:
-        """The file's record; hashed anew if there is none or the file was changed since.
+        """The file's record. The file is hashed anew if it has none, or was changed since.
 
-        Raises: Damaged if a downloaded file is not what it was; LoraError; OSError.
+        Raises: Damaged if a downloaded file has other bytes now; LoraError; OSError.
         """
         beside = record_path(path)
         for wait in (*PATIENCE, None):
@@ -79,26 +86,22 @@ class Shelf(Folders):
                 break
             time.sleep(wait)
         sha256, fault = _hashed(path)
-        now = path.stat()
-        same = (now.st_size, now.st_mtime_ns) == (status.st_size, status.st_mtime_ns)
-        if not same or read_as(Record, beside) != record:
+        hashed = Record(source or path.name, sha256, status.st_size, status.st_mtime_ns, None)
+        if not hashed.fits(path.stat()) or read_as(Record, beside) != record:
             return self._record(path, source)  # a worker published while it was hashed
         if record and record.fetched is not None:
             if record.sha256 != sha256:
-                raise Damaged(
-                    f"{path.name} was changed on the volume since it was fetched"
-                ) from fault
-            record = replace(record, size=status.st_size, mtime_ns=status.st_mtime_ns)
+                text = f"{path.name} was changed on the volume since it was fetched"
+                raise Damaged(text) from fault
+            hashed = replace(record, size=hashed.size, mtime_ns=hashed.mtime_ns)
         elif fault:
             raise fault
-        else:
-            record = Record(source or path.name, sha256, status.st_size, status.st_mtime_ns, None)
         with suppress(OSError):  # a read-only volume: the next worker hashes it again
-            write(self.root_of(path), beside, record)
-        return record
+            write(self.root_of(path), beside, hashed)
+        return hashed
 
     def kept(self, remote: RemoteFile) -> CacheEntry | None:
-        """The source's file if it is here and has the hash that is asked for; the newest, if there are two.
+        """The source's file if it is here and has the hash that is asked for; of two, the newer one.
 
         Raises: Damaged if it was changed on the volume; then it was set aside, and is not here any more.
         """
@@ -106,21 +109,68 @@ class Shelf(Folders):
         entries: list[CacheEntry] = []
         for root in self.roots:
             try:
-                entry = self.entry(root / name, source=remote.shown)
+                entry = self.entry(root / name, remote.shown)
                 check_sha256(remote.sha256, entry.record.origin_sha256, remote.shown)
+                entries.append(entry)
             except OSError:
-                continue
+                pass  # it is not in this folder
             except Damaged as error:
                 self.set_aside(root / name)
                 damaged = error
-                continue
             except LoraError as error:
                 log.warning("%s is fetched again: %s", name, error.sentence)
-                continue
-            entries.append(entry)
         if damaged and not entries:
             raise damaged
         return max(entries, key=lambda entry: entry.record.asked or 0.0, default=None)
+
+    def publish(
+        self, part: Path, root: Path, remote: RemoteFile, fetched: Fetched, config: str | None
+    ) -> CacheEntry:
+        """Checks the bytes of `part`, converts a pickle, and gives the file its name in `root`.
+
+        The record appears first, so that a file with a record is never taken for an operator's.
+        Raises: LoraError, OSError; then nothing new lies under the name.
+        """
+        check_sha256(remote.sha256, fetched.sha256, remote.shown)
+        path, sha256 = root / file_name(remote), fetched.sha256
+        with naming(remote.shown), part_file(root / INCOMING, path.name) as converted:
+            if looks_like_pickle(part):
+                convert(part, converted, self.limits.file_bytes)
+                part, sha256 = converted, sha256_of(converted)
+            read_header(part)
+            status = _stamped(part, sha256)
+            # Again, because not every server says the size first.
+            self.room.make(root, status.st_size, 0, path)
+            now = time.time()
+            record = Record(
+                source=remote.shown,
+                sha256=sha256,
+                size=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                fetched=now,
+                checked=now,
+                etag=fetched.etag,
+                modified=fetched.modified,
+                source_sha256=fetched.sha256 if sha256 != fetched.sha256 else None,
+                config=config,
+            )
+            write(root, record_path(path), record)
+            replace_durably(part, path)
+        return CacheEntry(path, path.name, record, True, self.is_local(path))
+
+    def converted(self, path: Path) -> CacheEntry:
+        """An operator's pickle as .safetensors, written once per version. Raises: LoraError, OSError."""
+        status, name = path.stat(), self.name_of(path)
+        identity = f"file:{name}:{status.st_size}:{status.st_mtime_ns}"
+        remote = RemoteFile("", identity, name, path.name, fixed=True)
+        with suppress(Damaged):
+            if kept := self.kept(remote):
+                return kept
+        root = self.prepare()
+        with part_file(root / INCOMING, path.name) as part:
+            shutil.copyfile(path, part)
+            fetched = Fetched(sha256_of(part), status.st_size, None, None)
+            return self.publish(part, root, remote, fetched, config_beside(path))
 
     def describe(self) -> list[dict[str, Any]]:
         """Every adapter file as lists show it, in the order of their names; times in seconds since 1970."""
@@ -129,8 +179,8 @@ class Shelf(Folders):
     def verify(self) -> dict[str, bool]:
         """The name of every .safetensors file, and whether it is whole.
 
-        Where it was downloaded, or nobody wrote to it since it was hashed, its bytes must be those of its
-        record. Reads every byte of the cache, and changes nothing.
+        A file that was downloaded, or not changed since it was hashed, must have the bytes of its record.
+        Reads every byte of the cache, and changes nothing.
         """
         paths = [path for path in self.files() if path.suffix == SAFETENSORS]
         return {self.name_of(path): _is_whole(path) for path in paths}
@@ -156,6 +206,17 @@ class Shelf(Folders):
         return True
 
 
+def _stamped(path: Path, sha256: str) -> os.stat_result:
+    """Gives a file a time that depends on its content, and returns its status.
+
+    File systems' clocks tick every few milliseconds. Two contents of one size that are published within one
+    tick would have the same time otherwise, and the record of one would fit the other.
+    """
+    now = time.time_ns() // 1_000_000 * 1_000_000 + int(sha256[:8], 16) % 1_000_000
+    os.utime(path, ns=(now, now))
+    return path.stat()
+
+
 def _hashed(path: Path) -> tuple[str, LoraError | None]:
     """The sha256 of an adapter file, or what is wrong with the file. Raises: OSError."""
     try:
@@ -169,9 +230,9 @@ def _is_whole(path: Path) -> bool:
     record = read_as(Record, record_path(path))
     try:
         read_header(path)
-        # An operator may have put another file under the name of one that has a record.
-        known = record and (record.fetched is not None or record.fits(path.stat()))
-        return not (record and known) or sha256_of(path) == record.sha256
+        if record is None or (record.fetched is None and not record.fits(path.stat())):
+            return True  # an operator put another file under the name of one that has a record
+        return sha256_of(path) == record.sha256
     except (OSError, LoraError):
         return False
 
@@ -206,7 +267,7 @@ def check_sha256(expected: str | None, actual: str, shown: str) -> None:
 
 
 def file_name(remote: RemoteFile) -> str:
-    """What a source's file is called in the cache: the same on every worker and in every run."""
+    """The name of a source's file in the cache: the same on every worker and in every run."""
     name = PurePosixPath(remote.file_name)
     stem = re.sub(r"[^A-Za-z0-9.-]+", "_", name.stem).strip("._")[:80] or "lora"
     return f"{stem}-{digest_of(remote.identity)}{SAFETENSORS}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +18,7 @@ from lora.volume import room as room_module
 from lora.volume.adapters import adapters_in
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
 from lora.volume.records import DAMAGED, INCOMING, Record, pin_path, record_path, write
-from lora.volume.room import RESERVE, make_room
+from lora.volume.room import RESERVE, Room
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, LoopbackServer
 
@@ -65,6 +67,16 @@ def three(tmp_path: Path) -> Path:
     for name, age in (("old", 300), ("new", 100), ("middle", 200)):
         put(tmp_path, name, 10 * MB, age)
     return tmp_path
+
+
+def make_room(
+    root: Path, size: int, to_write: int, budget: int | None, in_use: Iterable[Path]
+) -> None:
+    room = Room(budget)
+    with ExitStack() as stack:
+        for path in in_use:
+            stack.enter_context(room.in_use(path))
+        room.make(root, size, to_write)
 
 
 # --- the budget --------------------------------------------------------------------------------------
