@@ -18,15 +18,13 @@ from lora.fetch.sources import Reference, parse, redact_url
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
 from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
-from validation import InvalidInput, faults_of, filled
-from worker.image_job import unused_keys
-from worker.parts import Parts
-from worker.selection import NONE, PRESET, ready, text_field
+from validation import InvalidInput, faults_of, field, filled, number
+from worker.image_job import about, unused_keys
+from worker.parts import Answer, Parts
+from worker.selection import NONE, PRESET, ready
 
 MAX_NAME = 100
 """Characters of a preset's name."""
-
-Answer = dict[str, Any]
 
 Fields = dict[str, dict[str, Any]]
 """Name of a field -> its rule in JSON Schema."""
@@ -38,7 +36,7 @@ def _name(description: str) -> Fields:
 
 _FILE = _name("A file in the cache")
 
-_PINNED = {"type": "boolean", "default": True, "description": "false takes the pin away"}
+_PINNED = field("boolean", True, "false takes the pin away")
 
 _ENTRY: Fields = {
     name: LORA_ENTRY["properties"][name]
@@ -50,7 +48,7 @@ _SOURCES: Fields = {
         "type": "array",
         "minItems": 1,
         "maxItems": 100,
-        "description": "Sources, or objects with `path` as in a request for pictures",
+        "description": "Sources, or objects with `path`, `weight_name`, `revision`, `sha256` and `refresh`",
     }
 }
 
@@ -59,19 +57,16 @@ _LORA = _name("A LoRA's name, as library.list has it")
 _PRESET_NAME = _name("What a job selects it by")
 
 
-def _number(default: int, maximum: int, description: str) -> dict[str, Any]:
-    limits = {"type": "integer", "minimum": 1, "maximum": maximum, "default": default}
-    return {**limits, "description": description}
-
-
 _QUERY: Fields = {
-    "state": text_field("discovered, active or failed", enum=[*map(str, Standing), None]),
-    "base": text_field("The family of models, such as SDXL"),
-    "algorithm": text_field("lora, loha, lokr and so on"),
-    "word": text_field("A trigger word"),
-    "text": text_field("Anywhere in the name, the source or the trigger words"),
-    "page": _number(1, 1_000_000, "Which page"),
-    "per_page": _number(100, 1000, "How many on each"),
+    "state": field(
+        "string|null", None, "discovered, active or failed", enum=[*map(str, Standing), None]
+    ),
+    "base": field("string|null", None, "The family of models, such as SDXL"),
+    "algorithm": field("string|null", None, "lora, loha, lokr and so on"),
+    "word": field("string|null", None, "A trigger word"),
+    "text": field("string|null", None, "Anywhere in the name, the source or the trigger words"),
+    "page": number("integer", 1, (1, 1_000_000), "Which page"),
+    "per_page": number("integer", 100, (1, 1000), "How many on each"),
 }
 
 
@@ -138,7 +133,7 @@ class Actions:
         """The answer of an action. Raises: CodedError."""
         values, table = dict(job["input"]), self.table
         name = values.pop("action")
-        if name not in table:
+        if not isinstance(name, str) or name not in table:
             raise InvalidInput("action is none of " + ", ".join(table))
         action, schema = table[name], _schema(table[name].fields)
         faults = list(faults_of(schema, values, ""))
@@ -237,7 +232,7 @@ class Actions:
 
     def _set(self, values: Mapping[str, Any]) -> Answer:
         name = values["name"]
-        preset = {field: value for field, value in values.items() if field != "name" and value}
+        preset = {key: value for key, value in values.items() if key != "name" and value}
         if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
             raise InvalidInput(
                 f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
@@ -256,15 +251,7 @@ class Actions:
 
 def _about(loaded: Loaded) -> Answer:
     """What every answer about a LoRA has."""
-    return {
-        "source": loaded.reference.shown,
-        "file": loaded.entry.name,
-        "sha256": loaded.file.sha256,
-        "bytes": loaded.entry.record.size,
-        "origin": "downloaded" if loaded.entry.downloaded else "cached",
-        "algorithm": "+".join(loaded.file.algorithms),
-        "rank": loaded.file.rank,
-    }
+    return {**about(loaded), "bytes": loaded.entry.record.size}
 
 
 def _shown(preset: Mapping[str, Any]) -> Answer:

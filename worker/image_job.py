@@ -235,12 +235,7 @@ def _report(
     layers = len({layer.target for layer in file.layers if drawn.scale_of(layer.target)})
     words = sorted({word.word for word in loaded.embeddings}) if use.scale else []
     return {
-        "source": use.lora.shown,
-        "file": loaded.entry.name,
-        "sha256": file.sha256,
-        "origin": "downloaded" if loaded.entry.downloaded else "cached",
-        "algorithm": "+".join(file.algorithms),
-        "rank": file.rank,
+        **about(loaded),
         "layers": layers,
         "words": words,
         "used_keys": file.keys,
@@ -252,6 +247,18 @@ def _report(
         else "scale is 0"
         if in_range
         else "no step in its range",
+    }
+
+
+def about(loaded: Loaded) -> dict[str, Any]:
+    """What every answer says of a LoRA."""
+    return {
+        "source": loaded.reference.shown,
+        "file": loaded.entry.name,
+        "sha256": loaded.file.sha256,
+        "origin": "downloaded" if loaded.entry.downloaded else "cached",
+        "algorithm": "+".join(loaded.file.algorithms),
+        "rank": loaded.file.rank,
     }
 
 

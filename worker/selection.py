@@ -12,38 +12,35 @@ from lora.errors import CodedError
 from lora.fetch.sources import Reference
 from lora.volume.presets import Presets
 from schemas import MAX_LORAS, ImageRequest, parse_loras
-from validation import InvalidInput, faults_of, filled
+from validation import InvalidInput, faults_of, field, filled
 
 NONE = "none"
 """A job selects this to have no preset, not even the worker's default."""
 
-STANDS = "unless it stands there already"
-
-
-def text_field(description: str, **more: Any) -> dict[str, Any]:
-    """The schema of a text that may be left out."""
-    return {"type": ["string", "null"], "default": None, "description": description, **more}
+UNLESS_THERE = "unless it stands there already"
 
 
 PRESET: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        "loras": {
-            "type": "array",
-            "maxItems": MAX_LORAS,
-            "default": [],
-            "description": "LoRAs as in a job: sources, or objects with `path`",
-        },
-        "prompt_prefix": text_field(f"Stands before the prompt, {STANDS}"),
-        "prompt_suffix": text_field(f"Stands behind the prompt and a comma, {STANDS}"),
-        "trigger_words": {
-            "type": "array",
-            "items": {"type": "string"},
-            "default": [],
-            "description": f"Each is added to the prompt, behind a comma, {STANDS}",
-        },
-        "description": text_field("For people"),
+        "loras": field(
+            "array",
+            [],
+            "LoRAs as in a job: sources, or objects with `path`",
+            maxItems=MAX_LORAS,
+        ),
+        "prompt_prefix": field("string|null", None, f"Stands before the prompt, {UNLESS_THERE}"),
+        "prompt_suffix": field(
+            "string|null", None, f"Stands behind the prompt and a comma, {UNLESS_THERE}"
+        ),
+        "trigger_words": field(
+            "array",
+            [],
+            f"Each is added to the prompt, behind a comma, {UNLESS_THERE}",
+            items={"type": "string"},
+        ),
+        "description": field("string|null", None, "For people"),
     },
 }
 

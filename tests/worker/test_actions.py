@@ -95,3 +95,11 @@ def test_a_file_is_pinned_unpinned_and_deleted(demo_worker: Worker, server: Loop
 def test_bad_actions_are_refused(demo_worker: Worker, values: dict[str, Any], said: str) -> None:
     answer = demo_worker({"id": "bad", "input": values})
     assert said in answer["error"]
+
+
+@pytest.mark.parametrize("action", [[], {}, 7, None, "loras.lisst"])
+def test_an_action_that_is_none_is_refused_with_the_names(
+    demo_worker: Worker, action: object
+) -> None:
+    answer = demo_worker({"id": "x", "input": {"action": action}})
+    assert answer["error"].startswith("INVALID_INPUT: action is none of health, loras.list")
