@@ -55,8 +55,8 @@ def free_bytes(device: torch.device) -> int | None:
 
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    known = [count for count in (_available(), _left_of_limit()) if count is not None]
-    return min(known, default=None)
+    counts = [count for count in (_available(), _left_of_limit()) if count is not None]
+    return min(counts, default=None)
 
 
 def _available(path: Path = Path("/proc/meminfo")) -> int | None:

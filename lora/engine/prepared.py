@@ -59,26 +59,19 @@ class Prepared:
         Raises: LoraIncompatible if a factor or scale overflows.
         """
         if self._ready is None:
-            self._ready = self._make_ready(forward_of)
+            wanted = {(d.module, tuple(p.use for p in d.layers)): d for d in self.plan.dynamic}
+            missing = {key: d for key, d in wanted.items() if key not in self.factors}
+            made = make_factors(
+                [
+                    (d.module, str(d.target), [_low_rank(p) for p in d.layers])
+                    for d in missing.values()
+                ]
+            )
+            self.factors.update(zip(missing, made, strict=True))
+            scales = {key: [p.scale for p in d.layers] for key, d in wanted.items()}
+            set_scales([(self.factors[key], own) for key, own in scales.items()])
+            self._ready = [Ready(key[0], forward_of(key[0]), self.factors[key]) for key in wanted]
         return self._ready
-
-    def _make_ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        dynamic = self.plan.dynamic
-        keys = [(one.module, tuple(layer.use for layer in one.layers)) for one in dynamic]
-        missing = {
-            key: one for key, one in zip(keys, dynamic, strict=True) if key not in self.factors
-        }
-        made = make_factors(
-            [
-                (one.module, str(one.target), [_low_rank(layer) for layer in one.layers])
-                for one in missing.values()
-            ]
-        )
-        self.factors.update(zip(missing, made, strict=True))
-        ready = [Ready(key[0], forward_of(key[0]), self.factors[key]) for key in keys]
-        scales = [[layer.scale for layer in one.layers] for one in dynamic]
-        set_scales([(one.factors, own) for one, own in zip(ready, scales, strict=True)])
-        return ready
 
 
 def _low_rank(planned: PlannedLayer) -> LowRank:

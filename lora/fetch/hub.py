@@ -17,12 +17,9 @@ from huggingface_hub.errors import (
 from huggingface_hub.hf_api import RepoSibling
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
-from lora.fetch.sources import HUB, HubFile, RemoteFile
+from lora.fetch.sources import ASK_TIMEOUT, HUB, HubFile, RemoteFile
 from lora.formats.endings import PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
-
-TIMEOUT = 30.0
-"""Seconds that the hub may take for an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +40,7 @@ class Hub:
         api = HfApi(endpoint=self.endpoint, token=self.token or False)
         try:
             info = api.model_info(
-                hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=TIMEOUT
+                hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=ASK_TIMEOUT
             )
         except GatedRepoError as error:
             raise AccessDenied(f"{shown} is gated", "Accept its terms and set HF_TOKEN.") from error
@@ -90,10 +87,8 @@ def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
             f"{hub_file.repo} has no file {hub_file.file_name}", f"Adapter files there: {listed}."
         )
     for endings in ((SAFETENSORS,), PICKLES):
-        candidates = _adapters(files, endings)
-        for name in (stem + ending for stem in STEMS for ending in endings):
-            if name in candidates:
-                return files[name]
+        usual = [stem + ending for stem in STEMS for ending in endings if stem + ending in files]
+        candidates = usual[:1] or _adapters(files, endings)
         if len(candidates) == 1:
             return files[candidates[0]]
         if candidates:

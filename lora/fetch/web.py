@@ -175,22 +175,15 @@ class _Connection(HTTPConnection):
             return super().getresponse()
 
 
-def _pools(own_rules: WebRules) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools, with connections that keep these rules."""
-
-    class Plain(_Connection):
-        rules = own_rules
-
-    class Secure(Plain, HTTPSConnection):
-        """TLS still checks the certificate against the host's name."""
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class SecurePool(HTTPSConnectionPool):
-        ConnectionCls = Secure
-
-    return {"http": PlainPool, "https": SecurePool}
+def _pools(rules: WebRules) -> dict[str, Any]:
+    """urllib3's classes of pools, with connections that keep these rules."""
+    plain = type("Plain", (_Connection,), {"rules": rules})
+    # TLS still checks the certificate against the host's name.
+    secure = type("Secure", (plain, HTTPSConnection), {})
+    return {
+        "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
+        "https": type("SecurePool", (HTTPSConnectionPool,), {"ConnectionCls": secure}),
+    }
 
 
 def _look_up(rules: WebRules, scheme: str, host: str, port: int) -> list[Any]:
