@@ -27,9 +27,8 @@ class Body:
         self.encoding = encoding.replace("identity", "")
         """How the body is compressed; empty if it is not, as the request asks."""
         length = self.headers.get("Content-Length", "")
-        self._sent_length = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
-        self.length = None if self.encoding else self._sent_length
-        """How many bytes the body will have; None if the server does not say, or compresses it."""
+        self.sent_length = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+        """How many bytes will come, before they are unpacked; None if the server does not say."""
 
     def read(self, limit: int) -> bytes:
         """The whole body. Raises: ValueError if it is longer than the limit; what `pieces` raises."""
@@ -70,9 +69,9 @@ class Body:
             if isinstance(error, requests.RequestException):
                 raise
             raise requests.ConnectionError("the connection broke") from error
-        if self._sent_length not in (None, done):
+        if self.sent_length not in (None, done):
             raise requests.ConnectionError("the body ended early")
-        if not done and self._sent_length is None and not raw.chunked:
+        if not done and self.sent_length is None and not raw.chunked:
             raise requests.ConnectionError("the head ended early, or there is no body")
 
     def _unpacked(self) -> Iterator[bytes]:

@@ -141,6 +141,7 @@ class Download:
         self, stream: io.FileIO, make_room: Callable[[int], None], conditions: Mapping[str, str]
     ) -> None:
         headers, url, stall = conditions, self._remote.url, self._limits.stall
+        failed = f"{self._remote.shown} could not be downloaded"
         if self._done and self._validator:
             headers = {"Range": f"bytes={self._done}-", "If-Range": self._validator}
         try:
@@ -156,12 +157,15 @@ class Download:
                         write(piece)
                         self._done += len(piece)
                         self._on_bytes(self._done, self._total)
-        except (requests.TooManyRedirects, requests.exceptions.ContentDecodingError) as error:
-            shown, reason = self._remote.shown, _reason(error)
-            raise DownloadFailed(f"{shown} could not be downloaded ({reason})") from None
-        except requests.RequestException as error:
-            # Not the error's own text, which holds the whole URL, tokens and all.
-            raise _TryAgain(_reason(error)) from None
+        # No error's own text is repeated: it holds the whole URL, tokens and all.
+        except requests.TooManyRedirects:
+            raise DownloadFailed(f"{failed} (it redirects in circles)") from None
+        except requests.exceptions.ContentDecodingError:
+            raise DownloadFailed(f"{failed} (it is packed in a way that cannot be read)") from None
+        except requests.Timeout:
+            raise _TryAgain("it took too long") from None
+        except requests.RequestException:
+            raise _TryAgain("the connection failed or broke off") from None
         if self._total is not None and self._done != self._total:
             self._validator = None  # another length than announced: the next try starts anew
             raise _TryAgain("the body has another length than announced")
@@ -178,7 +182,7 @@ class Download:
         self._done, self._digest = 0, hashlib.sha256()
         stream.seek(0)
         stream.truncate()
-        self._total = body.length or (None if body.encoding else self._remote.size)
+        self._total = None if body.encoding else body.sent_length or self._remote.size
         self._headers, etag = body.headers, body.headers.get("ETag", "")
         strong = "" if etag.startswith("W/") else etag
         validator = strong or body.headers.get("Last-Modified")
@@ -261,12 +265,3 @@ def _seconds(text: str) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
-
-
-def _reason(error: requests.RequestException) -> str:
-    if isinstance(error, requests.TooManyRedirects):
-        return "it redirects in circles"
-    if isinstance(error, requests.exceptions.ContentDecodingError):
-        return "it is packed in a way that cannot be read"
-    timeout = isinstance(error, requests.Timeout)
-    return "it took too long" if timeout else "the connection failed or broke off"

@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoSibling
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
 from lora.fetch.sources import ASK_TIMEOUT, HUB, HubFile, RemoteFile
-from lora.formats.endings import PICKLES, SAFETENSORS
+from lora.formats.endings import EXTENSIONS, PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
 
 
@@ -82,13 +82,13 @@ def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
     if hub_file.file_name:
         if hub_file.file_name in files:
             return files[hub_file.file_name]
-        listed = ", ".join(_adapters(files, (SAFETENSORS, *PICKLES))[:10]) or "none"
+        listed = ", ".join(sorted(n for n in files if n.endswith(EXTENSIONS))[:10]) or "none"
         raise LoraNotFound(
             f"{hub_file.repo} has no file {hub_file.file_name}", f"Adapter files there: {listed}."
         )
     for endings in ((SAFETENSORS,), PICKLES):
         usual = [stem + ending for stem in STEMS for ending in endings if stem + ending in files]
-        candidates = usual[:1] or _adapters(files, endings)
+        candidates = usual[:1] or sorted(name for name in files if name.endswith(endings))
         if len(candidates) == 1:
             return files[candidates[0]]
         if candidates:
@@ -98,7 +98,3 @@ def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
                 f"Choose one with weight_name: {listed}.",
             )
     raise LoraNotFound(f"{hub_file.repo} has no .safetensors file")
-
-
-def _adapters(files: dict[str, RepoSibling], endings: tuple[str, ...]) -> list[str]:
-    return sorted(name for name in files if name.endswith(endings))

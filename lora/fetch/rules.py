@@ -34,9 +34,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
-    if any(ip in network for network in NOT_PUBLIC):
-        return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+    listed = any(ip in network for network in NOT_PUBLIC)
+    return ip.is_global and not (listed or ip.is_multicast or ip.is_reserved)
 
 
 @dataclass(frozen=True)

@@ -160,10 +160,7 @@ def _hub_name(path: str, reference: Reference, *, whole: bool) -> HubFile | None
     is_file = (file or match["repo"]).endswith(EXTENSIONS)
     if not whole and is_file != bool(file):
         return None
-    if file:
-        _only_for_repos(reference, reference.weight_name)
-    if revision:
-        _only_for_repos(reference, reference.revision)
+    _only_for_repos(reference, file and reference.weight_name, revision and reference.revision)
     return HubFile(match["repo"], file or reference.weight_name, revision or reference.revision)
 
 
@@ -217,13 +214,11 @@ def _hub_url(parts: SplitResult, reference: Reference) -> HubFile | None:
         return None
     if not page[2]:
         return HubFile(page[1], reference.weight_name, reference.revision)
-    _only_for_repos(reference, reference.revision)
     rest = unquote(page[2])
     match = re.fullmatch(rf"({_REVISION})(?:/(.+))?", rest, re.ASCII)
     if match is None or ".." in PurePosixPath(rest).parts:
         return None
-    if match[2]:
-        _only_for_repos(reference, reference.weight_name)
+    _only_for_repos(reference, match[2] and reference.weight_name, reference.revision)
     return HubFile(page[1], match[2] or reference.weight_name, match[1])
 
 

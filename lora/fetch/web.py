@@ -33,14 +33,11 @@ CONNECT_TIMEOUT = 10.0
 
 def quiet_libraries() -> None:
     """Silences other libraries' logs of requests: whole URLs stand there, with tokens and signatures."""
-    for library, level in (
-        ("botocore", logging.WARNING),
-        ("httpx2", logging.WARNING),
-        ("urllib3", logging.ERROR),
-        ("urllib3.connection", logging.ERROR),  # runpod, once it is imported, sets urllib3's own
-        ("urllib3.connectionpool", logging.ERROR),
-    ):
-        logging.getLogger(library).setLevel(level)
+    for library in ("botocore", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # urllib3's children by name, too: runpod, once it is imported, sets the level of urllib3 itself.
+    for library in ("urllib3", "urllib3.connection", "urllib3.connectionpool"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 class Web:

@@ -20,6 +20,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lora.errors import SourceInvalid
+from lora.fetch import body as body_module
 from lora.fetch import web as web_module
 from lora.fetch.body import Body
 from lora.fetch.rules import WebRules, origin_of
@@ -616,7 +617,8 @@ def test_a_body_that_stalls_late_ends_with_the_deadline(
     """Not a whole stall later."""
     either.replies["/x"] = Reply(b"0" * 1000, stall_after=10)
     clock = Clock()
-    monkeypatch.setattr(web_module, "time", clock)
+    for module in (web_module, body_module):
+        monkeypatch.setattr(module, "time", clock)
     waits: list[float] = []
     settimeout = socket.socket.settimeout
 
