@@ -52,7 +52,7 @@ class DeviceFactors:
 
 
 def set_scales(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> None:
-    """Sets the user's scales, one per part, of many layers; those that have them already are left alone."""
+    """Sets the user's scales of many layers, one per part. Layers that have them already are left alone."""
     by_place: dict[DeviceAndDtype, list[tuple[DeviceFactors, tuple[float, ...]]]] = {}
     for factors, scales in layers:
         each = tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))

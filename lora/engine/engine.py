@@ -157,7 +157,7 @@ class LoraEngine:
         return forward
 
     def prepare(self, stack: Stack, mode: Mode) -> tuple[Hashable, Prepared]:
-        """What applying the stack needs, reused if it was used before, and the key to keep it under."""
+        """The stack's key, and its `Prepared`: the kept one if it still holds, else a new one."""
         strengths = tuple(use.strengths for use in stack)
         # Merged weights are made for one scale, factors for any.
         scales = strengths if mode is Mode.MERGED else None
@@ -265,11 +265,11 @@ class Block:
                 (stack[planned.use].lora.identity, planned.layer.target, planned.scale)
                 for planned in entry.layers
             )
-            if undo.content(weight) == content:
+            if undo.content.get(weight) == content:
                 continue
             generation, kept = originals.generation(weight), prepared.merged.get(weight)
             original = originals.hold(weight)
-            undo.note(weight, None)
+            undo.content[weight] = None
             if kept and kept.generation == generation:
                 weight.copy_(kept.values)
             else:
@@ -277,7 +277,7 @@ class Block:
                 view = as_matrix(entry.module, entry.name, weight.detach())
                 total = merge(view, as_matrix(entry.module, entry.name, original), changes)
                 written[weight] = entry, total
-            undo.note(weight, content)
+            undo.content[weight] = content
         refuse_overflow(written)
         self._keep(plan, prepared)
 

@@ -45,7 +45,7 @@ def choose_mode(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The bytes that are free on a device; None if that cannot be found out.
+    """The bytes that are free on a device; None if the system does not show them.
 
     On CUDA, memory that torch has reserved and does not use counts as free. On a CPU it is what the kernel
     calls available, or what is left of the container's limit if that is less.

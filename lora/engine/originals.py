@@ -51,7 +51,7 @@ class Originals:
     def restore(self, weight: nn.Parameter) -> None:
         """Copies the original back into the weight's own storage, if it is held.
 
-        If that fails, whatever the error, the original stays held. Afterwards it is kept within the budget.
+        If that fails for any reason, the original stays held. Otherwise it is kept if the budget allows.
         """
         original = self._held.get(weight)
         if original is None:

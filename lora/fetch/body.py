@@ -12,10 +12,11 @@ import requests
 import urllib3
 
 CHUNK = 1 << 20
+ANY_HEADER = zlib.MAX_WBITS | 32  # 32: zlib recognizes a header of gzip or its own
 
 
 class Body:
-    """An answer whose head was read and whose body was not."""
+    """An HTTP answer: its head has been read, its body is still to come."""
 
     def __init__(self, response: requests.Response, stall: float, deadline: float) -> None:
         self._response, self._stall, self._deadline = response, stall, deadline
@@ -78,12 +79,12 @@ class Body:
         """Unpacks gzip or zlib, in pieces that stay small however much is packed into them."""
         if self.encoding not in ("gzip", "x-gzip", "deflate"):
             raise requests.exceptions.ContentDecodingError("the body is packed in an unknown way")
-        unpacker = _new_zlib()
+        unpacker = zlib.decompressobj(ANY_HEADER)
         try:
             for data in self._sent():
                 while data:
                     if unpacker.eof:  # gzip may have several members
-                        unpacker = _new_zlib()
+                        unpacker = zlib.decompressobj(ANY_HEADER)
                     piece = unpacker.decompress(data, CHUNK)
                     data = unpacker.unconsumed_tail or unpacker.unused_data  # noqa: PLW2901
                     if piece:
@@ -92,7 +93,3 @@ class Body:
             raise requests.exceptions.ContentDecodingError("the body is not unpackable") from error
         if not unpacker.eof:
             raise requests.ConnectionError("the compressed body ended early")
-
-
-def _new_zlib() -> zlib._Decompress:
-    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: either header

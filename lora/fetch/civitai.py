@@ -110,9 +110,8 @@ def _choose(version: dict[str, Any], wanted: CivitaiFile, shown: str) -> dict[st
     if not matches:
         raise LoraNotFound(f"{shown} has no such file", f"It has: {names or 'none'}.")
     if len(matches) > 1:
-        raise LoraNotFound(
-            f"{shown} has several such files", f"Choose one with weight_name: {names}."
-        )
+        hint = f"Choose one with weight_name: {names}."
+        raise LoraNotFound(f"{shown} has several such files", hint)
     return matches[0]
 
 

@@ -131,10 +131,9 @@ class Download:
         after = failure.after
         pause = max(pause_after(failures, self._limits), after or 0.0)
         if failures >= self._limits.tries or pause > self._deadline - time.monotonic():
-            wait = (
-                "Try again later." if after is None else f"The server asks to wait {after:.0f} s."
-            )
-            raise DownloadFailed(f"{shown} could not be downloaded ({failure.reason})", wait)
+            asks = f"The server asks to wait {after:.0f} s." if after is not None else None
+            sentence = f"{shown} could not be downloaded ({failure.reason})"
+            raise DownloadFailed(sentence, asks or "Try again later.")
         time.sleep(pause)
 
     def _try(

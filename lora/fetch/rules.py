@@ -14,10 +14,9 @@ from lora.errors import SourceInvalid
 
 PORTS = {"http": 80, "https": 443}
 
-NOT_PUBLIC = tuple(
-    map(ipaddress.ip_network, ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20"))
-)
-"""Networks that Python, or some version of it, takes for public: Azure's and Oracle's services for their own
+_NETWORKS = ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
+NOT_PUBLIC = tuple(map(ipaddress.ip_network, _NETWORKS))
+"""Networks that some version of Python takes for public: Azure's and Oracle's services for their own
 machines, relays of 6to4, examples in documents."""
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")

@@ -59,7 +59,7 @@ class Reference:
     revision: str | None = None
     sha256: str | None = None
     refresh: bool = False
-    """Ask the source again, whatever the cache holds."""
+    """Ask the source again even if the cache has the file."""
 
     @property
     def shown(self) -> str:
@@ -77,7 +77,7 @@ class CachedName:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to be fetched: its URL, and what is known of it before. Holds no token of ours."""
+    """A file to be fetched: its URL, and what is known of it before the download. Holds no token of ours."""
 
     url: str = field(repr=False)
     identity: str = field(repr=False)
@@ -174,15 +174,14 @@ def _only_for_repos(reference: Reference, *values: str | None) -> None:
 
 
 def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Location:
+    shown = reference.shown
     try:
         parts = urlsplit(path)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise SourceInvalid(f"{reference.shown!r} is not a valid URL", GRAMMAR_HINT) from error
+        raise SourceInvalid(f"{shown!r} is not a valid URL", GRAMMAR_HINT) from error
     if parts.scheme not in ("http", "https") or not host:
-        raise SourceInvalid(
-            f"{reference.shown!r} is not an http(s) URL with a host name", GRAMMAR_HINT
-        )
+        raise SourceInvalid(f"{shown!r} is not an http(s) URL with a host name", GRAMMAR_HINT)
     location: HubFile | CivitaiFile | None = None
     if host in HUB_HOSTS or parts.netloc == urlsplit(hub).netloc:
         location = _hub_url(parts, reference)
@@ -191,10 +190,8 @@ def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Locat
     if location:
         return location
     _only_for_repos(reference, reference.weight_name, reference.revision)
-    name = PurePosixPath(unquote(parts.path)).name
-    return RemoteFile(
-        path, _identity(parts), reference.shown, name or host, sha256=reference.sha256
-    )
+    name = PurePosixPath(unquote(parts.path)).name or host
+    return RemoteFile(path, _identity(parts), shown, name, reference.sha256)
 
 
 def _identity(parts: SplitResult) -> str:

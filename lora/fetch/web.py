@@ -84,9 +84,7 @@ class Web:
         raise requests.TooManyRedirects("too many redirects")
 
     def check(self, url: str) -> None:
-        """For a URL that another client will ask. Raises: SourceInvalid if the rules forbid its host, or
-        there is no such host.
-        """
+        """For a URL that another client asks. Raises: SourceInvalid if its host is forbidden or missing."""
         prepared, _ = self._prepared("", url)
         parts = urlsplit(prepared)
         host = parts.hostname or ""
@@ -214,11 +212,10 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
                 made.setsockopt(*option)
             made.connect(address)
             made.settimeout(timeout)
+            return made
         except OSError as error:
             made.close()
             last_error = error
-        else:
-            return made
     if isinstance(last_error, TimeoutError):
         raise urllib3.exceptions.ConnectTimeoutError(connection, "connecting took too long")
     raise urllib3.exceptions.NewConnectionError(connection, "no connection") from last_error
@@ -226,11 +223,11 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
 
 @contextmanager
 def _head_timeout(connection: HTTPConnection) -> Iterator[None]:
-    """Within the block an answer's head is awaited: if it is not whole within the connection's timeout, the
-    connection is shut down. (The socket's own timeout starts anew with each byte.)
+    """Shuts the connection down if the answer's head, which is read in the block, is not complete within the
+    connection's timeout. (The socket's own timeout starts anew with each byte.)
 
     `body_socket` keeps the socket for the body, because http.client drops one that the server will close.
-    Raises: TimeoutError, whatever was made of half a head.
+    Raises: TimeoutError, also where half a head was taken for a whole one.
     """
     body_socket, late = connection.sock, threading.Event()
     connection.body_socket = body_socket  # type: ignore[attr-defined]
