@@ -54,7 +54,7 @@ class Plan:
     """The layers that are dynamic although the mode is merged, since their weight cannot be written."""
 
     def is_stale(self) -> bool:
-        """Whether a module has another parameter than when this was made, or a weight can be written now."""
+        """Whether a module's parameter was replaced since, or a weight that could not be written now can."""
         merges = self.merges.items()
         return any(writable(m.module, m.name) is not weight for weight, m in merges) or any(
             writable(*layer) is not None for layer in self.forced

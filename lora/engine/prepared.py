@@ -54,7 +54,7 @@ class Prepared:
         return self.file_bytes + factors + self.merged_size
 
     def ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        """The plan's dynamic modules with their factors, which are made where they are missing, and scales.
+        """The plan's dynamic modules with their factors, made where they are missing, and their scales set.
 
         Raises: LoraIncompatible if a factor or scale overflows.
         """

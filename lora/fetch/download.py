@@ -100,7 +100,7 @@ class Download:
         self._done = 0
         self._digest = hashlib.sha256()
         self._validator: str | None = None
-        """The ETag or date of the content of which `_done` bytes are here; None if it cannot be resumed."""
+        """The ETag or date of the content that is being downloaded; None if it cannot be resumed."""
         self._total: int | None = None
         self._headers: Mapping[str, str] = {}
 
@@ -223,7 +223,7 @@ def pause_after(failures: int, limits: Limits) -> float:
 @contextmanager
 def _written_beside(stream: io.FileIO, digest: Any) -> Iterator[Callable[[bytes], None]]:
     """Gives a function that hands pieces to a thread, which hashes and writes them while the next piece is
-    received. The block ends when all are written. Raises: OSError of the thread, from both.
+    received. The block ends when all are written. If writing fails, the function and the block raise OSError.
     """
     pieces: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
     errors: list[OSError] = []
@@ -240,7 +240,7 @@ def _written_beside(stream: io.FileIO, digest: Any) -> Iterator[Callable[[bytes]
             except OSError as error:
                 errors.append(error)
 
-    def put(piece: bytes | None) -> None:
+    def put(piece: bytes) -> None:
         if errors:
             raise errors[0]
         pieces.put(piece)

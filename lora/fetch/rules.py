@@ -46,7 +46,7 @@ class WebRules:
     allowed_hosts: tuple[str, ...] = ()
     """If there are any, only these hosts, after redirects too. `*.example.com`: all below example.com."""
     own: frozenset[str] = frozenset()
-    """Origins of servers that the operator set up: both rules above do not hold for them."""
+    """Origins of servers that the operator set up: neither rule above applies to them."""
     tokens: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     """Origin -> (header's name, its value)."""
 
