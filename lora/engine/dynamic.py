@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,9 @@ from torch.nn import functional
 from lora.engine.modules import compute_place
 from lora.errors import LoraIncompatible
 from lora.formats.algorithms import LowRank
+from lora.formats.tensors import COMPUTING
 
 DeviceAndDtype = tuple[torch.device, torch.dtype]
-
-PLAIN = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-"""The dtypes that torch can concatenate and multiply; narrower ones are only for storing."""
 
 
 def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -53,35 +51,31 @@ class DeviceFactors:
         return sum(t.numel() * t.element_size() for t in (self.down, self.up))
 
 
-class _NewScales(NamedTuple):
-    factors: DeviceFactors
-    each: tuple[float, ...]
-
-
 def set_scales(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> None:
-    """Sets the user's scales, one per part, of many layers; those that have them already are left alone."""
-    by_place: dict[DeviceAndDtype, list[_NewScales]] = {}
+    """Sets the user's scales of many layers, one per part. Layers that have them already are left alone."""
+    by_place: dict[DeviceAndDtype, list[tuple[DeviceFactors, tuple[float, ...]]]] = {}
     for factors, scales in layers:
         each = tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))
         if each != factors.each:
             factors.each = ()  # until the tensor is set
             device = factors.down.device
             place = device, product_dtype(device, factors.down.dtype)
-            by_place.setdefault(place, []).append(_NewScales(factors, each))
+            by_place.setdefault(place, []).append((factors, each))
     for (device, dtype), changes in by_place.items():
         # One tensor for all layers: hundreds of small ones would take milliseconds.
-        values = torch.tensor([value for change in changes for value in change.each])
-        if float(values.abs().max()) > torch.finfo(dtype).max:
+        values = torch.tensor([value for _, each in changes for value in each])
+        largest = float(values.abs().max())
+        if largest > torch.finfo(dtype).max:
             raise LoraIncompatible(
-                f"a layer's scale (scale * alpha / rank) of {float(values.abs().max()):g} overflows "
+                f"a layer's scale (scale * alpha / rank) of {largest:g} overflows "
                 f"{str(dtype).removeprefix('torch.')}",
                 "Lower the scale.",
             )
-        ranks = torch.tensor([part.down.shape[0] for one, _ in changes for part in one.parts])
+        ranks = torch.tensor([part.down.shape[0] for layer, _ in changes for part in layer.parts])
         rows = torch.repeat_interleave(values, ranks).to(device, dtype)
-        sizes = [one.down.shape[0] for one, _ in changes]
-        for (one, each), own in zip(changes, torch.split(rows, sizes), strict=True):
-            one.scales, one.each = own, each
+        sizes = [factors.down.shape[0] for factors, _ in changes]
+        for (factors, each), own in zip(changes, torch.split(rows, sizes), strict=True):
+            factors.scales, factors.each = own, each
 
 
 class AdaptedForward:
@@ -170,23 +164,17 @@ def make_factors(layers: Sequence[tuple[nn.Module, str, Sequence[LowRank]]]) -> 
     Raises: LoraIncompatible with a layer whose factors overflow its precision.
     """
     places = [_kept_place(module, parts) for module, _, parts in layers]
-    placed = _Placed(
-        [
-            (tensor, place)
-            for (_, _, parts), place in zip(layers, places, strict=True)
-            for part in parts
-            for tensor in (part.down, part.up)
-        ]
-    )
+    planned = list(zip(layers, places, strict=True))
+    moves = [(t, place) for (_, _, parts), place in planned for p in parts for t in (p.down, p.up)]
+    placed = _Placed(moves)
     made = []
-    for (module, name, parts), place in zip(layers, places, strict=True):
+    for (module, name, parts), place in planned:
         own = [
             LowRank(placed.get(p.down, place), placed.get(p.up, place), p.scaling) for p in parts
         ]
         factors = DeviceFactors(*_joined(module, own), tuple(parts))
-        if not placed.all_finite and not all(
-            bool(t.float().isfinite().all()) for t in (factors.down, factors.up)
-        ):
+        tensors = () if placed.all_finite else (factors.down, factors.up)
+        if not all(bool(t.float().isfinite().all()) for t in tensors):
             raise LoraIncompatible(
                 f"the factors of {name} overflow {str(place[1]).removeprefix('torch.')}",
                 "This LoRA cannot be used in the model's precision.",
@@ -203,19 +191,15 @@ def _kept_place(module: nn.Module, parts: Sequence[LowRank]) -> DeviceAndDtype:
 def _kept_dtype(device: torch.device, dtype: torch.dtype, parts: Sequence[LowRank]) -> torch.dtype:
     """The precision that a layer's factors are kept in: their own, if the products widen them anyway."""
     wide = product_dtype(device, dtype)
-    if wide == dtype:
-        return dtype
     own = {tensor.dtype for part in parts for tensor in (part.down, part.up)}
-    return own.pop() if len(own) == 1 and own <= PLAIN else wide
+    return own.pop() if wide != dtype and len(own) == 1 and own <= COMPUTING else wide
 
 
 def _joined(module: nn.Module, parts: Sequence[LowRank]) -> tuple[Tensor, Tensor]:
     """down and up of all parts, concatenated, in the shapes that `DeviceFactors` has."""
-    if len(parts) == 1:
-        down = parts[0].down if parts[0].down.dim() == 2 else parts[0].down.flatten(1)
-    else:
-        down = torch.cat([part.down.flatten(1) for part in parts])
-    up = parts[0].up if len(parts) == 1 else torch.cat([part.up for part in parts], dim=1)
+    downs, ups = [part.down.flatten(1) for part in parts], [part.up for part in parts]
+    down = downs[0] if len(parts) == 1 else torch.cat(downs)
+    up = ups[0] if len(parts) == 1 else torch.cat(ups, dim=1)
     if isinstance(module, nn.Conv2d):
         return down.view(-1, *module.weight.shape[1:]), up[:, :, None, None]
     return down, up.t()

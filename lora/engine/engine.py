@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lora.engine.dynamic import AdaptedForward
 from lora.engine.merging import merge, refuse_overflow
 from lora.engine.modes import choose_mode
-from lora.engine.modules import as_matrix, shared_parameters, targets_of, tree, writable
+from lora.engine.modules import as_matrix, shared_parameters, targets_of, writable
 from lora.engine.originals import Originals
 from lora.engine.plan import Merge, Plan, make_plan
 from lora.engine.prepared import Merged, Prepared
@@ -67,7 +67,11 @@ class LoraEngine:
 
         No module is changed. Raises: ValueError if two modules would share a name.
         """
-        self._modules = dict(tree(components))
+        self._modules = {
+            (component, path): module
+            for component, root in components.items()
+            for path, module in root.named_modules()
+        }
         self._shared = shared_parameters(components)
         self._forwards: dict[nn.Module, AdaptedForward] = {}
         self._busy = threading.Lock()
@@ -153,11 +157,11 @@ class LoraEngine:
         return forward
 
     def prepare(self, stack: Stack, mode: Mode) -> tuple[Hashable, Prepared]:
-        """What applying the stack needs, reused if it was used before, and the key to keep it under."""
+        """The stack's key, and its `Prepared`: the kept one if it still holds, else a new one."""
         strengths = tuple(use.strengths for use in stack)
-        key: tuple[Hashable, ...] = (mode, *(use.lora.identity for use in stack))
-        if mode is Mode.MERGED:  # merged weights are made for one scale, factors for any
-            key = (*key, strengths)
+        # Merged weights are made for one scale, factors for any.
+        scales = strengths if mode is Mode.MERGED else None
+        key = (mode, scales, *(use.lora.identity for use in stack))
         kept = self.prepared.get(key)
         if kept is not None and kept.strengths == strengths and not kept.plan.is_stale():
             return key, kept
@@ -186,9 +190,8 @@ class Block:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Says where the stack was applied in another way than was asked for."""
-        if not self._forced:
-            return ()
-        return (f"{self._forced} layers are quantised or offloaded: applied dynamically",)
+        warning = f"{self._forced} layers are quantised or offloaded: applied dynamically"
+        return (warning,) if self._forced else ()
 
     def never_held(self) -> list[int]:
         """The indices of the stack's LoRAs whose range has not contained any step so far."""
@@ -245,7 +248,7 @@ class Block:
         key, prepared = engine.prepare(stack, self.mode)
         plan = prepared.plan
         ready = prepared.ready(engine.forward_of)
-        engine.undo.forwards(keep={one.module for one in ready})
+        engine.undo.forwards(keep={module for module, _, _ in ready})
         for module, forward, factors in ready:
             forward.set(engine.undo.replace_forward(module, forward), factors)
         self._write(stack, plan, prepared)
@@ -262,11 +265,11 @@ class Block:
                 (stack[planned.use].lora.identity, planned.layer.target, planned.scale)
                 for planned in entry.layers
             )
-            if undo.content(weight) == content:
+            if undo.content.get(weight) == content:
                 continue
             generation, kept = originals.generation(weight), prepared.merged.get(weight)
             original = originals.hold(weight)
-            undo.note(weight, None)
+            undo.content[weight] = None
             if kept and kept.generation == generation:
                 weight.copy_(kept.values)
             else:
@@ -274,7 +277,7 @@ class Block:
                 view = as_matrix(entry.module, entry.name, weight.detach())
                 total = merge(view, as_matrix(entry.module, entry.name, original), changes)
                 written[weight] = entry, total
-            undo.note(weight, content)
+            undo.content[weight] = content
         refuse_overflow(written)
         self._keep(plan, prepared)
 

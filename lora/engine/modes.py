@@ -45,7 +45,7 @@ def choose_mode(
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """The bytes that are free on a device; None if that cannot be found out.
+    """The bytes that are free on a device; None if the system does not show them.
 
     On CUDA, memory that torch has reserved and does not use counts as free. On a CPU it is what the kernel
     calls available, or what is left of the container's limit if that is less.
@@ -55,8 +55,8 @@ def free_bytes(device: torch.device) -> int | None:
 
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + kept
-    known = [count for count in (_available(), _left_of_limit()) if count is not None]
-    return min(known, default=None)
+    counts = [count for count in (_available(), _left_of_limit()) if count is not None]
+    return min(counts, default=None)
 
 
 def _available(path: Path = Path("/proc/meminfo")) -> int | None:

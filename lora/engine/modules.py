@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lora.formats.names.keys import Shape
+from lora.formats.tensors import COMPUTING
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -36,30 +38,24 @@ def parameters_of(module: nn.Module) -> dict[str, Shape]:
         name: tuple(parameter.shape)
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
     }
-    matrix = linear_shape(module)
-    if matrix:
+    if matrix := linear_shape(module):
         shapes["weight"] = matrix
     return shapes
 
 
 def targets_of(components: Mapping[str, nn.Module]) -> dict[str, dict[str, dict[str, Shape]]]:
     """Component -> module path -> parameter -> shape, of every module that has parameters of its own."""
-    targets: dict[str, dict[str, dict[str, Shape]]] = {}
-    for component, root in components.items():
-        shapes = {path: parameters_of(module) for path, module in root.named_modules()}
-        targets[component] = {path: own for path, own in shapes.items() if own}
-    return targets
+    return {
+        component: {path: own for path, m in root.named_modules() if (own := parameters_of(m))}
+        for component, root in components.items()
+    }
 
 
 def shared_parameters(components: Mapping[str, nn.Module]) -> frozenset[int]:
     """The ids of parameters that several modules use, such as tied embeddings."""
-    seen: set[int] = set()
-    twice: set[int] = set()
-    for root in components.values():
-        for module in root.modules():
-            for parameter in module.parameters(recurse=False):
-                (twice if id(parameter) in seen else seen).add(id(parameter))
-    return frozenset(twice)
+    modules = (module for root in components.values() for module in root.modules())
+    users = Counter(id(own) for module in modules for own in module.parameters(recurse=False))
+    return frozenset(parameter for parameter, count in users.items() if count > 1)
 
 
 def writable(module: nn.Module, name: str) -> nn.Parameter | None:
@@ -96,12 +92,4 @@ def compute_place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     weight = module._parameters.get("weight")
     if weight is None or weight.is_meta:
         return torch.device("cpu"), torch.float32
-    known = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    return weight.device, weight.dtype if known else torch.float32
-
-
-def tree(components: Mapping[str, nn.Module]) -> Iterator[tuple[tuple[str, str], nn.Module]]:
-    """((component, path), module) of every module."""
-    for component, root in components.items():
-        for path, module in root.named_modules():
-            yield (component, path), module
+    return weight.device, weight.dtype if weight.dtype in COMPUTING else torch.float32

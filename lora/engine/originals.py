@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -13,14 +11,6 @@ from lora.lru import ByteLru
 
 WeightVersion = tuple[StorageWeakRef, int, int, torch.device, torch.dtype]
 """Storage, offset, version, device and dtype. Not the address: an allocator reuses those that were freed."""
-
-
-@dataclass
-class _Known:
-    """What a weight was when we last saw it."""
-
-    version: WeightVersion | None
-    generation: int
 
 
 class Originals:
@@ -34,14 +24,15 @@ class Originals:
     def __init__(self, budget: int) -> None:
         self._kept: ByteLru[Tensor] = ByteLru(budget)  # by the parameter's id
         self._held: dict[nn.Parameter, Tensor] = {}
-        # Parameters that the model has dropped must not live on here.
+        # Weight -> its version when we last saw it, and its generation. Parameters that the model has dropped
+        # must not live on here.
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()  # type: ignore[no-untyped-call]
 
     def generation(self, weight: nn.Parameter) -> int:
         """How often the weight's own values were seen to change. What was made from earlier ones is stale."""
         self._look(weight)
-        known: _Known = self._known[weight]
-        return known.generation
+        generation: int = self._known[weight][1]
+        return generation
 
     def missing_bytes(self, weights: list[nn.Parameter]) -> int:
         """How many bytes of new copies writing to all of these would take."""
@@ -60,13 +51,13 @@ class Originals:
     def restore(self, weight: nn.Parameter) -> None:
         """Copies the original back into the weight's own storage, if it is held.
 
-        If that fails, whatever the error, the original stays held. Afterwards it is kept within the budget.
+        If that fails for any reason, the original stays held. Otherwise it is kept if the budget allows.
         """
         original = self._held.get(weight)
         if original is None:
             return
         weight.copy_(original)
-        self._known[weight].version = _version(weight)
+        self._known[weight] = _version(weight), self._known[weight][1]
         del self._held[weight]
         self._kept.put(id(weight), original, original.numel() * original.element_size())
 
@@ -80,11 +71,11 @@ class Originals:
         """Checks whether somebody else has changed a weight that we do not hold."""
         if weight in self._held:
             return
-        known: _Known | None = self._known.get(weight, None)  # type: ignore[no-untyped-call]
+        known, generation = self._known.get(weight, (None, -1))  # type: ignore[no-untyped-call]
         version = _version(weight)
-        if known is None or version is None or known.version != version:
+        if version is None or known != version:
             self._kept.pop(id(weight))
-            self._known[weight] = _Known(version, known.generation + 1 if known else 0)
+            self._known[weight] = version, generation + 1
 
 
 def _version(weight: nn.Parameter) -> WeightVersion | None:

@@ -54,7 +54,7 @@ class Plan:
     """The layers that are dynamic although the mode is merged, since their weight cannot be written."""
 
     def is_stale(self) -> bool:
-        """Whether a module has another parameter than when this was made, or a weight can be written now."""
+        """Whether a module's parameter was replaced since, or a weight that could not be written now can."""
         merges = self.merges.items()
         return any(writable(m.module, m.name) is not weight for weight, m in merges) or any(
             writable(*layer) is not None for layer in self.forced
@@ -69,14 +69,12 @@ def make_plan(
     Raises: LoraUnsupported if a layer cannot be changed in the way that its algorithm needs.
     """
     by_parameter: dict[tuple[Target, str], list[PlannedLayer]] = defaultdict(list)
-    for number, use in enumerate(stack):
-        scales: dict[Target, float] = {}
+    for index, use in enumerate(stack):
+        targets = {layer.target for layer in use.lora.layers}
+        scales = {target: use.scale_of(target) for target in targets}
         for layer in use.lora.layers:
-            scale = scales.get(layer.target)
-            if scale is None:
-                scale = scales[layer.target] = use.scale_of(layer.target)
-            if scale:
-                planned = PlannedLayer(layer, number, scale)
+            if scale := scales[layer.target]:
+                planned = PlannedLayer(layer, index, scale)
                 by_parameter[layer.target, layer.parameter].append(planned)
     plan = Plan()
     for (target, name), layers in by_parameter.items():
@@ -85,25 +83,19 @@ def make_plan(
         forward = name == "weight" and takes_low_rank(module)
         if mode is Mode.MERGED and weight is not None and id(weight) not in shared:
             forward = False
-        dynamic = [one for one in layers if forward and one.layer.algorithm.is_low_rank]
+        dynamic = [entry for entry in layers if forward and entry.layer.algorithm.is_low_rank]
         if dynamic:
             plan.dynamic.append(Dynamic(module, target, tuple(dynamic)))
             if mode is Mode.MERGED and weight is None:
                 plan.forced.append((module, name))
         if len(dynamic) < len(layers):
-            rest = [one for one in layers if one not in dynamic] if dynamic else layers
-            _add_merge(plan, Merge(module, name, target, rest), weight)
+            rest = [entry for entry in layers if entry not in dynamic] if dynamic else layers
+            if weight is None:
+                algorithm = rest[0].layer.algorithm.name
+                raise LoraUnsupported(
+                    f"{target} is quantised or offloaded, and {algorithm} needs its {name} itself",
+                    "Only LoRA without extras can be applied to such layers.",
+                )
+            merge = plan.merges.setdefault(weight, Merge(module, name, target, []))
+            merge.layers.extend(rest)
     return plan
-
-
-def _add_merge(plan: Plan, merge: Merge, weight: nn.Parameter | None) -> None:
-    if weight is None:
-        raise LoraUnsupported(
-            f"{merge.target} is quantised or offloaded, and {merge.layers[0].layer.algorithm.name} needs its "
-            f"{merge.name} itself",
-            "Only LoRA without extras can be applied to such layers.",
-        )
-    if weight in plan.merges:
-        plan.merges[weight].layers.extend(merge.layers)
-    else:
-        plan.merges[weight] = merge

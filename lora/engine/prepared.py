@@ -54,31 +54,24 @@ class Prepared:
         return self.file_bytes + factors + self.merged_size
 
     def ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        """The plan's dynamic modules with their factors, which are made where they are missing, and scales.
+        """The plan's dynamic modules with their factors, made where they are missing, and their scales set.
 
         Raises: LoraIncompatible if a factor or scale overflows.
         """
         if self._ready is None:
-            self._ready = self._make_ready(forward_of)
+            wanted = {(d.module, tuple(p.use for p in d.layers)): d for d in self.plan.dynamic}
+            missing = {key: d for key, d in wanted.items() if key not in self.factors}
+            made = make_factors(
+                [
+                    (d.module, str(d.target), [_low_rank(p) for p in d.layers])
+                    for d in missing.values()
+                ]
+            )
+            self.factors.update(zip(missing, made, strict=True))
+            scales = {key: [p.scale for p in d.layers] for key, d in wanted.items()}
+            set_scales([(self.factors[key], own) for key, own in scales.items()])
+            self._ready = [Ready(key[0], forward_of(key[0]), self.factors[key]) for key in wanted]
         return self._ready
-
-    def _make_ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        dynamic = self.plan.dynamic
-        keys = [(one.module, tuple(layer.use for layer in one.layers)) for one in dynamic]
-        missing = {
-            key: one for key, one in zip(keys, dynamic, strict=True) if key not in self.factors
-        }
-        made = make_factors(
-            [
-                (one.module, str(one.target), [_low_rank(layer) for layer in one.layers])
-                for one in missing.values()
-            ]
-        )
-        self.factors.update(zip(missing, made, strict=True))
-        ready = [Ready(key[0], forward_of(key[0]), self.factors[key]) for key in keys]
-        scales = [[layer.scale for layer in one.layers] for one in dynamic]
-        set_scales([(one.factors, own) for one, own in zip(ready, scales, strict=True)])
-        return ready
 
 
 def _low_rank(planned: PlannedLayer) -> LowRank:

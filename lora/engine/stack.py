@@ -1,7 +1,7 @@
 """What a caller asks for: which adapters, how strongly, in which parts of the model, and when.
 
-All of this is a `LoraUse`, whatever form the adapter has: a reference in a request, a path on a command line,
-a parsed file in the engine. Imports without torch.
+A `LoraUse` holds all of this. Its adapter is a reference in a request, a path on a command line, and a parsed
+file in the engine. Imports without torch.
 """
 
 from __future__ import annotations

@@ -27,13 +27,14 @@ class Undo:
 
     def __init__(self, originals: Originals) -> None:
         self._originals = originals
-        self._content: dict[nn.Parameter, Hashable] = {}
+        self.content: dict[nn.Parameter, Hashable] = {}
+        """What each changed weight holds now; None while it is being written."""
         self._forwards: dict[nn.Module, Any] = {}
 
     @property
     def pending(self) -> bool:
         """Whether anything is changed."""
-        return bool(self._content or self._forwards)
+        return bool(self.content or self._forwards)
 
     def replace_forward(self, module: nn.Module, forward: AdaptedForward) -> Callable[..., Tensor]:
         """Replaces the class's `forward` (or one that an offloading hook has set) on this instance.
@@ -43,19 +44,8 @@ class Undo:
         if module not in self._forwards:
             self._forwards[module] = module.__dict__.get("forward")
             module.__dict__["forward"] = forward
-        previous = self._forwards[module]
-        original: Callable[..., Tensor] = (
-            type(module).forward.__get__(module) if previous is None else previous
-        )
-        return original
-
-    def content(self, weight: nn.Parameter) -> Hashable:
-        """What the weight holds, as recorded by `note`; None if that is the original or unknown."""
-        return self._content.get(weight)
-
-    def note(self, weight: nn.Parameter, content: Hashable) -> None:
-        """Records what the weight holds from now on; None while it is being written."""
-        self._content[weight] = content
+        previous: Callable[..., Tensor] | None = self._forwards[module]
+        return type(module).forward.__get__(module) if previous is None else previous
 
     def forwards(self, keep: Container[nn.Module] = ()) -> None:
         """Restores the forwards of all modules but these."""
@@ -68,12 +58,12 @@ class Undo:
                 module.__dict__["forward"] = previous
 
     def weights(self, keep: Container[nn.Parameter] = ()) -> None:
-        """Restores all weights but these, each on its own. Raises: RestoreFailed if one could not be."""
+        """Restores all weights but these. If one fails, the others are restored. Raises: RestoreFailed."""
         failed: list[BaseException] = []
-        for weight in [w for w in self._content if w not in keep]:
+        for weight in [w for w in self.content if w not in keep]:
             try:
                 self._originals.restore(weight)
-                del self._content[weight]
+                del self.content[weight]
             except BaseException as error:  # noqa: BLE001 - the others must be restored all the same
                 failed.append(error)
         for failure in failed:

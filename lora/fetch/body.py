@@ -12,10 +12,11 @@ import requests
 import urllib3
 
 CHUNK = 1 << 20
+ANY_HEADER = zlib.MAX_WBITS | 32  # 32: zlib recognizes a header of gzip or its own
 
 
 class Body:
-    """An answer whose head was read and whose body was not."""
+    """An HTTP answer: its head has been read, its body is still to come."""
 
     def __init__(self, response: requests.Response, stall: float, deadline: float) -> None:
         self._response, self._stall, self._deadline = response, stall, deadline
@@ -23,21 +24,12 @@ class Body:
         self.headers: Mapping[str, str] = response.headers
         self.url = str(response.url)
         """The last URL, after redirects. It may hold secrets."""
-
-    @property
-    def encoding(self) -> str:
+        encoding = self.headers.get("Content-Encoding", "").strip().lower()
+        self.encoding = encoding.replace("identity", "")
         """How the body is compressed; empty if it is not, as the request asks."""
-        return self.headers.get("Content-Encoding", "").strip().lower().replace("identity", "")
-
-    @property
-    def length(self) -> int | None:
-        """How many bytes the body will have; None if the server does not say, or compresses it."""
-        return None if self.encoding else self._sent_length
-
-    @property
-    def _sent_length(self) -> int | None:
-        text = self.headers.get("Content-Length", "")
-        return int(text) if re.fullmatch(r"[0-9]{1,18}", text) else None
+        length = self.headers.get("Content-Length", "")
+        self.sent_length = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
+        """How many bytes will come, before they are unpacked; None if the server does not say."""
 
     def read(self, limit: int) -> bytes:
         """The whole body. Raises: ValueError if it is longer than the limit; what `pieces` raises."""
@@ -54,20 +46,10 @@ class Body:
         Raises: requests.RequestException if the connection breaks or is silent for too long, if the body is
         shorter than announced, or if the deadline passes while bytes still trickle in.
         """
-        unpack = _Unpacker(self.encoding) if self.encoding else None
-        done = 0
-        for piece in self._sent():
-            done += len(piece)
-            yield from unpack.pieces(piece) if unpack else (piece,)
-        if self._sent_length not in (None, done):
-            raise requests.ConnectionError("the body ended early")
-        if not done and self._sent_length is None and not self._response.raw.chunked:
-            raise requests.ConnectionError("the head ended early, or there is no body")
-        if unpack is not None and not unpack.complete:
-            raise requests.ConnectionError("the compressed body ended early")
+        return self._unpacked() if self.encoding else self._sent()
 
     def _sent(self) -> Iterator[bytes]:
-        raw = self._response.raw
+        raw, done = self._response.raw, 0
         try:
             while True:
                 left = self._deadline - time.monotonic()
@@ -79,7 +61,8 @@ class Body:
                         body_socket.settimeout(min(self._stall, left))
                 piece = raw.read1(CHUNK, decode_content=False)
                 if not piece:
-                    return
+                    break
+                done += len(piece)
                 yield piece
         except urllib3.exceptions.ReadTimeoutError as error:
             raise requests.Timeout("the connection fell silent") from error
@@ -87,32 +70,26 @@ class Body:
             if isinstance(error, requests.RequestException):
                 raise
             raise requests.ConnectionError("the connection broke") from error
+        if self.sent_length not in (None, done):
+            raise requests.ConnectionError("the body ended early")
+        if not done and self.sent_length is None and not raw.chunked:
+            raise requests.ConnectionError("the head ended early, or there is no body")
 
-
-class _Unpacker:
-    """Unpacks gzip or zlib, in pieces that stay small however much is packed into them."""
-
-    def __init__(self, encoding: str) -> None:
-        if encoding not in ("gzip", "x-gzip", "deflate"):
+    def _unpacked(self) -> Iterator[bytes]:
+        """Unpacks gzip or zlib, in pieces that stay small however much is packed into them."""
+        if self.encoding not in ("gzip", "x-gzip", "deflate"):
             raise requests.exceptions.ContentDecodingError("the body is packed in an unknown way")
-        self._zlib = _new_zlib()
-
-    @property
-    def complete(self) -> bool:
-        return self._zlib.eof
-
-    def pieces(self, data: bytes) -> Iterator[bytes]:
+        unpacker = zlib.decompressobj(ANY_HEADER)
         try:
-            while data:
-                if self._zlib.eof:  # gzip may have several members
-                    self._zlib = _new_zlib()
-                piece = self._zlib.decompress(data, CHUNK)
-                data = self._zlib.unconsumed_tail or self._zlib.unused_data
-                if piece:
-                    yield piece
+            for data in self._sent():
+                while data:
+                    if unpacker.eof:  # gzip may have several members
+                        unpacker = zlib.decompressobj(ANY_HEADER)
+                    piece = unpacker.decompress(data, CHUNK)
+                    data = unpacker.unconsumed_tail or unpacker.unused_data  # noqa: PLW2901
+                    if piece:
+                        yield piece
         except zlib.error as error:
             raise requests.exceptions.ContentDecodingError("the body is not unpackable") from error
-
-
-def _new_zlib() -> zlib._Decompress:
-    return zlib.decompressobj(zlib.MAX_WBITS | 32)  # 32: either header
+        if not unpacker.eof:
+            raise requests.ConnectionError("the compressed body ended early")

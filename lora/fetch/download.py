@@ -12,7 +12,8 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +71,13 @@ class NotModified(Exception):
     """The server answered that the content has not changed (304)."""
 
 
+@dataclass(eq=False)
 class _TryAgain(Exception):
-    """A try failed, and the next may succeed. `after`: the seconds that the server asks to wait."""
+    """A try failed, and the next may succeed."""
 
-    def __init__(self, reason: str, after: float | None = None) -> None:
-        super().__init__(reason)
-        self.reason, self.after = reason, after
+    reason: str
+    after: float | None = None
+    """The seconds that the server asks to wait."""
 
 
 class Download:
@@ -98,10 +100,9 @@ class Download:
         self._done = 0
         self._digest = hashlib.sha256()
         self._validator: str | None = None
-        """The ETag or date of the content of which `_done` bytes are here; None if it cannot be resumed."""
+        """The ETag or date of the content that is being downloaded; None if it cannot be resumed."""
         self._total: int | None = None
-        self._etag: str | None = None
-        self._modified: str | None = None
+        self._headers: Mapping[str, str] = {}
 
     def run(self, make_room: Callable[[int], None], conditions: Mapping[str, str] = {}) -> Fetched:
         """Downloads the file, in several tries if need be.
@@ -117,7 +118,8 @@ class Download:
                 try:
                     self._try(stream, make_room, conditions)
                     os.fsync(stream.fileno())
-                    return Fetched(self._digest.hexdigest(), self._done, self._etag, self._modified)
+                    etag, modified = map(self._headers.get, ("ETag", "Last-Modified"))
+                    return Fetched(self._digest.hexdigest(), self._done, etag, modified)
                 except _TryAgain as failure:
                     failures = 1 if self._done > before else failures + 1
                     self._wait(failure, failures)
@@ -126,68 +128,64 @@ class Download:
         """Waits before the next try. Raises: DownloadFailed if this was the last."""
         shown = self._remote.shown
         log.warning("%s: %s (after %.1f MB)", shown, failure.reason, self._done / 1e6)
-        pause = pause_after(failures, self._limits)
-        if failure.after is not None:
-            pause = max(pause, failure.after)
-        left = self._deadline - time.monotonic()
-        if failures >= self._limits.tries or pause > left:
-            hint = "Try again later."
-            if failure.after is not None:
-                hint = f"The server asks to wait {failure.after:.0f} s."
-            raise DownloadFailed(f"{shown} could not be downloaded ({failure.reason})", hint)
+        after = failure.after
+        pause = max(pause_after(failures, self._limits), after or 0.0)
+        if failures >= self._limits.tries or pause > self._deadline - time.monotonic():
+            asks = f"The server asks to wait {after:.0f} s." if after is not None else None
+            sentence = f"{shown} could not be downloaded ({failure.reason})"
+            raise DownloadFailed(sentence, asks or "Try again later.")
         time.sleep(pause)
 
     def _try(
         self, stream: io.FileIO, make_room: Callable[[int], None], conditions: Mapping[str, str]
     ) -> None:
-        headers = dict(conditions)
+        headers, url, stall = conditions, self._remote.url, self._limits.stall
+        failed = f"{self._remote.shown} could not be downloaded"
         if self._done and self._validator:
             headers = {"Range": f"bytes={self._done}-", "If-Range": self._validator}
-        limits = self._limits
         try:
-            with self._web.open(
-                self._remote.url, headers, stall=limits.stall, deadline=self._deadline
-            ) as body:
+            with self._web.open(url, headers, stall=stall, deadline=self._deadline) as body:
                 self._check_status(body)
                 self._begin(stream, body)
                 if self._total is not None:
                     self._check_size(self._total)
                     make_room(self._total - self._done)
-                with _Sink(stream, self._digest) as sink:
+                with _written_beside(stream, self._digest) as write:
                     for piece in body.pieces():
                         self._check_size(self._done + len(piece))
-                        sink.put(piece)
+                        write(piece)
                         self._done += len(piece)
                         self._on_bytes(self._done, self._total)
-        except (requests.TooManyRedirects, requests.exceptions.ContentDecodingError) as error:
-            raise DownloadFailed(
-                f"{self._remote.shown} could not be downloaded ({_reason(error)})"
-            ) from None
-        except requests.RequestException as error:
-            # Not the error's own text, which holds the whole URL, tokens and all.
-            raise _TryAgain(_reason(error)) from None
+        # No error's own text is repeated: it holds the whole URL, tokens and all.
+        except requests.TooManyRedirects:
+            raise DownloadFailed(f"{failed} (it redirects in circles)") from None
+        except requests.exceptions.ContentDecodingError:
+            raise DownloadFailed(f"{failed} (it is packed in a way that cannot be read)") from None
+        except requests.Timeout:
+            raise _TryAgain("it took too long") from None
+        except requests.RequestException:
+            raise _TryAgain("the connection failed or broke off") from None
         if self._total is not None and self._done != self._total:
             self._validator = None  # another length than announced: the next try starts anew
             raise _TryAgain("the body has another length than announced")
 
     def _begin(self, stream: io.FileIO, body: Body) -> None:
         """Resumes where the last try broke off, if the server does so too; else starts anew."""
-        span = re.fullmatch(
-            r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", body.headers.get("Content-Range", "")
-        )
-        resumes = body.status == 206 and not body.encoding and span is not None
-        if resumes and span and int(span[1]) == self._done and int(span[3]) == self._total:
-            return
         if body.status == 206:
+            expected = rf"bytes {self._done}-[0-9]{{1,18}}/{self._total}"
+            span = body.headers.get("Content-Range", "")
+            if not body.encoding and re.fullmatch(expected, span):
+                return
             self._validator = None
             raise _TryAgain("the server sent another part than was asked for")
         self._done, self._digest = 0, hashlib.sha256()
         stream.seek(0)
         stream.truncate()
-        self._total = body.length or (None if body.encoding else self._remote.size)
-        self._etag, self._modified = body.headers.get("ETag"), body.headers.get("Last-Modified")
-        strong = self._etag if self._etag and not self._etag.startswith("W/") else None
-        self._validator = None if body.encoding or not self._total else strong or self._modified
+        self._total = None if body.encoding else body.sent_length or self._remote.size
+        self._headers, etag = body.headers, body.headers.get("ETag", "")
+        strong = "" if etag.startswith("W/") else etag
+        validator = strong or body.headers.get("Last-Modified")
+        self._validator = None if body.encoding or not self._total else validator
 
     def _check_status(self, body: Body) -> None:
         """Raises: NotModified, or the error that the status means, unless the content follows."""
@@ -222,41 +220,40 @@ def pause_after(failures: int, limits: Limits) -> float:
     return min(MAX_PAUSE, limits.pause * 2 ** (failures - 1)) * random.uniform(0.5, 1.5)
 
 
-class _Sink:
-    """Writes and hashes pieces in a thread of its own, while the next piece is received."""
+@contextmanager
+def _written_beside(stream: io.FileIO, digest: Any) -> Iterator[Callable[[bytes], None]]:
+    """Gives a function that hands pieces to a thread, which hashes and writes them while the next piece is
+    received. The block ends when all are written. If writing fails, the function and the block raise OSError.
+    """
+    pieces: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
+    errors: list[OSError] = []
 
-    def __init__(self, stream: io.FileIO, digest: Any) -> None:
-        self._stream, self._digest = stream, digest
-        self._pieces: queue.Queue[bytes | None] = queue.Queue(maxsize=8)
-        self._error: OSError | None = None
-        self._thread = threading.Thread(target=self._work, name="download", daemon=True)
-
-    def put(self, piece: bytes) -> None:
-        if self._error:
-            raise self._error
-        self._pieces.put(piece)
-
-    def _work(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            if self._error:
+    def work() -> None:
+        while (piece := pieces.get()) is not None:
+            if errors:
                 continue  # the queue is emptied, so that `put` never blocks for ever
             try:
-                self._digest.update(piece)
+                digest.update(piece)
                 view = memoryview(piece)
                 while view:
-                    view = view[self._stream.write(view) :]
+                    view = view[stream.write(view) :]
             except OSError as error:
-                self._error = error
+                errors.append(error)
 
-    def __enter__(self) -> _Sink:
-        self._thread.start()
-        return self
+    def put(piece: bytes) -> None:
+        if errors:
+            raise errors[0]
+        pieces.put(piece)
 
-    def __exit__(self, *_: object) -> None:
-        self._pieces.put(None)
-        self._thread.join()
-        if self._error:
-            raise self._error
+    thread = threading.Thread(target=work, name="download", daemon=True)
+    thread.start()
+    try:
+        yield put
+    finally:
+        pieces.put(None)
+        thread.join()
+        if errors:
+            raise errors[0]
 
 
 def _seconds(text: str) -> float | None:
@@ -267,13 +264,3 @@ def _seconds(text: str) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, OverflowError):
         return None
-
-
-def _reason(error: requests.RequestException) -> str:
-    if isinstance(error, requests.TooManyRedirects):
-        return "it redirects in circles"
-    if isinstance(error, requests.Timeout):
-        return "it took too long"
-    if isinstance(error, requests.exceptions.ContentDecodingError):
-        return "it is packed in a way that cannot be read"
-    return "the connection failed or broke off"

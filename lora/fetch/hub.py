@@ -14,15 +14,12 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoSibling
+from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
 from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
-from lora.fetch.sources import HUB, HubFile, RemoteFile
-from lora.formats.endings import PICKLES, SAFETENSORS
+from lora.fetch.sources import ASK_TIMEOUT, HUB, HubFile, RemoteFile
+from lora.formats.endings import EXTENSIONS, PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
-
-TIMEOUT = 30.0
-"""Seconds that the hub may take for an answer."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +35,7 @@ class Hub:
         Raises: LoraNotFound (no such repo, revision or file, or several candidates, which it lists);
         AccessDenied (gated or private); DownloadFailed (the hub does not answer).
         """
-        shown = hub_file.repo + (f"/{hub_file.file_name}" if hub_file.file_name else "")
-        # token=False keeps the client from using a token that it finds on this machine.
-        api = HfApi(endpoint=self.endpoint, token=self.token or False)
-        try:
-            info = api.model_info(
-                hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=TIMEOUT
-            )
-        except GatedRepoError as error:
-            raise AccessDenied(f"{shown} is gated", "Accept its terms and set HF_TOKEN.") from error
-        except RevisionNotFoundError as error:
-            raise LoraNotFound(f"{shown} has no revision {hub_file.revision!r}") from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            hint = "Check the name; for a private repo, set HF_TOKEN."
-            raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
-        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-                sentence = f"the hub refuses access to {shown}"
-                raise AccessDenied(sentence, "Check HF_TOKEN.") from error
-            raise DownloadFailed(
-                f"the hub did not answer for {shown}", "Try again later."
-            ) from error
+        info = self._model_info(hub_file)
         files = {sibling.rfilename: sibling for sibling in info.siblings or []}
         chosen = _choose(files, hub_file)
         path = PurePosixPath(chosen.rfilename)
@@ -79,31 +56,45 @@ class Hub:
             config_url=url(config) if path.stem == PEFT_STEM and config in files else None,
         )
 
+    def _model_info(self, hub_file: HubFile) -> ModelInfo:
+        """What the hub says of the repo, its files included. Raises: as `ask`."""
+        shown = hub_file.repo + (f"/{hub_file.file_name}" if hub_file.file_name else "")
+        # token=False keeps the client from using a token that it finds on this machine.
+        api = HfApi(endpoint=self.endpoint, token=self.token or False)
+        try:
+            return api.model_info(
+                hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=ASK_TIMEOUT
+            )
+        except GatedRepoError as error:
+            raise AccessDenied(f"{shown} is gated", "Accept its terms and set HF_TOKEN.") from error
+        except RevisionNotFoundError as error:
+            raise LoraNotFound(f"{shown} has no revision {hub_file.revision!r}") from error
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            hint = "Check the name; for a private repo, set HF_TOKEN."
+            raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
+        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+                sentence = f"the hub refuses access to {shown}"
+                raise AccessDenied(sentence, "Check HF_TOKEN.") from error
+            raise DownloadFailed(
+                f"the hub did not answer for {shown}", "Try again later."
+            ) from error
+
 
 def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
     """The named file; else the repo's one adapter file, a .safetensors one rather than a pickle."""
     if hub_file.file_name:
         if hub_file.file_name in files:
             return files[hub_file.file_name]
-        listed = ", ".join(_adapters(files, (SAFETENSORS, *PICKLES))[:10]) or "none"
-        raise LoraNotFound(
-            f"{hub_file.repo} has no file {hub_file.file_name}", f"Adapter files there: {listed}."
-        )
+        listed = ", ".join(sorted(n for n in files if n.endswith(EXTENSIONS))[:10]) or "none"
+        hint = f"Adapter files there: {listed}."
+        raise LoraNotFound(f"{hub_file.repo} has no file {hub_file.file_name}", hint)
     for endings in ((SAFETENSORS,), PICKLES):
-        candidates = _adapters(files, endings)
-        for name in (stem + ending for stem in STEMS for ending in endings):
-            if name in candidates:
-                return files[name]
+        usual = [stem + ending for stem in STEMS for ending in endings if stem + ending in files]
+        candidates = usual[:1] or sorted(name for name in files if name.endswith(endings))
         if len(candidates) == 1:
             return files[candidates[0]]
         if candidates:
-            listed = ", ".join(candidates[:10])
-            raise LoraNotFound(
-                f"{hub_file.repo} has several adapter files",
-                f"Choose one with weight_name: {listed}.",
-            )
+            hint = f"Choose one with weight_name: {', '.join(candidates[:10])}."
+            raise LoraNotFound(f"{hub_file.repo} has several adapter files", hint)
     raise LoraNotFound(f"{hub_file.repo} has no .safetensors file")
-
-
-def _adapters(files: dict[str, RepoSibling], endings: tuple[str, ...]) -> list[str]:
-    return sorted(name for name in files if name.endswith(endings))

@@ -16,7 +16,7 @@ PORTS = {"http": 80, "https": 443}
 
 _NETWORKS = ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, _NETWORKS))
-"""Networks that Python, or some version of it, takes for public: Azure's and Oracle's services for their own
+"""Networks that some version of Python takes for public: Azure's and Oracle's services for their own
 machines, relays of 6to4, examples in documents."""
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -33,9 +33,8 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip.is_site_local:
             return False
-    if any(ip in network for network in NOT_PUBLIC):
-        return False
-    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+    listed = any(ip in network for network in NOT_PUBLIC)
+    return ip.is_global and not (listed or ip.is_multicast or ip.is_reserved)
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class WebRules:
     allowed_hosts: tuple[str, ...] = ()
     """If there are any, only these hosts, after redirects too. `*.example.com`: all below example.com."""
     own: frozenset[str] = frozenset()
-    """Origins of servers that the operator set up: both rules above do not hold for them."""
+    """Origins of servers that the operator set up: neither rule above applies to them."""
     tokens: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     """Origin -> (header's name, its value)."""
 

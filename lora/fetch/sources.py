@@ -25,6 +25,9 @@ from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
 
 HUB, CIVITAI = "https://huggingface.co", "https://civitai.com"
+ASK_TIMEOUT = 30.0
+"""Seconds that the hub or Civitai may take to say which file it is."""
+
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
 CIVITAI_HOSTS = frozenset({"civitai.com", "www.civitai.com"})
 
@@ -56,7 +59,7 @@ class Reference:
     revision: str | None = None
     sha256: str | None = None
     refresh: bool = False
-    """Ask the source again, whatever the cache holds."""
+    """Ask the source again even if the cache has the file."""
 
     @property
     def shown(self) -> str:
@@ -74,7 +77,7 @@ class CachedName:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file to be fetched: its URL, and what is known of it before. Holds no token of ours."""
+    """A file to be fetched: its URL, and what is known of it before the download. Holds no token of ours."""
 
     url: str = field(repr=False)
     identity: str = field(repr=False)
@@ -121,18 +124,15 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Locat
     path = reference.path.strip()
     if path.startswith("hf://"):
         path = path.removeprefix("hf://").removeprefix("models/")
-        hub_file = _hub_name(path, reference, whole=True)
-        if hub_file is None:
-            raise SourceInvalid("hf:// is not followed by user/repo", GRAMMAR_HINT)
-        return hub_file
+        if hub_file := _hub_name(path, reference, whole=True):
+            return hub_file
+        raise SourceInvalid("hf:// is not followed by user/repo", GRAMMAR_HINT)
     if "://" in path:
         return _parse_url(path, reference, hub, civitai)
     if match := _CIVITAI_NAME.fullmatch(path):
         _only_for_repos(reference, reference.revision)
-        version = match["version"]
-        return CivitaiFile(
-            int(match["model"]), int(version) if version else None, reference.weight_name
-        )
+        model, version = (int(digits) if digits else None for digits in match.groups())
+        return CivitaiFile(model, version, reference.weight_name)
     # Anything but a plain name may be a misspelt URL with a token in it, so the error does not repeat it.
     plain = path.isprintable() and not set(path) & set("?#:\\") and len(path.encode()) <= 240
     if not path or not plain or path.startswith("//"):
@@ -160,10 +160,7 @@ def _hub_name(path: str, reference: Reference, *, whole: bool) -> HubFile | None
     is_file = (file or match["repo"]).endswith(EXTENSIONS)
     if not whole and is_file != bool(file):
         return None
-    if file:
-        _only_for_repos(reference, reference.weight_name)
-    if revision:
-        _only_for_repos(reference, reference.revision)
+    _only_for_repos(reference, file and reference.weight_name, revision and reference.revision)
     return HubFile(match["repo"], file or reference.weight_name, revision or reference.revision)
 
 
@@ -177,15 +174,14 @@ def _only_for_repos(reference: Reference, *values: str | None) -> None:
 
 
 def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Location:
+    shown = reference.shown
     try:
         parts = urlsplit(path)
         host, _ = parts.hostname, parts.port
     except ValueError as error:
-        raise SourceInvalid(f"{reference.shown!r} is not a valid URL", GRAMMAR_HINT) from error
+        raise SourceInvalid(f"{shown!r} is not a valid URL", GRAMMAR_HINT) from error
     if parts.scheme not in ("http", "https") or not host:
-        raise SourceInvalid(
-            f"{reference.shown!r} is not an http(s) URL with a host name", GRAMMAR_HINT
-        )
+        raise SourceInvalid(f"{shown!r} is not an http(s) URL with a host name", GRAMMAR_HINT)
     location: HubFile | CivitaiFile | None = None
     if host in HUB_HOSTS or parts.netloc == urlsplit(hub).netloc:
         location = _hub_url(parts, reference)
@@ -194,10 +190,8 @@ def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Locat
     if location:
         return location
     _only_for_repos(reference, reference.weight_name, reference.revision)
-    name = PurePosixPath(unquote(parts.path)).name
-    return RemoteFile(
-        path, _identity(parts), reference.shown, name or host, sha256=reference.sha256
-    )
+    name = PurePosixPath(unquote(parts.path)).name or host
+    return RemoteFile(path, _identity(parts), shown, name, reference.sha256)
 
 
 def _identity(parts: SplitResult) -> str:
@@ -211,38 +205,33 @@ def _identity(parts: SplitResult) -> str:
 
 def _hub_url(parts: SplitResult, reference: Reference) -> HubFile | None:
     """/user/repo, and /user/repo/(blob|resolve|tree)/revision/file; None for any other page."""
-    steps = [step for step in parts.path.split("/") if step]
-    if not re.fullmatch(_REPO, "/".join(steps[:2]), re.ASCII):
+    path = "/".join(step for step in parts.path.split("/") if step)
+    page = re.fullmatch(rf"({_REPO})(?:/(?:blob|resolve|tree)/(.+))?", path, re.ASCII)
+    if page is None or (not page[2] and page[1].endswith(EXTENSIONS)):
         return None
-    repo = "/".join(steps[:2])
-    if len(steps) == 2 and not repo.endswith(EXTENSIONS):
-        return HubFile(repo, reference.weight_name, reference.revision)
-    if len(steps) < 4 or steps[2] not in ("blob", "resolve", "tree"):
-        return None
-    _only_for_repos(reference, reference.revision)
-    rest = unquote("/".join(steps[3:]))
-    match = re.fullmatch(rf"(?P<revision>{_REVISION})(?:/(?P<file>.+))?", rest, re.ASCII)
+    if not page[2]:
+        return HubFile(page[1], reference.weight_name, reference.revision)
+    rest = unquote(page[2])
+    match = re.fullmatch(rf"({_REVISION})(?:/(.+))?", rest, re.ASCII)
     if match is None or ".." in PurePosixPath(rest).parts:
         return None
-    if match["file"]:
-        _only_for_repos(reference, reference.weight_name)
-    return HubFile(repo, match["file"] or reference.weight_name, match["revision"])
+    _only_for_repos(reference, match[2] and reference.weight_name, reference.revision)
+    return HubFile(page[1], match[2] or reference.weight_name, match[1])
 
 
 def _civitai_url(parts: SplitResult, reference: Reference) -> CivitaiFile | None:
     """/models/M[/name][?modelVersionId=V] and /api/download/models/V; None for any other page."""
     query = dict(parse_qsl(parts.query))
-    if match := re.fullmatch(r"/api/download/models/(\d{1,18})/?", parts.path, re.ASCII):
+    download = re.fullmatch(r"/api/download/models/(\d{1,18})/?", parts.path, re.ASCII)
+    page = re.fullmatch(r"/models/(\d{1,18})(?:/[^/]*)?/?", parts.path, re.ASCII)
+    if download or page:
+        _only_for_repos(reference, reference.revision)
+    if download:
         wanted = [(key, query[key]) for key in ("type", "format", "size", "fp") if key in query]
-        location = CivitaiFile(None, int(match[1]), reference.weight_name, tuple(wanted))
-    elif match := re.fullmatch(r"/models/(\d{1,18})(?:/[^/]*)?/?", parts.path, re.ASCII):
-        digits = query.get("modelVersionId", "")
-        version = int(digits) if re.fullmatch(r"\d{1,18}", digits, re.ASCII) else None
-        location = CivitaiFile(int(match[1]), version, reference.weight_name)
-    else:
-        return None
-    _only_for_repos(reference, reference.revision)
-    return location
+        return CivitaiFile(None, int(download[1]), reference.weight_name, tuple(wanted))
+    digits = query.get("modelVersionId", "")
+    version = int(digits) if re.fullmatch(r"\d{1,18}", digits, re.ASCII) else None
+    return CivitaiFile(int(page[1]), version, reference.weight_name) if page else None
 
 
 def redact_url(text: str) -> str:

@@ -26,11 +26,8 @@ class Transfer(NamedTuple):
 class Transfers:
     """Adds up the progress of each download, from any thread, and reports the sums in order."""
 
-    def __init__(
-        self, report: Callable[[Transfer], None], clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._report, self._clock = report, clock
-        self._guard = threading.Lock()
+    def __init__(self, report: Callable[[Transfer], None]) -> None:
+        self._report, self._guard = report, threading.Lock()
         self._progress: dict[int, tuple[int, int | None]] = {}
         self._begun: float | None = None
 
@@ -39,10 +36,9 @@ class Transfers:
 
         def on_bytes(done: int, total: int | None) -> None:
             with self._guard:
-                if self._begun is None:
-                    self._begun = self._clock()
+                self._begun = self._begun or time.monotonic()
                 self._progress[number] = done, total
-                self._report(self._sum(self._clock() - self._begun))
+                self._report(self._sum(time.monotonic() - self._begun))
 
         return on_bytes
 

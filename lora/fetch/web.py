@@ -33,14 +33,11 @@ CONNECT_TIMEOUT = 10.0
 
 def quiet_libraries() -> None:
     """Silences other libraries' logs of requests: whole URLs stand there, with tokens and signatures."""
-    for library, level in (
-        ("botocore", logging.WARNING),
-        ("httpx2", logging.WARNING),
-        ("urllib3", logging.ERROR),
-        ("urllib3.connection", logging.ERROR),  # runpod, once it is imported, sets urllib3's own
-        ("urllib3.connectionpool", logging.ERROR),
-    ):
-        logging.getLogger(library).setLevel(level)
+    for library in ("botocore", "httpx2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # urllib3's children by name, too: runpod, once it is imported, sets the level of urllib3 itself.
+    for library in ("urllib3", "urllib3.connection", "urllib3.connectionpool"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 class Web:
@@ -87,9 +84,7 @@ class Web:
         raise requests.TooManyRedirects("too many redirects")
 
     def check(self, url: str) -> None:
-        """For a URL that another client will ask. Raises: SourceInvalid if the rules forbid its host, or
-        there is no such host.
-        """
+        """For a URL that another client asks. Raises: SourceInvalid if its host is forbidden or missing."""
         prepared, _ = self._prepared("", url)
         parts = urlsplit(prepared)
         host = parts.hostname or ""
@@ -175,22 +170,15 @@ class _Connection(HTTPConnection):
             return super().getresponse()
 
 
-def _pools(own_rules: WebRules) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools, with connections that keep these rules."""
-
-    class Plain(_Connection):
-        rules = own_rules
-
-    class Secure(Plain, HTTPSConnection):
-        """TLS still checks the certificate against the host's name."""
-
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = Plain
-
-    class SecurePool(HTTPSConnectionPool):
-        ConnectionCls = Secure
-
-    return {"http": PlainPool, "https": SecurePool}
+def _pools(rules: WebRules) -> dict[str, Any]:
+    """urllib3's classes of pools, with connections that keep these rules."""
+    plain = type("Plain", (_Connection,), {"rules": rules})
+    # TLS still checks the certificate against the host's name.
+    secure = type("Secure", (plain, HTTPSConnection), {})
+    return {
+        "http": type("PlainPool", (HTTPConnectionPool,), {"ConnectionCls": plain}),
+        "https": type("SecurePool", (HTTPSConnectionPool,), {"ConnectionCls": secure}),
+    }
 
 
 def _look_up(rules: WebRules, scheme: str, host: str, port: int) -> list[Any]:
@@ -224,11 +212,10 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
                 made.setsockopt(*option)
             made.connect(address)
             made.settimeout(timeout)
+            return made
         except OSError as error:
             made.close()
             last_error = error
-        else:
-            return made
     if isinstance(last_error, TimeoutError):
         raise urllib3.exceptions.ConnectTimeoutError(connection, "connecting took too long")
     raise urllib3.exceptions.NewConnectionError(connection, "no connection") from last_error
@@ -236,11 +223,11 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
 
 @contextmanager
 def _head_timeout(connection: HTTPConnection) -> Iterator[None]:
-    """Within the block an answer's head is awaited: if it is not whole within the connection's timeout, the
-    connection is shut down. (The socket's own timeout starts anew with each byte.)
+    """Shuts the connection down if the answer's head, which is read in the block, is not complete within the
+    connection's timeout. (The socket's own timeout starts anew with each byte.)
 
     `body_socket` keeps the socket for the body, because http.client drops one that the server will close.
-    Raises: TimeoutError, whatever was made of half a head.
+    Raises: TimeoutError, also where half a head was taken for a whole one.
     """
     body_socket, late = connection.sock, threading.Event()
     connection.body_socket = body_socket  # type: ignore[attr-defined]

@@ -28,11 +28,11 @@ class LoraFile:
     metadata: Mapping[str, str]
     embeddings: tuple[TokenEmbedding, ...] = ()
     identity: str = ""
-    """A hash of all that determines what the file does: its bytes, and its config's where it has one."""
+    """A hash of what determines the effect: the file's bytes, and its config's if there is one."""
     size: int = 0
-    """The bytes of its tensors."""
+    """How many bytes its tensors take."""
     scaled: bool = True
-    """Whether the file or its config says anything of alpha."""
+    """Whether the file or its config contains an alpha."""
 
     @cached_property
     def algorithms(self) -> tuple[str, ...]:

@@ -42,7 +42,7 @@ class Alphas:
     def of(cls, metadata: Mapping[str, str], config: str | None = None) -> Alphas:
         """From a file's metadata and, if there is one, the text of its `adapter_config.json`.
 
-        Raises: LoraCorrupt if either is there and is not what peft writes; LoraUnsupported.
+        Raises: LoraCorrupt if either is not what PEFT writes; LoraUnsupported for a pattern that is not read.
         """
         source = CONFIG_IN_FILE
         try:

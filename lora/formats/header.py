@@ -51,8 +51,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads a file's header and checks that the file is whole.
 
-    Every tensor's byte range must fit its dtype and shape and lie within the file, and the last one must end
-    where the file ends. So a truncated download, a web page or a file of another format is refused.
+    Every tensor's byte range must fit its dtype and shape, and the last must end where the file ends. So a
+    truncated download, a web page or a file of another format is refused.
 
     Raises: LoraCorrupt, saying what the file looks like instead; LoraUnsupported for a pickle.
     """

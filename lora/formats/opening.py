@@ -25,7 +25,7 @@ class Opened:
     """An adapter that can be read as .safetensors."""
 
     original: Path
-    """The file as it was found."""
+    """The adapter's file, as it lies at the path."""
     file: Path
     """The same, or a copy as .safetensors that exists while the block runs."""
     config: str | None

@@ -20,10 +20,8 @@ def config_beside(path: Path) -> str | None:
 
     Raises: LoraCorrupt if it cannot be a config, or cannot be read.
     """
-    beside = path.with_name(PEFT_CONFIG)
-    if path.stem != PEFT_STEM or not beside.is_file():
-        return None
-    return read_config(beside)
+    config = path.with_name(PEFT_CONFIG)
+    return read_config(config) if path.stem == PEFT_STEM and config.is_file() else None
 
 
 def read_config(path: Path) -> str:

@@ -36,7 +36,7 @@ def convert(source: Path, target: Path, limit: int) -> None:
     Plain numbers become tensors, since alpha often is one; text becomes metadata. Raises: LoraUnsupported if
     there is more than tensors and plain values, LoraTooLarge, LoraCorrupt.
     """
-    # Not at the top: the cache, and whatever fetches without a model, works without torch.
+    # Not at the top: the cache and the downloads work without torch.
     import torch
     from safetensors.torch import save_file
 
@@ -78,11 +78,8 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
     """
     if not isinstance(content, Mapping):
         raise LoraUnsupported("the pickle is no table of named tensors")
-    for wrapper in WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    for name, value in content.items():
+    wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping))
+    for name, value in next(wrapped, content).items():
         if isinstance(value, Mapping):
             yield str(name), json.dumps(value, default=lambda _: "…", skipkeys=True)
         else:

@@ -7,7 +7,7 @@ All algorithms share these semantics:
 
 - `delta` is W' - W at scale 1, in float32. The engine adds up scale * delta of the whole stack, adds this
   to W and rounds once. So a multiplicative algorithm is W + scale * (W' - W): 0 is the base, 1 as trained.
-- Every delta is computed from the original W, whatever else changes the layer. So different algorithms on one
+- Every delta is computed from the original W, also where other changes apply. So different algorithms on one
   layer add up, and the order of a stack does not matter beyond float32's rounding. The sum is taken in the
   stack's order, and within one file in the order of this table.
 - `alpha` missing or 0 means alpha = rank, as the trainers define it.

@@ -66,9 +66,9 @@ class Algorithm(ABC):
 
 
 def slots_of(algorithm: type[Algorithm], there: Set[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Which of the slots that are there an algorithm reads, and which of them no other may use then.
+    """The slots that an algorithm reads, of those that are there, and the ones that no other may use then.
 
-    None, if a required slot is missing, or if it would use only an alpha.
+    The latter is empty if a required slot is missing, or if only an alpha would be used.
     """
     slots = fields(algorithm)
     if any(slot.name not in there for slot in slots if slot.default is MISSING):

@@ -16,9 +16,6 @@ from torch import Tensor
 from lora.formats.algorithms.base import Algorithm, placed
 from lora.formats.names.keys import Shape
 
-OUTPUT, INPUT = 0, 1
-"""The weight's axes."""
-
 
 @dataclass(frozen=True, eq=False)
 class DoRA(Algorithm):
@@ -44,13 +41,13 @@ class DoRA(Algorithm):
         return self.inner.misfit(shape)
 
     def _axis(self, shape: Shape) -> int | None:
-        """The axis of the weight that the magnitudes belong to; None if they fit none."""
+        """The axis that the magnitudes belong to: 0 (outputs) or 1 (inputs); None if they fit neither."""
         ours, count = tuple(self.magnitude.shape), self.magnitude.numel()
         if len(shape) < 2:
             return None
         if self.may_be_input and len(ours) >= 2 and ours[0] == 1 and shape[0] != 1:
-            return INPUT if ours[1] == shape[1] == count else None
-        return OUTPUT if count == shape[0] else None
+            return 1 if ours[1] == shape[1] == count else None
+        return 0 if count == shape[0] else None
 
     def delta(self, weight: Tensor) -> Tensor:
         """m * (W + D) / norm(W + D) - W."""

@@ -82,9 +82,9 @@ class OFT(Algorithm):
         norm = float(torch.linalg.vector_norm(skew)) + 1e-8
         if limit > 0 and norm > limit:
             skew = skew * (limit / norm)
-        one = torch.eye(skew.shape[-1], device=skew.device)
+        identity = torch.eye(skew.shape[-1], device=skew.device)
         # (I + Q)(I - Q)^-1: the two commute, so one solve is enough.
-        return torch.linalg.solve(one - skew, one + skew)
+        return torch.linalg.solve(identity - skew, identity + skew)
 
 
 def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
@@ -138,12 +138,12 @@ class PeftOFT(Algorithm):
         skew = values.new_zeros(values.shape[0], size, size)
         skew[:, rows, columns] = values
         skew = skew - skew.transpose(1, 2)
-        one = torch.eye(size, device=values.device).expand_as(skew)
+        identity = torch.eye(size, device=values.device).expand_as(skew)
         terms = 5 if self.neumann_terms is None else int(self.neumann_terms)
         if terms == 0:
-            return torch.linalg.solve(one + skew, one - skew)
+            return torch.linalg.solve(identity + skew, identity - skew)
         # I + 2 Q + 2 Q^2 + ... + Q^n; PEFT counts the last power once, and stops at 3 at the earliest.
-        total, power, last = one.clone(), one, 1 if terms == 2 else max(3, terms - 1)
+        total, power, last = identity.clone(), identity, 1 if terms == 2 else max(3, terms - 1)
         for exponent in range(1, last + 1 if terms > 1 else 1):
             power = torch.bmm(power, skew)
             total.add_(power, alpha=1.0 if exponent == last > 1 else 2.0)

@@ -37,7 +37,10 @@ def parse_blocks(value: object) -> dict[str, float]:
     Raises: ValueError with a sentence.
     """
     if isinstance(value, str):
-        value = _numbers(value)
+        try:
+            value = [float(number) for number in value.split(",")]
+        except ValueError:
+            raise ValueError("the text is not numbers with commas") from None
     if isinstance(value, Mapping):
         return _named(value)
     if isinstance(value, Sequence):
@@ -48,13 +51,6 @@ def parse_blocks(value: object) -> dict[str, float]:
     raise ValueError("is neither a list, a text nor an object")
 
 
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError("the text is not numbers with commas") from None
-
-
 def _named(value: Mapping[object, object]) -> dict[str, float]:
     factors: dict[str, float] = {}
     for groups in (True, False):  # the single names last: they override
@@ -62,9 +58,8 @@ def _named(value: Mapping[object, object]) -> dict[str, float]:
             if (str(name) in GROUPS) is groups:
                 blocks = GROUPS.get(str(name), (str(name),))
                 if not set(blocks) <= set(EVERY):
-                    raise ValueError(
-                        f"{_short(name)} is no block (BASE, IN00-IN08, MID, OUT00-OUT08)"
-                    )
+                    shown = repr(name) if re.fullmatch(r"\w{1,20}", str(name)) else "a name"
+                    raise ValueError(f"{shown} is no block (BASE, IN00-IN08, MID, OUT00-OUT08)")
                 factors.update(dict.fromkeys(blocks, _factor(factor)))
     return factors
 
@@ -75,7 +70,3 @@ def _factor(value: object) -> float:
     if not -MAX_SCALE <= value <= MAX_SCALE:
         raise ValueError(f"a block's value is not between {-MAX_SCALE} and {MAX_SCALE}")
     return float(value)
-
-
-def _short(name: object) -> str:
-    return repr(name) if re.fullmatch(r"\w{1,20}", str(name)) else "a name"

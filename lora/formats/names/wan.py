@@ -29,14 +29,9 @@ _WAN = (
 
 
 def wan_path(path: str) -> str:
-    """The name that Wan's own code gives to a module of diffusers' WanTransformer3DModel.
-
-    The table is diffusers' `convert_wan_to_diffusers.py`, reversed. The root is Wan's `head`, since it
-    has the head's modulation.
+    """A module's name in Wan's code: diffusers' `convert_wan_to_diffusers.py`, reversed. The root is Wan's
+    `head`, since it has the head's modulation.
     """
     if not path:
         return "head"
-    for ours, theirs in _WAN:
-        if ours in path:
-            return path.replace(ours, theirs)
-    return path
+    return next((path.replace(ours, theirs) for ours, theirs in _WAN if ours in path), path)
