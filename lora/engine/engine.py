@@ -158,16 +158,16 @@ class LoraEngine:
 
     def prepare(self, stack: Stack, mode: Mode) -> tuple[Hashable, Prepared]:
         """The stack's key, and its `Prepared`: the kept one if it still holds, else a new one."""
-        strengths = tuple(use.strengths for use in stack)
+        all_scales = tuple(use.all_scales for use in stack)
         # Merged weights are made for one scale, factors for any.
-        scales = strengths if mode is Mode.MERGED else None
+        scales = all_scales if mode is Mode.MERGED else None
         key = (mode, scales, *(use.lora.identity for use in stack))
         kept = self.prepared.get(key)
-        if kept is not None and kept.strengths == strengths and not kept.plan.is_stale():
+        if kept is not None and kept.all_scales == all_scales and not kept.plan.is_stale():
             return key, kept
         plan = make_plan(stack, mode, self.module, self._shared)
         size = sum(file.size for file in {use.lora for use in stack})
-        return key, Prepared(plan, strengths, size, factors=kept.factors if kept else {})
+        return key, Prepared(plan, all_scales, size, factors=kept.factors if kept else {})
 
 
 class Block:

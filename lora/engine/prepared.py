@@ -34,7 +34,7 @@ class Prepared:
     """A stack's plan, factors and merged weights."""
 
     plan: Plan
-    strengths: tuple[object, ...]
+    all_scales: tuple[object, ...]
     file_bytes: int
     """The bytes of the parsed files, which the plan keeps in memory."""
     factors: dict[tuple[nn.Module, tuple[int, ...]], DeviceFactors] = field(default_factory=dict)

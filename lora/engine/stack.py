@@ -42,7 +42,7 @@ class LoraUse(Generic[Lora]):
     """When it ends, as a fraction of the denoising."""
 
     def of(self, lora: Other) -> LoraUse[Other]:
-        """The same strength for another form of the adapter: the parsed file in place of its reference."""
+        """The same scales and range for another form of the adapter, such as the file that a reference names."""
         use: Any = replace(self, lora=lora)  # type: ignore[arg-type]
         return use
 
@@ -70,7 +70,7 @@ class LoraUse(Generic[Lora]):
         return replace(self, components={**self.components, component: 0.0})
 
     @property
-    def strengths(self) -> tuple[object, ...]:
+    def all_scales(self) -> tuple[object, ...]:
         """Scale and factors as a dictionary key, without the adapter and without start and end."""
         return (
             self.scale,
