@@ -42,7 +42,7 @@ class LoraUse(Generic[Lora]):
     """When it ends, as a fraction of the denoising."""
 
     def of(self, lora: Other) -> LoraUse[Other]:
-        """The same scales and range for another form of the adapter, such as the file that a reference names."""
+        """The same scales and range for another form of the adapter, such as the file behind a reference."""
         use: Any = replace(self, lora=lora)  # type: ignore[arg-type]
         return use
 
