@@ -17,7 +17,7 @@ from lora.tools.factors.ranks import RankPolicy, Spectrum, choose, spend
 from lora.tools.factors.svd import Factors, energy, svd_by_policy
 
 BUDGET_RANK = 128
-"""How many singular values of a whole matrix a budget in bytes chooses from, if the policy has no `max_rank`:
+"""How many singular values of a whole matrix a budget in bytes chooses from, if the policy has no rule:
 computing all of them takes as long as a full decomposition.
 """
 
@@ -104,7 +104,7 @@ class Cut:
         cls, layer: CutLayer, matrix: Tensor, kernel: tuple[int, ...], policy: RankPolicy, seed: int
     ) -> Cut:
         """Of a whole matrix, [out, in * kh * kw]: as many singular values as the policy may choose."""
-        if policy.max_bytes is not None and policy.max_rank is None:
+        if not policy.has_rule:
             policy = replace(policy, max_rank=BUDGET_RANK)
         factors = svd_by_policy(matrix, policy, seed)
         up, down = factors.balanced()
@@ -199,7 +199,7 @@ def _spectrum(module: ModuleToCut, policy: RankPolicy) -> Spectrum:
     cut = module.decompose()
     rank = choose(cut.factors.s, cut.factors.total, policy)
     numbers = len(cut.factors.up) + cut.factors.down.shape[1]
-    return Spectrum(cut.factors.s[:rank], numbers * cut.layer.dtype.itemsize)
+    return Spectrum(cut.factors.s[:rank], numbers * cut.layer.dtype.itemsize, module.least)
 
 
 HEADER_PER_TENSOR, HEADER = 200, 4096

@@ -285,6 +285,16 @@ def test_a_table_of_rows_never_becomes_factors(name: str) -> None:
     assert changes == []
 
 
+def test_a_tables_difference_is_added_to_its_factors() -> None:
+    target = Target("text_encoder", "model.token_embedding", {"weight": (50, 32)}, "BASE")
+    slots = {"diff": randn(50, 32), "lora_up": randn(50, 2), "lora_down": randn(2, 32)}
+    adapter = Adapter((Part(target, slots, target.path),))
+    (part,) = convert_module.as_lora(adapter, ConvertOptions(algorithm=Goal.LORA))[0].parts
+    whole = slots["diff"] + slots["lora_up"] @ slots["lora_down"]
+    assert part.slots.keys() == {"diff"}
+    assert torch.allclose(part.slots["diff"], whole, atol=1e-5)
+
+
 def test_new_values_of_a_norm_and_a_table_become_differences(tmp_path: Path, model: Path) -> None:
     table = "text_encoder.text_model.embeddings.token_embedding"
     tensors = {

@@ -167,6 +167,22 @@ def test_a_budget_in_bytes_is_kept_and_spent(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+def test_a_budget_holds_the_rank_that_magnitudes_need(tmp_path: Path) -> None:
+    tensors = {}
+    for stem in (f"lora_unet_blocks_{index}_attn" for index in range(8)):
+        tensors |= {
+            f"{stem}.lora_up.weight": randn(512, 2),
+            f"{stem}.lora_down.weight": randn(2, 512),
+            f"{stem}.dora_scale": randn(512, 1),
+        }
+    path = write(tmp_path / "a.safetensors", tensors)
+    output, report = resized(path, RankPolicy(max_bytes=70_000))
+    assert output.stat().st_size <= 70_000
+    assert {change.rank for change in report.changes} == {1}
+    with pytest.raises(ToolError, match="smallest ranks need 32768"):
+        resized(path, RankPolicy(max_bytes=40_000), output=tmp_path / "none")
+
+
 @pytest.mark.parametrize("naming", Naming)
 def test_a_resized_file_keeps_its_naming_and_its_config(tmp_path: Path, naming: Naming) -> None:
     adapter = read_adapter(narrow.source(tmp_path, "lora", torch.float32), narrow.key_map())
