@@ -66,7 +66,7 @@ class MergedLora:
     sha256: str
     scale: float
     used: int
-    """How many of its tensors are merged."""
+    """How many of its tensors have a place in the model."""
     unused: tuple[UnusedKey, ...]
 
 
@@ -98,7 +98,8 @@ def merge(
 
     If `output` has the ending of a file with weights, it is one file in the model's own names; otherwise it
     is a folder with the model's files, of which those with weights are rewritten. The metadata gets
-    `merged_from`, a JSON list of name, sha256 and scale, and `model_sha256`. `on_progress` counts bytes.
+    `merged_from`, a JSON list of name, sha256, scale and factors, and `model_sha256`. `on_progress` counts
+    bytes.
 
     Raises: ToolError if the output is the input or cannot be written, if an adapter's tensor has no place and
     that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
@@ -108,6 +109,8 @@ def merge(
         raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(MERGED_DTYPES)}.")
     if not all(math.isfinite(factor) for use in loras for factor in use.factors):
         raise ToolError("a scale is not a number")
+    if any(use.ranged for use in loras):
+        raise ToolError("weights have no start and end", "Merge adapters for the whole denoising.")
     target = Output.of(model, output, options.format, [use.lora for use in loras])
     key_map = model.key_map()
     files = [_load(use.lora, key_map) for use in loras]
@@ -121,7 +124,7 @@ def merge(
         done += merging.bytes_of(raw)
         on_progress(done, total, raw.name)
 
-    origin = [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in merged]
+    origin = [_origin(use, lora.sha256) for use, lora in zip(loras, merged, strict=True)]
     with ThreadPoolExecutor(1) as pool, target.published() as folder:
         sha256 = pool.submit(model.sha256)
         for file in target.files:
@@ -135,6 +138,13 @@ def merge(
         dtype=options.dtype,
         seconds=time.monotonic() - started,
     )
+
+
+def _origin(use: LoraUse[Path], sha256: str) -> dict[str, Any]:
+    """An adapter's entry in `merged_from`."""
+    entry = {"name": use.lora.name, "sha256": sha256, "scale": use.scale}
+    factors = {"components": dict(use.components), "blocks": dict(use.blocks)}
+    return entry | {name: table for name, table in factors.items() if table}
 
 
 def _load(path: Path, key_map: KeyMap) -> LoraFile:
