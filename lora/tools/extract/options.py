@@ -32,7 +32,7 @@ class ExtractOptions:
     """Raises: ToolError for a dtype that adapters are not stored in, or a number out of its range."""
 
     policy: RankPolicy = field(default_factory=lambda: RankPolicy(rank=32))
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.bfloat16
     """Of the factors. A difference that is not exact in it is stored in float32."""
     naming: Naming | None = None
     """None: kohya's for Stable Diffusion, the model's own (`original`) for other models."""

@@ -75,7 +75,7 @@ class ExtractReport:
     layers: Sequence[LayerReport]
     left_out: Sequence[LeftOut]
     unchanged: int
-    """How many tensors are the same, bit for bit."""
+    """How many tensors have the same numbers."""
     resumed: int
     """How many layers an earlier run, which was killed, had already written."""
     bytes: int

@@ -23,6 +23,7 @@ from lora.engine.merging import merge
 from lora.errors import ToolError
 from lora.formats.adapter import load
 from lora.formats.header import read_header
+from lora.formats.names.naming import Naming
 from lora.formats.tensors import read_runs
 from lora.tools import Format, OnProgress, ignore_progress, read_ahead
 from lora.tools.adapters.reading import read_adapter
@@ -50,7 +51,7 @@ from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import energy
 from lora.tools.models.checkpoints import Checkpoint, Place
-from lora.tools.writing import StreamWriter, refuse_overwriting, write_pytorch
+from lora.tools.writing import StreamWriter, refuse_misnamed, refuse_overwriting, write_pytorch
 
 
 @torch.no_grad()
@@ -86,12 +87,18 @@ def extract(
             run.all(metadata)
             if not run.layers:
                 raise _nothing(run, plan)
-        except ToolError:  # the next run would end with the same error
-            writer.discard()
+        except ToolError as error:
+            if not isinstance(
+                error.__cause__, OSError
+            ):  # the next run would end with the same error
+                writer.discard()
             raise
         writer.finish(layers_metadata(run.layers, plan.options))
-    verified = _verify(source, target, where.stream) if options.verify else None
-    where.convert(source)
+    try:
+        verified = _verify(source, target, where.stream) if options.verify else None
+        where.convert(source)
+    finally:
+        where.drop_stream()
     return ExtractReport(
         output=output,
         layers=run.layers,
@@ -224,8 +231,10 @@ class _Output:
 
     @classmethod
     def of(cls, path: Path, options: ExtractOptions, inputs: Iterable[Path]) -> _Output:
-        """Raises: ToolError if an input would be overwritten, or there is no folder for the file."""
+        """Raises: ToolError if an input would be overwritten, or the file's name or folder does not do."""
         refuse_overwriting(path, inputs)
+        if options.naming is not Naming.PEFT:
+            refuse_misnamed(path, options.format)
         if not path.parent.is_dir():
             raise ToolError(f"there is no folder for {path.name}", "Make it first.")
         if path.is_dir():
@@ -243,7 +252,11 @@ class _Output:
         else:
             written = WriteOptions(self.options.naming, None, self.options.format)
             write_adapter(self.path, read_adapter(self.stream, source.key_map()), written)
-        self.stream.unlink()
+
+    def drop_stream(self) -> None:
+        """Removes the streamed file if it is not the wanted one."""
+        if self.stream != self.path:
+            self.stream.unlink(missing_ok=True)
 
     def size(self) -> int:
         """The bytes of what was written."""
