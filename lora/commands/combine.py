@@ -29,7 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
     add("--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ")
     add_rank_options(parser)
-    add_write_options(parser)
+    add_write_options(parser, "(fp32, so that nothing is rounded)")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
