@@ -34,10 +34,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Combines. Raises: ToolError, LoraError."""
-    from lora.tools.combine import CombineOptions, Method, ScaledFile, combine
+    from lora.engine.stack import LoraUse
+    from lora.tools.combine import CombineOptions, Method, combine
 
     pairs = [with_scale(text) for text in options.loras]
-    sources = [ScaledFile(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
+    sources = [LoraUse(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
     chosen = CombineOptions(
         method=Method(options.method),
         policy=rank_policy(options),

@@ -44,7 +44,7 @@ def as_result(report: Report, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "bytes": sum(file.stat().st_size for file in files),
-        "layers": report.layers,
+        "layers": report.modules,
         "changes": shared.with_errors(report.changes),
         "relative_error": report.relative_error,
         "unused": [{"key": key, "reason": reason} for key, reason in report.unused],

@@ -18,7 +18,7 @@ from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
 from lora.formats.algorithms.lora import LoRA
 from lora.formats.algorithms.oft import OFT, PeftOFT
 from lora.formats.names.keys import Shape
-from lora.tools import EMBEDDINGS, OnProgress, ignore_progress
+from lora.tools import TABLES, OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
@@ -79,8 +79,8 @@ def convert(
     """
     refuse_overwriting(output, [path])
     key_map = model.key_map() if model else None
-    named = bool(options.write.naming or options.algorithm)
-    adapter = open_adapter(path, key_map, named=named, lax=options.allow_unused)
+    rename = bool(options.write.naming or options.algorithm)
+    adapter = open_adapter(path, key_map, rename=rename, allow_unused=options.allow_unused)
     result, changes = adapter, list[LayerChange]()
     if options.algorithm is Goal.LORA:
         result, changes = as_lora(adapter, options, model.read if model else None, on_progress)
@@ -157,7 +157,7 @@ def _stays(part: Part, algorithm: Algorithm) -> bool:
 
 
 def _is_table(part: Part) -> bool:
-    return part.target.path.rpartition(".")[2] in EMBEDDINGS
+    return part.target.path.rpartition(".")[2] in TABLES
 
 
 def _other_slots(

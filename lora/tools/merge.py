@@ -30,7 +30,7 @@ from lora.formats.names.keys import KeyMap
 from lora.formats.opening import load_file
 from lora.tools import OnProgress, dtype_name, ignore_progress, read_ahead
 from lora.tools.adapters.hashes import HASH_FIELDS
-from lora.tools.adapters.metadata import parse_json
+from lora.tools.adapters.metadata import json_or_empty
 from lora.tools.models.checkpoints import Checkpoint, Place, Stored
 from lora.tools.models.outputs import FileToWrite, Output
 from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
@@ -98,8 +98,7 @@ def merge(
 
     If `output` has the ending of a file with weights, it is one file in the model's own names; otherwise it
     is a folder with the model's files, of which those with weights are rewritten. The metadata gets
-    `merged_from`, a JSON list of name, sha256, scale and factors, and `model_sha256`. `on_progress` counts
-    bytes.
+    `merged_from`, a JSON list of name, sha256, scale and factors, and `model_sha256`. `on_progress`: bytes.
 
     Raises: ToolError if the output is the input or cannot be written, if an adapter's tensor has no place and
     that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
@@ -204,7 +203,7 @@ def _write(
             if writing is not None:
                 writing.result()
         adapters, sha256 = origin()
-        earlier = parse_json(kept.get("merged_from"), list)
+        earlier = json_or_empty(kept.get("merged_from"), list)
         writer.finish({"merged_from": json.dumps([*earlier, *adapters]), "model_sha256": sha256})
 
 

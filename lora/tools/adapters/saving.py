@@ -23,7 +23,7 @@ from lora.tools import HEADER_ALIGNMENT, Format, dtype_name
 from lora.tools.adapters.hashes import HASH_FIELDS, LEGACY_BYTES, LEGACY_START
 from lora.tools.adapters.part_names import names_for
 from lora.tools.adapters.parts import Adapter
-from lora.tools.adapters.peft_configs import HINT, ConfigPart, config_of
+from lora.tools.adapters.peft_configs import USE_OTHER_NAMING, ConfigPart, config_of
 from lora.tools.writing import published_folder, refuse_misnamed, write_errors, write_pytorch
 
 STALE = (*HASH_FIELDS, CONFIG_IN_FILE)
@@ -56,8 +56,8 @@ def write_adapter(output: Path, adapter: Adapter, options: WriteOptions = WriteO
     With PEFT's naming `output` is a folder. A pytorch file holds tensors and no metadata. Afterwards the file
     is whole, on the disk and under its name; if anything fails, `output` is as it was before.
 
-    Raises: ToolError if the naming cannot express a part, if a number overflows the dtype, if the name's
-    ending is that of another format, or if the disk is full or fails.
+    Raises: ToolError if the naming cannot express a part, a number overflows the dtype, the name is one of
+    another format, or the disk is full or fails.
     """
     laid = _lay(adapter, options)
     naming = options.naming or adapter.naming
@@ -82,7 +82,9 @@ def _lay(adapter: Adapter, options: WriteOptions) -> _Laid:
     names = names_for(adapter, options.naming)
     tensors = dict(adapter.words)
     if tensors and names.naming is Naming.PEFT:
-        raise ToolError("a PEFT adapter of a network holds no words for the prompt", HINT)
+        raise ToolError(
+            "a PEFT adapter of a network holds no words for the prompt", USE_OTHER_NAMING
+        )
     by_component: dict[str, list[ConfigPart]] = {}
     for part in adapter.parts:
         slots = names.slots(part)

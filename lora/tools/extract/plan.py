@@ -31,7 +31,7 @@ LEAST_IN_COMMON = 0.5
 """Two models with a smaller share of tensors in common are not of the same kind."""
 
 FIRST_LIMIT = 4
-"""At first, this many times the rank that all layers could have alike is computed for each layer."""
+"""The first try per layer: this many times the rank that the budget gives if all layers have the same."""
 
 LEAST_LIMIT = 48
 """At least this many singular values are computed; fewer would hardly take less time."""
@@ -128,9 +128,8 @@ def _apart(source: Checkpoint, target: Checkpoint, options: ExtractOptions) -> I
             yield LeftOut(str(place), f"its shape is {shapes}")
     for place in target.parameters:
         if place not in source.parameters:
-            only = "only the target model has it"
-            chosen = _chosen(place, options)
-            yield LeftOut(str(place), only if chosen else f"{place.component} was not chosen")
+            why = "" if _chosen(place, options) else f"{place.component} was not chosen"
+            yield LeftOut(str(place), why or "only the target model has it")
     for name in dict.fromkeys(raw.name for raw in (*source.others, *target.others)):
         yield LeftOut(name, "it is no parameter of the model")
 

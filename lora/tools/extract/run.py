@@ -84,13 +84,12 @@ def extract(
             run.add(note)
         resumed = len(run.layers)
         try:
-            run.all(metadata)
+            run.extract_all(metadata)
             if not run.layers:
                 raise _nothing(run, plan)
         except ToolError as error:
-            if not isinstance(
-                error.__cause__, OSError
-            ):  # the next run would end with the same error
+            # With any other error the next run would end, too.
+            if not isinstance(error.__cause__, OSError):
                 writer.discard()
             raise
         writer.finish(layers_metadata(run.layers, plan.options))
@@ -98,7 +97,8 @@ def extract(
         verified = _verify(source, target, where.stream) if options.verify else None
         where.convert(source)
     finally:
-        where.drop_stream()
+        if where.stream != output:
+            where.stream.unlink(missing_ok=True)
     return ExtractReport(
         output=output,
         layers=run.layers,
@@ -154,19 +154,19 @@ class _Run:
         else:
             self.unchanged += 1
 
-    def all(self, metadata: Mapping[str, str]) -> None:
+    def extract_all(self, metadata: Mapping[str, str]) -> None:
         """Extracts every parameter that is not finished."""
         policy = self.plan.options.policy
-        self._parts(self.plan.exact, {})
+        self._extract(self.plan.exact, {})
         if policy.max_bytes is None:
-            self._parts(self.plan.thin, {})
+            self._extract(self.plan.thin, {})
             return
         exact = sum(layer.bytes for layer in self.layers if layer.kind == "diff")
         budget = budget_for_factors(self.plan.names, metadata, exact, self.plan.options)
         ranks = ranks_within(self.plan.thin, budget, self.plan.options, self._measure)
-        self._parts(self.plan.thin, ranks)
+        self._extract(self.plan.thin, ranks)
 
-    def _parts(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
+    def _extract(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
         """Writes the tensors of each parameter; `ranks`: those that a budget in bytes has chosen."""
         todo = [parameter for parameter in planned if parameter.name not in self.done]
         for parameter, pair in read_ahead(todo, self._read):
@@ -176,9 +176,9 @@ class _Run:
                 self._put({}, note, pair.name)
                 continue
             policy = RankPolicy(rank=rank) if rank else self.plan.options.policy
-            self._put(*self._part(parameter, pair, policy), pair.name)
+            self._put(*self._tensors_of(parameter, pair, policy), pair.name)
 
-    def _part(
+    def _tensors_of(
         self, parameter: Planned, pair: Pair, policy: RankPolicy
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         change = changed(pair, self.plan.options)
@@ -252,11 +252,6 @@ class _Output:
         else:
             written = WriteOptions(self.options.naming, None, self.options.format)
             write_adapter(self.path, read_adapter(self.stream, source.key_map()), written)
-
-    def drop_stream(self) -> None:
-        """Removes the streamed file if it is not the wanted one."""
-        if self.stream != self.path:
-            self.stream.unlink(missing_ok=True)
 
     def size(self) -> int:
         """The bytes of what was written."""

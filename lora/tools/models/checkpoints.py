@@ -83,6 +83,7 @@ class Checkpoint:
         """
         self.path, self.files, self.components = path, files, components
         self._files = {file.path: file for file in files}
+        self._sha256 = ""
         stored, others = _placed(files, components)
         self.parameters: Mapping[Place, Stored] = stored
         """Every parameter of the model; the UNet or transformer comes first."""
@@ -168,13 +169,11 @@ class Checkpoint:
 
         Raises: ToolError if a file cannot be read.
         """
+        if not self._sha256:
+            hashes = [file_sha256(path) for path in sorted(self._files)]
+            together = hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
+            self._sha256 = hashes[0] if len(hashes) == 1 else together
         return self._sha256
-
-    @cached_property
-    def _sha256(self) -> str:
-        hashes = [file_sha256(path) for path in sorted(self._files)]
-        together = hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
-        return hashes[0] if len(hashes) == 1 else together
 
     def close(self) -> None:
         """Closes the files."""

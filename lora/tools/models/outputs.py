@@ -90,16 +90,14 @@ class Output:
     ) -> Output:
         """The output of a changed model. `kind`: that of a single file, if its name does not decide it.
 
-        Raises: ToolError if it would overwrite an input or put several components into one file, or if `kind`
-        contradicts the name.
+        Raises: ToolError if it overwrites an input, contradicts `kind`, or puts several parts into one file.
         """
         if kind is not None and kind not in FILE_FORMATS:
             raise ToolError(f"{kind[:40]!r} is no format", f"Use {' or '.join(FILE_FORMATS)}.")
         if path.suffix in OTHER_WEIGHTS:
             raise ToolError(f"{path.suffix} files cannot be written", "Use .safetensors.")
         if kind is not None and path.is_dir():
-            hint = "Leave out the format, or name a file."
-            raise ToolError(f"the output {path.name} is a folder, whose files keep theirs", hint)
+            raise ToolError(f"the files of a folder such as {path.name} keep their formats")
         refuse_overwriting(path, (*(file.path for file in model.files), *inputs))
         single = kind is not None or path.suffix in WEIGHTS
         return _folder(model, path) if path.is_dir() or not single else _file(model, path, kind)

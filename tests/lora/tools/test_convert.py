@@ -18,7 +18,7 @@ from lora.errors import ToolError
 from lora.formats.header import read_header
 from lora.formats.names.keys import Target
 from lora.formats.names.naming import Naming
-from lora.tools import EMBEDDINGS
+from lora.tools import TABLES
 from lora.tools import convert as convert_module
 from lora.tools.adapters.part_names import in_naming
 from lora.tools.adapters.parts import Adapter, Part
@@ -137,7 +137,7 @@ def test_a_pickle_becomes_safetensors_with_the_same_tensors(tmp_path: Path) -> N
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     assert report.changes == ()
-    assert report.layers == 2
+    assert report.modules == 2
 
 
 def test_the_input_is_not_written_over(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_all_that_changes_a_weight_goes_into_one_product(tmp_path: Path, model: 
     assert report.relative_error < 2e-6
 
 
-@pytest.mark.parametrize("name", sorted(EMBEDDINGS))
+@pytest.mark.parametrize("name", sorted(TABLES))
 def test_a_table_of_rows_never_becomes_factors(name: str) -> None:
     target = Target("text_encoder", f"model.{name}", {"weight": (50, 32)}, "BASE")
     adapter = Adapter((Part(target, {"diff": randn(50, 32)}, target.path),))

@@ -461,7 +461,7 @@ def test_output_that_cannot_be_is_refused(tmp_path: Path, lora: Path) -> None:
     assert "is no dtype" in refusal(models.DEMO, loras, tmp_path / "out", MergeOptions("int4"))
     (tmp_path / "empty").mkdir()
     pickled = MergeOptions(format="pytorch")
-    assert "whose files keep" in refusal(models.DEMO, loras, tmp_path / "empty", pickled)
+    assert "keep their formats" in refusal(models.DEMO, loras, tmp_path / "empty", pickled)
     (tmp_path / "no folder").write_text("")
     assert "cannot be written" in refusal(models.DEMO, loras, tmp_path / "no folder" / "out")
 

@@ -83,7 +83,7 @@ def test_a_rank_that_is_there_already_changes_nothing(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert report.changes == ()
-    assert report.layers == 5
+    assert report.modules == 5
 
 
 def test_magnitudes_stay_as_they_are(tmp_path: Path) -> None:
