@@ -108,8 +108,6 @@ def merge(
         raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(MERGED_DTYPES)}.")
     if not all(math.isfinite(factor) for use in loras for factor in use.factors):
         raise ToolError("a scale is not a number")
-    if any(use.ranged for use in loras):
-        raise ToolError("weights have no start and end", "Merge adapters for the whole denoising.")
     target = Output.of(model, output, options.format, [use.lora for use in loras])
     key_map = model.key_map()
     files = [_load(use.lora, key_map) for use in loras]
@@ -155,7 +153,9 @@ def _load(path: Path, key_map: KeyMap) -> LoraFile:
 
 
 def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> MergedLora:
-    """Raises: ToolError if a tensor has no place in the model, and that is not allowed."""
+    """Raises: ToolError for a range, or if a tensor has no place in the model, and that is not allowed."""
+    if use.ranged:
+        raise ToolError(f"{use.lora.name} has a start or an end, and merged weights have neither")
     words = {embedding.word or "a new word" for embedding in file.embeddings}
     unused = (*file.unused, *(UnusedKey(word, NOT_WEIGHTS) for word in sorted(words)))
     used = file.keys - len(file.embeddings)

@@ -85,20 +85,13 @@ def extract(
         resumed = len(run.layers)
         try:
             run.extract_all(metadata)
-            if not run.layers:
-                raise _nothing(run, plan)
         except ToolError as error:
             # With any other error the next run would end, too.
             if not isinstance(error.__cause__, OSError):
                 writer.discard()
             raise
         writer.finish(layers_metadata(run.layers, plan.options))
-    try:
-        verified = _verify(source, target, where.stream) if options.verify else None
-        where.convert(source)
-    finally:
-        if where.stream != output:
-            where.stream.unlink(missing_ok=True)
+    verified = where.completed(source, target)
     return ExtractReport(
         output=output,
         layers=run.layers,
@@ -111,8 +104,8 @@ def extract(
     )
 
 
-def _nothing(run: _Run, plan: ExtractPlan) -> ToolError:
-    changed = [*run.left_out, *plan.left_out]
+def _nothing(run: _Run) -> ToolError:
+    changed = [*run.left_out, *run.plan.left_out]
     if not run.left_out:
         return ToolError(
             "the two models do not differ: all of their common tensors are the same",
@@ -155,16 +148,16 @@ class _Run:
             self.unchanged += 1
 
     def extract_all(self, metadata: Mapping[str, str]) -> None:
-        """Extracts every parameter that is not finished."""
-        policy = self.plan.options.policy
+        """Extracts every parameter that is not finished. Raises: ToolError if nothing can be stored."""
+        options, ranks = self.plan.options, dict[str, int]()
         self._extract(self.plan.exact, {})
-        if policy.max_bytes is None:
-            self._extract(self.plan.thin, {})
-            return
-        exact = sum(layer.bytes for layer in self.layers if layer.kind == "diff")
-        budget = budget_for_factors(self.plan.names, metadata, exact, self.plan.options)
-        ranks = ranks_within(self.plan.thin, budget, self.plan.options, self._measure)
+        if options.policy.max_bytes is not None:
+            exact = sum(layer.bytes for layer in self.layers if layer.kind == "diff")
+            budget = budget_for_factors(self.plan.names, metadata, exact, options)
+            ranks = ranks_within(self.plan.thin, budget, options, self._measure)
         self._extract(self.plan.thin, ranks)
+        if not self.layers:
+            raise _nothing(self)
 
     def _extract(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
         """Writes the tensors of each parameter; `ranks`: those that a budget in bytes has chosen."""
@@ -241,6 +234,16 @@ class _Output:
             raise ToolError(f"the output {path.name} is a folder", "Name a file.")
         plain = options.format is Format.SAFETENSORS and options.holds_differences
         return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)
+
+    def completed(self, source: Checkpoint, target: Checkpoint) -> Verified | None:
+        """Makes the wanted file, and verifies it if that is an option. Raises: ToolError; LoraError."""
+        try:
+            verified = _verify(source, target, self.stream) if self.options.verify else None
+            self.convert(source)
+        finally:
+            if self.stream != self.path:
+                self.stream.unlink(missing_ok=True)
+        return verified
 
     def convert(self, source: Checkpoint) -> None:
         """Makes the wanted file from the streamed one. Raises: ToolError."""

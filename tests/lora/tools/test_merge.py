@@ -332,7 +332,7 @@ def test_a_file_is_not_named_as_the_other_format(tmp_path: Path) -> None:
 
 def test_a_use_with_a_range_is_refused(tmp_path: Path, lora: Path) -> None:
     for use in (LoraUse(lora, start=0.2), LoraUse(lora, end=0.5)):
-        assert "no start and end" in refusal(models.DEMO, [use], tmp_path / "out")
+        assert "has a start or an end" in refusal(models.DEMO, [use], tmp_path / "out")
 
 
 def test_list_of_shards_has_the_new_sum_of_bytes(
