@@ -166,7 +166,7 @@ def _peak_gb() -> float:
 def do_extract(folders: Folders) -> dict[str, Any]:
     """A LoRA of rank 32 in float16."""
     folders.lora.unlink(missing_ok=True)
-    options = ExtractOptions(RankPolicy(rank=RANK))
+    options = ExtractOptions(RankPolicy(rank=RANK), torch.float16)
     with Checkpoint.open(folders.source) as one, Checkpoint.open(folders.target) as other:
         report = extract(one, other, folders.lora, options)
     return {
@@ -214,7 +214,7 @@ def timed(figures: dict[str, Any], key: str) -> Iterator[None]:
 
 def svds_of_differences(folders: Folders) -> list[dict[str, Any]]:
     """One layer of each shape that becomes factors: ours and a whole SVD of its difference."""
-    options = ExtractOptions(RankPolicy(rank=RANK))
+    options = ExtractOptions(RankPolicy(rank=RANK), torch.float16)
     with Checkpoint.open(folders.source) as one, Checkpoint.open(folders.target) as other:
         counts: Counter[Shape] = Counter()
         samples: dict[Shape, Place] = {}

@@ -29,15 +29,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
     add("--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ")
     add_rank_options(parser)
-    add_write_options(parser)
+    add_write_options(parser, "(fp32, so that nothing is rounded)")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Combines. Raises: ToolError, LoraError."""
-    from lora.tools.combine import CombineOptions, Method, ScaledFile, combine
+    from lora.engine.stack import LoraUse
+    from lora.tools.combine import CombineOptions, Method, combine
 
     pairs = [with_scale(text) for text in options.loras]
-    sources = [ScaledFile(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
+    sources = [LoraUse(Path(path), 1.0 if scale is None else scale) for path, scale in pairs]
     chosen = CombineOptions(
         method=Method(options.method),
         policy=rank_policy(options),

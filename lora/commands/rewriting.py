@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from lora.tools.factors.cutting import Report
 
 
-def add_write_options(parser: ArgumentParser) -> None:
-    """Adds the options that say where and how the result is written."""
+def add_write_options(parser: ArgumentParser, dtype: str = "by default each tensor's own") -> None:
+    """Adds the options that say where and how the result is written. `dtype`: the help for its dtype."""
     add = parser.add_argument
     add(
         "--output",
@@ -25,7 +25,7 @@ def add_write_options(parser: ArgumentParser) -> None:
         help="the new file; a folder for PEFT's naming",
     )
     shared.add_format_option(parser)
-    add("--output-dtype", choices=shared.DTYPES, help="by default each tensor's own")
+    add("--output-dtype", choices=shared.DTYPES, help=dtype)
     shared.add_naming_option(parser, "how tensors are named; by default as now")
     add("--allow-unused", action="store_true", help="leave out tensors that cannot be carried")
 
@@ -44,7 +44,7 @@ def as_result(report: Report, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "bytes": sum(file.stat().st_size for file in files),
-        "layers": report.layers,
+        "layers": report.modules,
         "changes": shared.with_errors(report.changes),
         "relative_error": report.relative_error,
         "unused": [{"key": key, "reason": reason} for key, reason in report.unused],

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lora.formats.names.naming import Naming
-from lora.tools import FILE_FORMATS, Format, OnProgress
+from lora.tools import FILE_FORMATS, WEIGHTS, Format, OnProgress
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +73,6 @@ def add_format_option(parser: ArgumentParser) -> None:
 
 def output_format(options: Namespace) -> Format:
     """`--output-format`, or the format that the ending of `--output` means."""
-    from lora.tools.models.folders import WEIGHTS
-
     pickle = options.output.suffix in WEIGHTS[1:]
     return Format(options.output_format or ("pytorch" if pickle else "safetensors"))
 

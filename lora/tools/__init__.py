@@ -24,8 +24,11 @@ class Format(StrEnum):
 
 FILE_FORMATS = tuple(map(str, Format))
 
-_TABLES = ("token_embedding", "position_embedding", "embed_tokens", "embed_positions")
-EMBEDDINGS = frozenset({*_TABLES, "shared", "wte", "wpe"})
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+"""Endings of files with weights that can be read, the preferred first; all but the first are pickles."""
+
+_CLIP_TABLES = ("token_embedding", "position_embedding", "embed_tokens", "embed_positions")
+TABLES = frozenset({*_CLIP_TABLES, "shared", "wte", "wpe"})
 """Modules whose weight is a table of rows and not a matrix of a product."""
 
 HEADER_ALIGNMENT = 8

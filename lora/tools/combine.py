@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora.engine.stack import LoraUse
 from lora.errors import ToolError
 from lora.formats.names.keys import KeyMap
 from lora.tools import OnProgress, ignore_progress
@@ -56,14 +57,6 @@ class Method(StrEnum):
 
 
 @dataclass(frozen=True)
-class ScaledFile:
-    """An adapter's file and its scale: 1 as trained, negative for the opposite."""
-
-    path: Path
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
 class CombineOptions:
     """Raises: ToolError if they contradict each other."""
 
@@ -87,13 +80,13 @@ class CombineOptions:
 
 
 def combine(
-    sources: Sequence[ScaledFile],
+    sources: Sequence[LoraUse[Path]],
     output: Path,
     options: CombineOptions = CombineOptions(),
     key_map: KeyMap | None = None,
     on_progress: OnProgress = ignore_progress,
 ) -> Report:
-    """Writes one adapter that does what all of them do together, each at its scale.
+    """Writes one adapter that does what all of them do together, each at its scale; other factors are errors.
 
     LoRA, LoCon and Tucker (made flat) parts and differences can be combined; algorithms that do not add to
     the weight cannot. TIES and DARE treat factors and differences separately. Modules are identified by
@@ -108,10 +101,12 @@ def combine(
         raise ToolError("there are not two adapters to combine")
     if any(not math.isfinite(source.scale) for source in sources):
         raise ToolError("a scale is not a number")
-    refuse_overwriting(output, [source.path for source in sources])
+    if any(source != LoraUse(source.lora, source.scale) for source in sources):
+        raise ToolError("only scales are combined, and no other factors, starts or ends")
+    refuse_overwriting(output, [source.lora for source in sources])
     adapters = _read_all(sources, key_map, options)
     combined, changes = _combined(adapters, [s.scale for s in sources], options, on_progress)
-    metadata = {"merged_from": ", ".join(f"{s.path.stem}:{s.scale:g}" for s in sources)}
+    metadata = {"merged_from": ", ".join(f"{s.lora.stem}:{s.scale:g}" for s in sources)}
     combined = replace(combined, metadata={**combined.metadata, **metadata})
     naming = options.write.naming or (adapters[0].naming if combined.key_map else None)
     write_adapter(output, combined, replace(options.write, naming=naming))
@@ -119,16 +114,16 @@ def combine(
 
 
 def _read_all(
-    sources: Sequence[ScaledFile], key_map: KeyMap | None, options: CombineOptions
+    sources: Sequence[LoraUse[Path]], key_map: KeyMap | None, options: CombineOptions
 ) -> list[Adapter]:
     """All adapters, bound to the modules of one model if it is known."""
     check_shapes = key_map is not None
     if key_map is None:
-        key_maps = [key_map_for(header_of(source.path)) for source in sources]
+        key_maps = [key_map_for(header_of(source.lora)) for source in sources]
         key_map = next(filter(None, key_maps), None)
-    lax = options.allow_unused
+    allow = options.allow_unused
     adapters = [
-        read_adapter(source.path, key_map, allow_unused=lax, check_shapes=check_shapes)
+        read_adapter(source.lora, key_map, allow_unused=allow, check_shapes=check_shapes)
         for source in sources
     ]
     if key_map is None and len({adapter.naming for adapter in adapters}) > 1:

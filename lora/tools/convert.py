@@ -18,7 +18,7 @@ from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
 from lora.formats.algorithms.lora import LoRA
 from lora.formats.algorithms.oft import OFT, PeftOFT
 from lora.formats.names.keys import Shape
-from lora.tools import EMBEDDINGS, OnProgress, ignore_progress
+from lora.tools import TABLES, OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import open_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
@@ -79,8 +79,8 @@ def convert(
     """
     refuse_overwriting(output, [path])
     key_map = model.key_map() if model else None
-    named = bool(options.write.naming or options.algorithm)
-    adapter = open_adapter(path, key_map, named=named, lax=options.allow_unused)
+    rename = bool(options.write.naming or options.algorithm)
+    adapter = open_adapter(path, key_map, rename=rename, allow_unused=options.allow_unused)
     result, changes = adapter, list[LayerChange]()
     if options.algorithm is Goal.LORA:
         result, changes = as_lora(adapter, options, model.read if model else None, on_progress)
@@ -109,17 +109,16 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
     if len(on_weight) == 1 and isinstance(on_weight[0], LoRA) and on_weight[0].is_low_rank:
         return _low_rank(part, algorithms, options, read_weight)
     slots = _other_slots(part, algorithms, read_weight)
-    matrices = [algorithm for algorithm in on_weight if not _stays(part, algorithm)]
-    if not matrices:
+    if all(_stays(part, algorithm) for algorithm in on_weight):
         kept = {s: part.slots[s] for s in ("diff",) if s in part.slots}
         return ModuleToCut(replace(part, slots={**kept, **slots}))
-    _needs_weight(part, matrices, read_weight)
-    shape = _shape(part, matrices)
+    _needs_weight(part, on_weight, read_weight)
+    shape = _shape(part, on_weight)
 
     def change() -> Tensor:
-        weight = _weight(part, "weight", shape, matrices, read_weight)
+        weight = _weight(part, "weight", shape, on_weight, read_weight)
         total = torch.zeros(shape)
-        for algorithm in matrices:
+        for algorithm in on_weight:
             total += algorithm.delta(weight)
         return total
 
@@ -127,7 +126,9 @@ def _module(part: Part, options: ConvertOptions, read_weight: ReadWeight | None)
         return ModuleToCut(replace(part, slots={**slots, "diff": change()}))
     policy = options.policy
     if policy is None:
-        raise ToolError(f"{part.name} is {matrices[0].name}, and no rank is chosen", "Give --rank.")
+        raise ToolError(
+            f"{part.name} is {on_weight[0].name}, and no rank is chosen", "Give --rank."
+        )
     layer = CutLayer(part.name, None, options.write.dtype or _dtype(part))
     seed = layer_seed(options.seed, layer.name)
     return ModuleToCut(
@@ -156,7 +157,7 @@ def _stays(part: Part, algorithm: Algorithm) -> bool:
 
 
 def _is_table(part: Part) -> bool:
-    return part.target.path.rpartition(".")[2] in EMBEDDINGS
+    return part.target.path.rpartition(".")[2] in TABLES
 
 
 def _other_slots(
@@ -182,12 +183,12 @@ def _bias_shape(algorithm: Algorithm) -> Shape:
     return next(tuple(t.shape) for t in algorithm.__dict__.values() if isinstance(t, Tensor))
 
 
-def _shape(part: Part, matrices: list[Algorithm]) -> Shape:
+def _shape(part: Part, algorithms: list[Algorithm]) -> Shape:
     """The shape of the weight. Raises: ToolError if it is not known, or does not fit the part."""
     shape = part.target.parameters.get("weight")
     if shape is None:
         raise ToolError(f"the shape of {part.name} is not known", NEEDS_MODEL)
-    for algorithm in matrices:
+    for algorithm in algorithms:
         if misfit := algorithm.misfit(shape):
             raise ToolError(f"{part.name}: {misfit}", NEEDS_MODEL)
     return shape

@@ -109,7 +109,7 @@ class Description:
     """The hashes in the file's own metadata."""
     norms: tuple[BlockNorm, ...]
     without_norm: int
-    """How many layers have a change that depends on the model's weights, or that is larger than any layer."""
+    """How many layers have no norm: it depends on the model's weights, or the matrix is too large to form."""
     unused: tuple[UnusedKey, ...]
     """Tensors that no model could use; at most `MAX_KEYS`."""
     fit: Fit | None = None

@@ -12,7 +12,7 @@ from lora.formats.names.sgm import WHOLE, layers
 
 SEPARATOR = r"[._]"
 
-LAYOUTS: tuple[tuple[str, str], ...] = (
+KEY_LAYOUTS: tuple[tuple[str, str], ...] = (
     (
         "kohya, SGM names",
         r"lora_unet_(input_blocks|middle_block|output_blocks|time_embed|label_emb)",
@@ -39,7 +39,7 @@ BARE = "module names without a prefix"
 
 def layout_of(key: str) -> str:
     """The tool or the convention that a key's form belongs to."""
-    return next((name for name, pattern in LAYOUTS if re.match(pattern, key)), BARE)
+    return next((name for name, pattern in KEY_LAYOUTS if re.match(pattern, key)), BARE)
 
 
 LAYER_KINDS: tuple[tuple[str, str], ...] = (

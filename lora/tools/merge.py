@@ -30,7 +30,7 @@ from lora.formats.names.keys import KeyMap
 from lora.formats.opening import load_file
 from lora.tools import OnProgress, dtype_name, ignore_progress, read_ahead
 from lora.tools.adapters.hashes import HASH_FIELDS
-from lora.tools.adapters.metadata import parse_json
+from lora.tools.adapters.metadata import json_or_empty
 from lora.tools.models.checkpoints import Checkpoint, Place, Stored
 from lora.tools.models.outputs import FileToWrite, Output
 from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
@@ -66,7 +66,7 @@ class MergedLora:
     sha256: str
     scale: float
     used: int
-    """How many of its tensors are merged."""
+    """How many of its tensors have a place in the model."""
     unused: tuple[UnusedKey, ...]
 
 
@@ -98,7 +98,7 @@ def merge(
 
     If `output` has the ending of a file with weights, it is one file in the model's own names; otherwise it
     is a folder with the model's files, of which those with weights are rewritten. The metadata gets
-    `merged_from`, a JSON list of name, sha256 and scale, and `model_sha256`. `on_progress` counts bytes.
+    `merged_from`, a JSON list of name, sha256, scale and factors, and `model_sha256`. `on_progress`: bytes.
 
     Raises: ToolError if the output is the input or cannot be written, if an adapter's tensor has no place and
     that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
@@ -121,7 +121,7 @@ def merge(
         done += merging.bytes_of(raw)
         on_progress(done, total, raw.name)
 
-    origin = [{"name": lora.name, "sha256": lora.sha256, "scale": lora.scale} for lora in merged]
+    origin = [_origin(use, lora.sha256) for use, lora in zip(loras, merged, strict=True)]
     with ThreadPoolExecutor(1) as pool, target.published() as folder:
         sha256 = pool.submit(model.sha256)
         for file in target.files:
@@ -137,6 +137,13 @@ def merge(
     )
 
 
+def _origin(use: LoraUse[Path], sha256: str) -> dict[str, Any]:
+    """An adapter's entry in `merged_from`."""
+    entry = {"name": use.lora.name, "sha256": sha256, "scale": use.scale}
+    factors = {"components": dict(use.components), "blocks": dict(use.blocks)}
+    return entry | {name: table for name, table in factors.items() if table}
+
+
 def _load(path: Path, key_map: KeyMap) -> LoraFile:
     """Raises: LoraError or ToolError, with the adapter's name."""
     try:
@@ -146,7 +153,9 @@ def _load(path: Path, key_map: KeyMap) -> LoraFile:
 
 
 def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> MergedLora:
-    """Raises: ToolError if a tensor has no place in the model, and that is not allowed."""
+    """Raises: ToolError for a range, or if a tensor has no place in the model, and that is not allowed."""
+    if use.ranged:
+        raise ToolError(f"{use.lora.name} has a start or an end, and merged weights have neither")
     words = {embedding.word or "a new word" for embedding in file.embeddings}
     unused = (*file.unused, *(UnusedKey(word, NOT_WEIGHTS) for word in sorted(words)))
     used = file.keys - len(file.embeddings)
@@ -194,7 +203,7 @@ def _write(
             if writing is not None:
                 writing.result()
         adapters, sha256 = origin()
-        earlier = parse_json(kept.get("merged_from"), list)
+        earlier = json_or_empty(kept.get("merged_from"), list)
         writer.finish({"merged_from": json.dumps([*earlier, *adapters]), "model_sha256": sha256})
 
 

@@ -21,7 +21,7 @@ from lora.tools.factors.ranks import RankPolicy
 from lora.tools.writing import refuse_overwriting
 
 OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")
-"""Algorithms whose rank cannot be changed."""
+"""Algorithms that resize refuses."""
 
 SCALED = ("bias_values", "lora_up_bias")
 """Slots that are scaled by alpha / rank, as the factors are."""
@@ -58,7 +58,7 @@ def resize(
     """
     refuse_overwriting(output, [path])
     adapter = open_adapter(
-        path, key_map, named=bool(options.write.naming), lax=options.allow_unused
+        path, key_map, rename=bool(options.write.naming), allow_unused=options.allow_unused
     )
     modules = [_module(part, options.write.dtype) for part in adapter.parts]
     resized, changes = cutting.cut_modules(adapter, modules, options.policy, on_progress)

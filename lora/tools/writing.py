@@ -26,16 +26,15 @@ from torch import Tensor
 from lora.durable import part_file, published, replace_durably, sync_folder
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
-from lora.tools import HEADER_ALIGNMENT
+from lora.tools import HEADER_ALIGNMENT, WEIGHTS, Format
 
 PIECE = 8 << 20
 """How many bytes are written or read at a time."""
 
 ROOM_PER_TENSOR, ROOM = 224, 1 << 16
-"""Bytes of the header: at most for a tensor of up to 8 axes, besides its name; for metadata known at the end.
-"""
+"""Bytes kept free in the header: for each tensor besides its name (8 axes at most), and for late metadata."""
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class _Entry(NamedTuple):
@@ -124,7 +123,7 @@ class StreamWriter:
                 _write_all(self._file, view, self._start + place)
                 check = zlib.crc32(view, check) if self._resumable else 0
                 shape = tuple(tensor.shape)
-                entries[name] = _Entry(NAMES[tensor.dtype], shape, place, place + len(view))
+                entries[name] = _Entry(DTYPE_NAMES[tensor.dtype], shape, place, place + len(view))
                 place += len(view)
             if self._resumable:
                 line = {"tensors": entries, "check": check, "note": dict(note or {})}
@@ -254,6 +253,13 @@ def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if path.exists() and output.samefile(path):
             raise ToolError(f"the output {output.name} is an input", "Name another output.")
+
+
+def refuse_misnamed(output: Path, written: Format) -> None:
+    """Raises: ToolError if the ending of the file's name is that of the other format."""
+    endings = WEIGHTS[:1] if written is Format.PYTORCH else WEIGHTS[1:]
+    if output.suffix in endings:
+        raise ToolError(f"{output.name} is no name for a {written} file", "Name it otherwise.")
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def training_facts(metadata: Mapping[str, str]) -> dict[str, str]:
 def _folders(metadata: Mapping[str, str]) -> str:
     """kohya's folders of pictures: `name (images x repeats)`."""
     shown = []
-    for name, fields in parse_json(metadata.get("ss_dataset_dirs"), dict).items():
+    for name, fields in json_or_empty(metadata.get("ss_dataset_dirs"), dict).items():
         counts = fields if isinstance(fields, Mapping) else {}
         images, repeats = counts.get("img_count"), counts.get("n_repeats")
         counted = isinstance(images, int) and isinstance(repeats, int)
@@ -103,7 +103,7 @@ def word_counts(metadata: Mapping[str, str]) -> dict[str, int]:
     The phrase in `modelspec.trigger_phrase` comes before all, with 0 if no caption had it.
     """
     counts: Counter[str] = Counter()
-    for tags in parse_json(metadata.get("ss_tag_frequency"), dict).values():
+    for tags in json_or_empty(metadata.get("ss_tag_frequency"), dict).values():
         for tag, count in (tags if isinstance(tags, Mapping) else {}).items():
             if isinstance(count, int) and 0 < count < 1 << 53 and (word := clean(tag, MAX_WORD)):
                 counts[word] += count
@@ -118,14 +118,14 @@ BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_
 
 def named_bases(metadata: Mapping[str, str], config: str | None) -> dict[str, str]:
     """Field -> the base model that it names."""
-    fields: dict[str, Any] = {**parse_json(config, dict), **metadata}
+    fields: dict[str, Any] = {**json_or_empty(config, dict), **metadata}
     return {name: clean(fields[name]) for name in BASES if fields.get(name)}
 
 
 Parsed = TypeVar("Parsed", dict[str, Any], list[Any])
 
 
-def parse_json(text: str | None, kind: type[Parsed]) -> Parsed:
+def json_or_empty(text: str | None, kind: type[Parsed]) -> Parsed:
     """The JSON object (dict) or array (list) of a field; empty if the field holds something else."""
     try:
         value = json.loads(text) if text and len(text) <= MAX_JSON else None

@@ -53,8 +53,8 @@ def main_component(header: Header) -> str:
 def own_key_map(header: Header) -> KeyMap:
     """A map of the modules that the file itself names, in the shapes that its tensors need.
 
-    With it any adapter is read whole: the tensors that stay unused fit no model. A module's path is its name
-    in the file without the component's prefix.
+    Every tensor that fits some model has a place in it; the rest is unused. A module's path is its name in
+    the file without the component's prefix.
     Raises: LoraUnsupported if two of its names could mean one module.
     """
     main = main_component(header)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.formats.names.keys import ONE_NUMBER
+from lora.formats.names.keys import ONE_NUMBER, PEFT_PREFIX
 from lora.formats.names.naming import MAGNITUDE_OF, Namer, Naming, bare_path, suffix, trouble
 from lora.tools.adapters.parts import Adapter, Part
-from lora.tools.adapters.peft_configs import HINT
+from lora.tools.adapters.peft_configs import USE_OTHER_NAMING
 
 
 class PartNames:
@@ -49,7 +49,7 @@ class PartNames:
     def config_path(self, part: Part) -> str:
         """The module's name in the config."""
         path = part.stem.removeprefix(f"{part.target.component}.")
-        return path.removeprefix("base_model.model.").removeprefix("text_model.")
+        return path.removeprefix(PEFT_PREFIX).removeprefix("text_model.")
 
 
 class _NewNames(PartNames):
@@ -65,7 +65,7 @@ class _NewNames(PartNames):
     def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
         why = trouble(self.naming, slots) or self._namer.trouble(part.target)
         if why:
-            raise ToolError(f"{part.name}: {why}", HINT)
+            raise ToolError(f"{part.name}: {why}", USE_OTHER_NAMING)
         keys = {slot: self._namer.key(part.target, slot, slots) for slot in slots}
         return {slot: key for slot, key in keys.items() if key is not None}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -81,14 +81,14 @@ class Adapter:
         return Naming.ORIGINAL if any("." in part.stem for part in self.parts) else Naming.KOHYA
 
 
-def rank_metadata(parts: Sequence[Part]) -> dict[str, str]:
-    """kohya's `ss_network_dim` and `ss_network_alpha` of these parts: `Dynamic` where layers differ, as
-    sd-scripts' `resize_lora.py` writes it.
+def rank_metadata(layers: Iterable[tuple[int | None, float | None]]) -> dict[str, str]:
+    """kohya's `ss_network_dim` and `ss_network_alpha` for each layer's (rank, alpha): `Dynamic` where layers
+    differ, as sd-scripts' `resize_lora.py` writes it.
     """
-    ranks = {part.rank for part in parts if part.rank}
-    alphas = {part.alpha for part in parts if part.rank}
-    if not ranks:
+    ranked = [(rank, alpha) for rank, alpha in layers if rank]
+    if not ranked:
         return {}
+    ranks, alphas = map(set, zip(*ranked, strict=True))
     return {
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(alphas.pop()) if len(alphas) == 1 else "Dynamic",

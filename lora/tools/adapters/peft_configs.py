@@ -21,7 +21,7 @@ from lora.formats.names.naming import peft_types
 PEFT_VERSION = "0.21.0"
 """The version whose forms these are; peft refuses some of versions before 0.18."""
 
-HINT = "Write it as --naming kohya or original, or convert it to --algorithm lora."
+USE_OTHER_NAMING = "Write it as --naming kohya or original, or convert it to --algorithm lora."
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,8 @@ def config_of(parts: Sequence[ConfigPart]) -> dict[str, Any]:
     types = {kind for part in parts for kind in peft_types(part.slots)}
     if len(types) != 1:
         raise ToolError(
-            f"one PEFT adapter cannot be {' and '.join(sorted(types)) or 'nothing'}", HINT
+            f"one PEFT adapter cannot be {' and '.join(sorted(types)) or 'nothing'}",
+            USE_OTHER_NAMING,
         )
     kind = types.pop()
     config: dict[str, Any] = {
@@ -73,8 +74,8 @@ def config_of(parts: Sequence[ConfigPart]) -> dict[str, Any]:
 
 
 def _numbers(part: ConfigPart) -> tuple[int, float]:
-    """Rank and alpha. PEFT scales a LoKr of two whole factors too, so both become a rank that keeps them
-    whole."""
+    """Rank and alpha. PEFT scales a LoKr of two whole factors by alpha / rank too, so both are set equal, and
+    large enough to keep them whole."""
     if part.rank is not None and part.alpha is not None:
         return part.rank, part.alpha
     whole = LoKr(**{slot: part.slots[slot] for slot in ("lokr_w1", "lokr_w2")})
@@ -118,10 +119,13 @@ def _lora(parts: Sequence[ConfigPart]) -> dict[str, Any]:
     bias = any("lora_up_bias" in part.slots for part in parts)
     if any(dora) and not all(dora):
         raise ToolError(
-            "a PEFT adapter has DoRA for all layers or for none, and this one for some", HINT
+            "a PEFT adapter has DoRA for all layers or for none, and this one for some",
+            USE_OTHER_NAMING,
         )
     if any(dora) and bias:
-        raise ToolError("a PEFT adapter has DoRA or a bias in lora_B, and this one both", HINT)
+        raise ToolError(
+            "a PEFT adapter has DoRA or a bias in lora_B, and this one both", USE_OTHER_NAMING
+        )
     return {
         "use_dora": any(dora),
         "lora_bias": bias,
@@ -137,7 +141,7 @@ def _oft(parts: Sequence[ConfigPart]) -> dict[str, Any]:
     terms = {int(part.slots.get("neumann_terms", 5)) for part in parts}
     sizes = {_block_size(part.slots["oft_r"]) for part in parts}
     if len(terms) > 1 or len(sizes) > 1:
-        raise ToolError("the layers' OFT differs in its blocks or its transform", HINT)
+        raise ToolError("the layers' OFT differs in its blocks or its transform", USE_OTHER_NAMING)
     number = terms.pop()
     return {
         "r": 0,

@@ -19,14 +19,16 @@ from lora.tools.adapters.own_names import own_key_map
 from lora.tools.adapters.parts import Adapter, Part
 
 
-def open_adapter(path: Path, key_map: KeyMap | None, *, named: bool, lax: bool) -> Adapter:
+def open_adapter(
+    path: Path, key_map: KeyMap | None, *, rename: bool, allow_unused: bool
+) -> Adapter:
     """An adapter for a tool that keeps its modules. `key_map`: the model's modules, if there is a model.
 
-    With `named`, other names than the file's are wanted: then SDXL's are known without a model. With `lax`,
-    tensors that cannot be carried are listed, instead of being an error. Raises: as `read_adapter`.
+    With `rename`, other names than the file's are wanted: then SDXL's are known without a model. With
+    `allow_unused`, tensors that cannot be carried are listed. Raises: as `read_adapter`.
     """
-    known = key_map_for(header_of(path)) if key_map is None and named else key_map
-    return read_adapter(path, known, allow_unused=lax, check_shapes=key_map is not None)
+    known = key_map_for(header_of(path)) if key_map is None and rename else key_map
+    return read_adapter(path, known, allow_unused=allow_unused, check_shapes=key_map is not None)
 
 
 def read_adapter(
@@ -65,17 +67,17 @@ def read_adapter(
             f"({first.key[:MAX_SHOWN]}: {first.reason})",
             "--allow-unused leaves them out.",
         )
-    parts = tuple(_parts(contents, own_names=key_map is None))
+    parts = tuple(_parts(contents, without_model=key_map is None))
     unused, has_config = tuple(contents.unused), source.config is not None
     has_config = has_config or CONFIG_IN_FILE in header.metadata
     return Adapter(parts, header.metadata, contents.words, unused, key_map, has_config)
 
 
-def _parts(contents: Contents, *, own_names: bool) -> Iterator[Part]:
-    """The modules as the tools have them. With `own_names` no shape is known that a model would have."""
+def _parts(contents: Contents, *, without_model: bool) -> Iterator[Part]:
+    """The modules as the tools have them. With `without_model` no shape is known that a model would have."""
     for module in contents.modules.values():
         target, stem = module.target, module.stem
-        if own_names:
+        if without_model:
             component = stem.partition(".")[0]
             target = Target(component if component in COMPONENTS else "", stem, {}, "BASE")
         yield Part(target, module.slots, stem, module.keys)

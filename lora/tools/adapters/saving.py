@@ -23,8 +23,8 @@ from lora.tools import HEADER_ALIGNMENT, Format, dtype_name
 from lora.tools.adapters.hashes import HASH_FIELDS, LEGACY_BYTES, LEGACY_START
 from lora.tools.adapters.part_names import names_for
 from lora.tools.adapters.parts import Adapter
-from lora.tools.adapters.peft_configs import HINT, ConfigPart, config_of
-from lora.tools.writing import published_folder, write_errors, write_pytorch
+from lora.tools.adapters.peft_configs import USE_OTHER_NAMING, ConfigPart, config_of
+from lora.tools.writing import published_folder, refuse_misnamed, write_errors, write_pytorch
 
 STALE = (*HASH_FIELDS, CONFIG_IN_FILE)
 """Metadata about the bytes or the naming of the file that was read."""
@@ -56,14 +56,16 @@ def write_adapter(output: Path, adapter: Adapter, options: WriteOptions = WriteO
     With PEFT's naming `output` is a folder. A pytorch file holds tensors and no metadata. Afterwards the file
     is whole, on the disk and under its name; if anything fails, `output` is as it was before.
 
-    Raises: ToolError if the naming cannot express a part, if a number overflows the dtype, or if the disk is
-    full or fails.
+    Raises: ToolError if the naming cannot express a part, a number overflows the dtype, the name is one of
+    another format, or the disk is full or fails.
     """
     laid = _lay(adapter, options)
     naming = options.naming or adapter.naming
     if naming is Naming.PEFT and laid.configs:
         _write_folder(output, laid, adapter.metadata, options.format)
-    elif options.format is Format.PYTORCH:
+        return
+    refuse_misnamed(output, options.format)
+    if options.format is Format.PYTORCH:
         _refuse_lost_alphas(adapter, laid)
         write_pytorch(output, laid.tensors)
     else:
@@ -80,7 +82,9 @@ def _lay(adapter: Adapter, options: WriteOptions) -> _Laid:
     names = names_for(adapter, options.naming)
     tensors = dict(adapter.words)
     if tensors and names.naming is Naming.PEFT:
-        raise ToolError("a PEFT adapter of a network holds no words for the prompt", HINT)
+        raise ToolError(
+            "a PEFT adapter of a network holds no words for the prompt", USE_OTHER_NAMING
+        )
     by_component: dict[str, list[ConfigPart]] = {}
     for part in adapter.parts:
         slots = names.slots(part)
@@ -127,7 +131,7 @@ def safetensors_of(
     is a ModelSpec, its `hash_sha256` covers the tensors too.
     """
     trained = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    plain = save(dict(tensors), trained or None)
+    plain = save(dict(tensors), trained)
     start = 8 + int.from_bytes(plain[:8], "little")
     model_hash = hashlib.sha256(memoryview(plain)[start:]).hexdigest()
     legacy = hashlib.sha256(memoryview(plain)[LEGACY_START : LEGACY_START + LEGACY_BYTES])

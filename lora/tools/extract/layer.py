@@ -27,7 +27,7 @@ PIECE = 1 << 20
 """How many numbers are compared at a time."""
 
 EXACT_NUMBERS = 1 << 20
-"""A difference of more numbers is not stored in float32 to be exact, unless all differences must be exact."""
+"""A larger difference keeps the output's dtype even if inexact, unless `diff_only`."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,13 @@ import torch
 from lora.errors import ToolError
 from lora.formats.names.keys import MODULATIONS, Shape
 from lora.formats.names.naming import Naming
-from lora.tools import EMBEDDINGS, Format, dtype_name
+from lora.tools import TABLES, Format, dtype_name
 from lora.tools.factors.ranks import RankPolicy
 
 OUTPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+SMALL = 1024
+"""Tensors of up to this many numbers are stored exactly, as differences."""
 
 
 class Conv(StrEnum):
@@ -32,7 +35,7 @@ class ExtractOptions:
     """Raises: ToolError for a dtype that adapters are not stored in, or a number out of its range."""
 
     policy: RankPolicy = field(default_factory=lambda: RankPolicy(rank=32))
-    dtype: torch.dtype = torch.float16
+    dtype: torch.dtype = torch.bfloat16
     """Of the factors. A difference that is not exact in it is stored in float32."""
     naming: Naming | None = None
     """None: kohya's for Stable Diffusion, the model's own (`original`) for other models."""
@@ -47,8 +50,6 @@ class ExtractOptions:
     """A tensor is left out if none of its numbers changed by more."""
     clamp_quantile: float | None = None
     """Clamp the factors at this quantile of their absolute values, as sd-scripts does."""
-    small: int = 1024
-    """Tensors of up to this many numbers are stored exactly, as differences."""
     seed: int = 0
     verify: bool = False
     """Read the result, merge it into the source, and measure the distance to the target."""
@@ -93,18 +94,17 @@ def slot_of_difference(parameter: str) -> str | None:
 
 
 def takes_factors(name: str, shape: Shape, options: ExtractOptions) -> bool:
-    """Whether a parameter's change is approximated by factors: the weight of a linear layer or a convolution,
-    unless it is so small that factors of the wanted rank would be larger. If the naming has no differences,
-    small weights too. Never a table of rows, for whose factors PEFT has other names.
+    """Whether a change becomes factors: that of the weight of a linear layer or convolution, unless factors
+    would not be smaller. A naming without differences takes them always. Never for a table of rows.
     """
     module, _, parameter = name.rpartition(".")
     if options.diff_only or parameter != "weight" or len(shape) < 2:
         return False
-    if module.rpartition(".")[2] in EMBEDDINGS:
+    if module.rpartition(".")[2] in TABLES:
         return False
     if not options.holds_differences:
         return True
-    if math.prod(shape) <= options.small:
+    if math.prod(shape) <= SMALL:
         return False
     return numbers_of(shape, options.policy.known or 1, options) < math.prod(shape)
 

@@ -31,7 +31,7 @@ LEAST_IN_COMMON = 0.5
 """Two models with a smaller share of tensors in common are not of the same kind."""
 
 FIRST_LIMIT = 4
-"""At first, this many times the rank that all layers could have alike is computed for each layer."""
+"""The first try per layer: this many times the rank that the budget gives if all layers have the same."""
 
 LEAST_LIMIT = 48
 """At least this many singular values are computed; fewer would hardly take less time."""
@@ -76,7 +76,7 @@ class ExtractPlan:
     thin: tuple[Planned, ...]
     """Those that become factors."""
     left_out: tuple[LeftOut, ...]
-    """Tensors that only one model has, or that have different shapes."""
+    """Tensors that are not compared, each with its reason."""
 
     @property
     def names(self) -> list[str]:
@@ -128,7 +128,8 @@ def _apart(source: Checkpoint, target: Checkpoint, options: ExtractOptions) -> I
             yield LeftOut(str(place), f"its shape is {shapes}")
     for place in target.parameters:
         if place not in source.parameters:
-            yield LeftOut(str(place), "only the target model has it")
+            why = "" if _chosen(place, options) else f"{place.component} was not chosen"
+            yield LeftOut(str(place), why or "only the target model has it")
     for name in dict.fromkeys(raw.name for raw in (*source.others, *target.others)):
         yield LeftOut(name, "it is no parameter of the model")
 
@@ -218,7 +219,7 @@ def ranks_within(
         ]
         ranks = dict(zip(values, spend(spectra, budget - ALPHA_BYTES * len(values)), strict=True))
         used_up = {name for name in values if ranks[name] == len(values[name]) < most[name]}
-        if not used_up or _has_rule(options):
+        if not used_up or options.policy.has_rule:
             return ranks
         limits |= {name: 2 * limits[name] for name in used_up}
         values |= measure([parameter for parameter in layers if parameter.name in used_up], limits)
@@ -226,7 +227,8 @@ def ranks_within(
 
 def values_of(pair: Pair, limit: int, options: ExtractOptions) -> list[float]:
     """The singular values that a layer may keep: at most `limit` if the policy has no rule of its own."""
-    policy = replace(options.policy, max_bytes=None) if _has_rule(options) else RankPolicy(limit)
+    policy = options.policy
+    policy = replace(policy, max_bytes=None) if policy.has_rule else RankPolicy(limit)
     return spectrum_of(pair, policy, options)[: most_ranks(pair.shape)]
 
 
@@ -252,10 +254,3 @@ def most_ranks(shape: Shape) -> int:
     """The largest rank at which the factors of a layer are smaller than its change."""
     columns = math.prod(shape[1:])
     return max(1, (shape[0] * columns - 1) // (shape[0] + columns))
-
-
-def _has_rule(options: ExtractOptions) -> bool:
-    """Whether the policy limits the rank of each layer, besides the budget."""
-    policy = options.policy
-    rules = (policy.rank, policy.energy, policy.threshold, policy.ratio, policy.max_rank)
-    return any(rule is not None for rule in rules)

@@ -11,6 +11,7 @@ from typing import Any
 
 from lora.formats.families import CROSS_ATTENTION_WIDTHS
 from lora.tools import dtype_name
+from lora.tools.adapters.parts import rank_metadata
 from lora.tools.extract.options import ExtractOptions
 from lora.tools.factors.cutting import relative_error
 from lora.tools.models.checkpoints import Checkpoint
@@ -69,13 +70,13 @@ class Verified:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """All layers; together with what was left out and what did not change they are all of both models."""
+    """Every tensor of both models is a layer here, left out, or unchanged."""
 
     output: Path
     layers: Sequence[LayerReport]
     left_out: Sequence[LeftOut]
     unchanged: int
-    """How many tensors are the same, bit for bit."""
+    """How many tensors have the same numbers."""
     resumed: int
     """How many layers an earlier run, which was killed, had already written."""
     bytes: int
@@ -123,7 +124,6 @@ def sources_metadata(source: Checkpoint, target: Checkpoint, title: str) -> dict
         "extracted_from": json.dumps(origin),
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.title": title,
-        "modelspec.resolution": "",
     }
     widths = {
         stored.shape[1]
@@ -146,11 +146,7 @@ def layers_metadata(layers: Sequence[LayerReport], options: ExtractOptions) -> d
         algorithm = {"algo": "full" if kinds == {"diff"} else "locon"}
         tucker = {"use_tucker": "True"} if "tucker" in kinds else {}
         metadata["ss_network_args"] = json.dumps({**algorithm, **tucker})
-    ranks = {layer.rank for layer in layers if layer.rank}
-    if ranks:
-        rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
-        metadata |= {"ss_network_dim": rank, "ss_network_alpha": rank}
-    return metadata
+    return metadata | rank_metadata((layer.rank, layer.rank) for layer in layers)
 
 
 def _numeric_options(options: ExtractOptions) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lora.engine.merging import merge
 from lora.errors import ToolError
 from lora.formats.adapter import load
 from lora.formats.header import read_header
+from lora.formats.names.naming import Naming
 from lora.formats.tensors import read_runs
 from lora.tools import Format, OnProgress, ignore_progress, read_ahead
 from lora.tools.adapters.reading import read_adapter
@@ -50,7 +51,7 @@ from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import energy
 from lora.tools.models.checkpoints import Checkpoint, Place
-from lora.tools.writing import StreamWriter, refuse_overwriting, write_pytorch
+from lora.tools.writing import StreamWriter, refuse_misnamed, refuse_overwriting, write_pytorch
 
 
 @torch.no_grad()
@@ -83,15 +84,14 @@ def extract(
             run.add(note)
         resumed = len(run.layers)
         try:
-            run.all(metadata)
-            if not run.layers:
-                raise _nothing(run, plan)
-        except ToolError:  # the next run would end with the same error
-            writer.discard()
+            run.extract_all(metadata)
+        except ToolError as error:
+            # With any other error the next run would end, too.
+            if not isinstance(error.__cause__, OSError):
+                writer.discard()
             raise
         writer.finish(layers_metadata(run.layers, plan.options))
-    verified = _verify(source, target, where.stream) if options.verify else None
-    where.convert(source)
+    verified = where.completed(source, target)
     return ExtractReport(
         output=output,
         layers=run.layers,
@@ -104,8 +104,8 @@ def extract(
     )
 
 
-def _nothing(run: _Run, plan: ExtractPlan) -> ToolError:
-    changed = [*run.left_out, *plan.left_out]
+def _nothing(run: _Run) -> ToolError:
+    changed = [*run.left_out, *run.plan.left_out]
     if not run.left_out:
         return ToolError(
             "the two models do not differ: all of their common tensors are the same",
@@ -147,19 +147,19 @@ class _Run:
         else:
             self.unchanged += 1
 
-    def all(self, metadata: Mapping[str, str]) -> None:
-        """Extracts every parameter that is not finished."""
-        policy = self.plan.options.policy
-        self._parts(self.plan.exact, {})
-        if policy.max_bytes is None:
-            self._parts(self.plan.thin, {})
-            return
-        exact = sum(layer.bytes for layer in self.layers if layer.kind == "diff")
-        budget = budget_for_factors(self.plan.names, metadata, exact, self.plan.options)
-        ranks = ranks_within(self.plan.thin, budget, self.plan.options, self._measure)
-        self._parts(self.plan.thin, ranks)
+    def extract_all(self, metadata: Mapping[str, str]) -> None:
+        """Extracts every parameter that is not finished. Raises: ToolError if nothing can be stored."""
+        options, ranks = self.plan.options, dict[str, int]()
+        self._extract(self.plan.exact, {})
+        if options.policy.max_bytes is not None:
+            exact = sum(layer.bytes for layer in self.layers if layer.kind == "diff")
+            budget = budget_for_factors(self.plan.names, metadata, exact, options)
+            ranks = ranks_within(self.plan.thin, budget, options, self._measure)
+        self._extract(self.plan.thin, ranks)
+        if not self.layers:
+            raise _nothing(self)
 
-    def _parts(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
+    def _extract(self, planned: Sequence[Planned], ranks: Mapping[str, int]) -> None:
         """Writes the tensors of each parameter; `ranks`: those that a budget in bytes has chosen."""
         todo = [parameter for parameter in planned if parameter.name not in self.done]
         for parameter, pair in read_ahead(todo, self._read):
@@ -169,9 +169,9 @@ class _Run:
                 self._put({}, note, pair.name)
                 continue
             policy = RankPolicy(rank=rank) if rank else self.plan.options.policy
-            self._put(*self._part(parameter, pair, policy), pair.name)
+            self._put(*self._tensors_of(parameter, pair, policy), pair.name)
 
-    def _part(
+    def _tensors_of(
         self, parameter: Planned, pair: Pair, policy: RankPolicy
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         change = changed(pair, self.plan.options)
@@ -224,14 +224,26 @@ class _Output:
 
     @classmethod
     def of(cls, path: Path, options: ExtractOptions, inputs: Iterable[Path]) -> _Output:
-        """Raises: ToolError if an input would be overwritten, or there is no folder for the file."""
+        """Raises: ToolError if an input would be overwritten, or the file's name or folder does not do."""
         refuse_overwriting(path, inputs)
+        if options.naming is not Naming.PEFT:
+            refuse_misnamed(path, options.format)
         if not path.parent.is_dir():
             raise ToolError(f"there is no folder for {path.name}", "Make it first.")
         if path.is_dir():
             raise ToolError(f"the output {path.name} is a folder", "Name a file.")
         plain = options.format is Format.SAFETENSORS and options.holds_differences
         return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)
+
+    def completed(self, source: Checkpoint, target: Checkpoint) -> Verified | None:
+        """Makes the wanted file, and verifies it if that is an option. Raises: ToolError; LoraError."""
+        try:
+            verified = _verify(source, target, self.stream) if self.options.verify else None
+            self.convert(source)
+        finally:
+            if self.stream != self.path:
+                self.stream.unlink(missing_ok=True)
+        return verified
 
     def convert(self, source: Checkpoint) -> None:
         """Makes the wanted file from the streamed one. Raises: ToolError."""
@@ -243,7 +255,6 @@ class _Output:
         else:
             written = WriteOptions(self.options.naming, None, self.options.format)
             write_adapter(self.path, read_adapter(self.stream, source.key_map()), written)
-        self.stream.unlink()
 
     def size(self) -> int:
         """The bytes of what was written."""

@@ -15,9 +15,10 @@ from lora.tools.adapters.parts import Adapter, Part, rank_metadata
 from lora.tools.factors.lowrank import Product, decompose, squared_norm
 from lora.tools.factors.ranks import RankPolicy, Spectrum, choose, spend
 from lora.tools.factors.svd import Factors, energy, svd_by_policy
+from lora.tools.writing import ROOM_PER_TENSOR
 
 BUDGET_RANK = 128
-"""How many singular values of a whole matrix a budget in bytes chooses from, if the policy has no `max_rank`:
+"""How many singular values of a whole matrix a budget in bytes chooses from, if the policy has no rule:
 computing all of them takes as long as a full decomposition.
 """
 
@@ -55,8 +56,8 @@ class Report:
 
     changes: tuple[LayerChange, ...]
     """The layers that were approximated; the numbers of all others are unchanged."""
-    layers: int
-    """How many modules the result has."""
+    modules: int
+    """How many the result has."""
     unused: tuple[tuple[str, str], ...] = ()
     """(key, reason) of the tensors that were left out, as was allowed."""
 
@@ -104,7 +105,7 @@ class Cut:
         cls, layer: CutLayer, matrix: Tensor, kernel: tuple[int, ...], policy: RankPolicy, seed: int
     ) -> Cut:
         """Of a whole matrix, [out, in * kh * kw]: as many singular values as the policy may choose."""
-        if policy.max_bytes is not None and policy.max_rank is None:
+        if not policy.has_rule:
             policy = replace(policy, max_rank=BUDGET_RANK)
         factors = svd_by_policy(matrix, policy, seed)
         up, down = factors.balanced()
@@ -138,11 +139,11 @@ class ModuleToCut:
     part: Part
     """What stays, and the module's names."""
     decompose: Callable[[], Cut] | None = None
-    """Decomposes what becomes factors of a chosen rank."""
+    """Decomposes the change that is cut; None if nothing is."""
     least: int = 0
     """The smallest rank that is allowed."""
     uncut: Part | None = None
-    """The part as it was, for a rank that it has already."""
+    """The part unchanged, taken if the chosen rank is not below its own."""
 
     def at(self, cut: Cut, rank: int) -> tuple[Part | None, LayerChange | None]:
         """The part at a rank, None if nothing is left of it; and how its change was approximated."""
@@ -189,7 +190,7 @@ def cut_modules(
             changes += [change] if change else []
         parts += [part] if part else []
     on_progress(total, total, "")
-    metadata = {**adapter.metadata, **rank_metadata(parts)}
+    metadata = {**adapter.metadata, **rank_metadata((part.rank, part.alpha) for part in parts)}
     return replace(adapter, parts=tuple(parts), metadata=metadata), changes
 
 
@@ -199,11 +200,11 @@ def _spectrum(module: ModuleToCut, policy: RankPolicy) -> Spectrum:
     cut = module.decompose()
     rank = choose(cut.factors.s, cut.factors.total, policy)
     numbers = len(cut.factors.up) + cut.factors.down.shape[1]
-    return Spectrum(cut.factors.s[:rank], numbers * cut.layer.dtype.itemsize)
+    return Spectrum(cut.factors.s[:rank], numbers * cut.layer.dtype.itemsize, module.least)
 
 
-HEADER_PER_TENSOR, HEADER = 200, 4096
-"""Generous numbers of bytes for a tensor's entry in a header, and for the rest without long metadata."""
+HEADER = 4096
+"""A generous number of bytes for a header besides the tensors' entries and long metadata."""
 
 
 def _bytes_beside(adapter: Adapter, modules: Sequence[ModuleToCut], limit: int) -> int:
@@ -216,7 +217,7 @@ def _bytes_beside(adapter: Adapter, modules: Sequence[ModuleToCut], limit: int) 
     cut = sum(module.decompose is not None for module in modules)
     count = sum(tensor.nbytes for tensor in kept) + 4 * cut
     count += sum(len(key) + 2 * len(value) for key, value in adapter.metadata.items())
-    count += (3 * cut + len(kept)) * HEADER_PER_TENSOR + HEADER
+    count += (3 * cut + len(kept)) * ROOM_PER_TENSOR + HEADER
     if count >= limit:
         raise ToolError(
             f"{limit} bytes do not hold what cannot be made smaller ({count} bytes)", "Allow more."

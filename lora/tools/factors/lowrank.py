@@ -28,7 +28,7 @@ from lora.tools.factors.svd import Factors
 FACTOR_SLOTS = frozenset({"lora_up", "lora_down", "lora_mid", "alpha"})
 
 MAX_NUMBERS = 1 << 28
-"""Of a matrix that is formed: thin factors of a few megabytes can have a product of terabytes."""
+"""The most numbers of a matrix that is formed: thin factors of megabytes can have a product of terabytes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,24 +112,24 @@ def _squared(up: Tensor, down: Tensor) -> float:
 
 
 @torch.no_grad()
-def delta_norm(part: Algorithm, shape: Shape) -> float | None:
+def delta_norm(algorithm: Algorithm, shape: Shape) -> float | None:
     """The Frobenius norm of the delta at scale 1, in float64. None if the delta depends on the model's
     weight, or if a matrix would have to be formed that is larger than any layer.
 
-    `shape` is that of the parameter, which `part` fits (`Algorithm.misfit`). A product up @ down has the norm
-    scaling * sqrt(trace((down down^T) (up^T up))), a Kronecker product the product of its factors' norms.
-    Only for LoHa and for a LoRA's sparse rest a matrix of the layer's size is formed.
+    `shape` is that of the parameter, which `algorithm` fits (`Algorithm.misfit`). A product up @ down has the
+    norm scaling * sqrt(trace((down down^T) (up^T up))), a Kronecker product the product of its factors'
+    norms. Only for LoHa and for a LoRA's sparse rest a matrix of the layer's size is formed.
     """
-    plain = isinstance(part, LoRA) and part.lora_mid is None and part.is_low_rank
+    plain = isinstance(algorithm, LoRA) and algorithm.lora_mid is None and algorithm.is_low_rank
     if not plain and math.prod(shape) > MAX_NUMBERS:
         return None
-    if isinstance(part, LoRA) and (factors := part.low_rank()):
+    if isinstance(algorithm, LoRA) and (factors := algorithm.low_rank()):
         return abs(factors.scaling) * _product_norm(factors.up, factors.down)
-    if isinstance(part, LoKr):
-        return _kronecker_norm(part)
+    if isinstance(algorithm, LoKr):
+        return _kronecker_norm(algorithm)
     whole = (LoRA, LoRABias, LoHa, WeightDifference, BiasDifference, ModulationDifference)
-    if isinstance(part, whole):
-        return float(part.delta(torch.zeros(shape)).double().norm())
+    if isinstance(algorithm, whole):
+        return float(algorithm.delta(torch.zeros(shape)).double().norm())
     return None
 
 
@@ -138,10 +138,10 @@ def _product_norm(up: Tensor, down: Tensor) -> float:
     return math.sqrt(_squared(up.flatten(1).double(), down.flatten(1).double()))
 
 
-def _kronecker_norm(part: LoKr) -> float:
-    first = _factor_norm(part.lokr_w1, part.lokr_w1_a, part.lokr_w1_b, None)
-    second = _factor_norm(part.lokr_w2, part.lokr_w2_a, part.lokr_w2_b, part.lokr_t2)
-    factor = 1.0 if part.rank is None else scaling(part.alpha, part.rank)
+def _kronecker_norm(lokr: LoKr) -> float:
+    first = _factor_norm(lokr.lokr_w1, lokr.lokr_w1_a, lokr.lokr_w1_b, None)
+    second = _factor_norm(lokr.lokr_w2, lokr.lokr_w2_a, lokr.lokr_w2_b, lokr.lokr_t2)
+    factor = 1.0 if lokr.rank is None else scaling(lokr.alpha, lokr.rank)
     return abs(factor) * first * second
 
 

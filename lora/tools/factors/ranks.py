@@ -23,7 +23,7 @@ RULES = ("rank", "energy", "threshold", "ratio")
 class RankPolicy:
     """The rule for the rank of every layer: at most one of the first four fields; the last two are bounds.
 
-    Raises: ToolError if there is no rule, if there are two, or if a number is out of range.
+    Raises: ToolError if no field is set, if there are two rules, or if a number is out of range.
     """
 
     rank: int | None = None
@@ -57,6 +57,11 @@ class RankPolicy:
             raise ToolError(f"threshold is {given['threshold']}", "It is over 0.")
 
     @property
+    def has_rule(self) -> bool:
+        """Whether it limits the rank of each layer, besides the budget."""
+        return any(getattr(self, name) is not None for name in (*RULES, "max_rank"))
+
+    @property
     def known(self) -> int | None:
         """The rank, if it does not depend on the singular values; else None."""
         if self.energy is not None or self.threshold is not None or self.ratio is not None:
@@ -65,7 +70,7 @@ class RankPolicy:
         return min(numbers) if numbers else None
 
     def settled(self, values: Tensor, total: float) -> bool:
-        """Whether more, smaller values could not change what `choose` chooses."""
+        """Whether these values already decide what `choose` returns."""
         limit = self.known or self.max_rank
         if limit is not None and len(values) >= limit:
             return True
@@ -108,19 +113,26 @@ class Spectrum:
     """[n]: its singular values, descending."""
     bytes_per_rank: int
     """The bytes in the file for one more rank."""
+    least: int = 0
+    """The smallest rank that is allowed."""
 
 
 def spend(spectra: Sequence[Spectrum], max_bytes: int) -> list[int]:
-    """The ranks of all layers (perhaps 0) that keep the most energy within a number of bytes.
+    """The ranks of all layers (perhaps the least) that keep the most energy within a number of bytes.
 
     Greedy by energy per byte. Since singular values descend, the next one of a layer is never worth more than
     its last, so the greedy choice is the best for the bytes that it takes. A layer whose next rank does not
     fit into the remaining bytes gets no more; the others go on. Of equal values that of the earlier layer
-    wins.
+    wins. Raises: ToolError if the bytes do not hold the least ranks.
     """
-    ranks, left = [0] * len(spectra), max_bytes
+    ranks = [spectrum.least for spectrum in spectra]
+    needed = sum(spectrum.least * spectrum.bytes_per_rank for spectrum in spectra)
+    left = max_bytes - needed
+    if needed and left < 0:
+        why = f"{max_bytes} bytes are left for factors, and the smallest ranks need {needed}"
+        raise ToolError(why, "Allow more.")
     gains = [(s.values.double().square() / max(1, s.bytes_per_rank)).tolist() for s in spectra]
-    heap = [(-gain[0], index) for index, gain in enumerate(gains) if gain]
+    heap = [(-gain[ranks[i]], i) for i, gain in enumerate(gains) if ranks[i] < len(gain)]
     heapq.heapify(heap)
     while heap:
         gain, index = heapq.heappop(heap)

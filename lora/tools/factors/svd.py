@@ -18,7 +18,7 @@ from torch import Tensor
 from lora.tools.factors.ranks import RankPolicy, choose
 
 OVERSAMPLING = 16
-"""Additional columns: the last wanted values converge by the ratio of the first unwanted value to them."""
+"""Extra columns: without them the last wanted values converge slowly."""
 
 FIRST_BLOCK = 32
 """How many values are computed first where the policy decides by the values; then twice as many, and so on.

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora.durable import sha256_of
 from lora.errors import ToolError
-from lora.formats.names.keys import KeyMap, Shape
+from lora.formats.names.keys import REFUSED, SLOTS, KeyMap, Shape
 from lora.tools import FILE_FORMATS
 from lora.tools.models.folders import files_of
 from lora.tools.models.layouts import ADAPTABLE, Found, Where, places
@@ -62,13 +62,11 @@ class Stored:
         return shape[::-1] if self.transposed else shape
 
 
-ADAPTERS = (
-    ".lora_down.weight",
-    ".lora_A.weight",
-    ".hada_w1_a",
-    ".lokr_w1",
-    ".lokr_w1_a",
-    ".oft_blocks",
+_IN_MODELS = {"weight", "bias", "alpha", "rescale", *REFUSED}
+_OLD_SUFFIXES = ("up.weight", "down.weight")  # behind `processor.to_q_lora`
+ADAPTER_ENDINGS = (
+    *(f".{s}" for s, slot in SLOTS.items() if slot not in _IN_MODELS and s not in _OLD_SUFFIXES),
+    *(f"_lora.{suffix}" for suffix in _OLD_SUFFIXES),
 )
 """Endings of tensors that no model has."""
 
@@ -85,6 +83,7 @@ class Checkpoint:
         """
         self.path, self.files, self.components = path, files, components
         self._files = {file.path: file for file in files}
+        self._sha256 = ""
         stored, others = _placed(files, components)
         self.parameters: Mapping[Place, Stored] = stored
         """Every parameter of the model; the UNet or transformer comes first."""
@@ -111,7 +110,7 @@ class Checkpoint:
                 files.append(open_weights(file.path, kind))
                 stack.callback(files[-1].close)
             checkpoint = cls(path, tuple(files), {file.path: file.component for file in sources})
-            if any(key.endswith(ADAPTERS) for opened in files for key in opened.tensors):
+            if any(key.endswith(ADAPTER_ENDINGS) for opened in files for key in opened.tensors):
                 hint = "Name the model's file."
                 raise ToolError(f"{path.name} is an adapter, and no model", hint)
             stack.pop_all()
@@ -170,13 +169,11 @@ class Checkpoint:
 
         Raises: ToolError if a file cannot be read.
         """
+        if not self._sha256:
+            hashes = [file_sha256(path) for path in sorted(self._files)]
+            together = hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
+            self._sha256 = hashes[0] if len(hashes) == 1 else together
         return self._sha256
-
-    @cached_property
-    def _sha256(self) -> str:
-        hashes = [file_sha256(path) for path in sorted(self._files)]
-        together = hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
-        return hashes[0] if len(hashes) == 1 else together
 
     def close(self) -> None:
         """Closes the files."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lora.errors import ToolError
+from lora.tools import WEIGHTS
 from lora.tools.models.weights import unreadable
 
 
@@ -18,9 +19,6 @@ class ModelFile(NamedTuple):
     component: str
     """The component of the pipeline in whose folder the file is; empty for a model of its own."""
 
-
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-"""Endings of files with weights that can be read, the preferred first; all but the first are pickles."""
 
 OTHER_WEIGHTS = (".gguf", ".onnx", ".onnx_data", ".msgpack", ".h5", ".pb", ".sft")
 """Endings of files with weights in forms that cannot be read."""

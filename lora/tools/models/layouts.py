@@ -21,7 +21,7 @@ ADAPTABLE = (*MAIN, "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Where(NamedTuple):
-    """The parameter of a module that a stored tensor, or a third of it, is."""
+    """The parameter that a stored tensor, or a third of it, holds."""
 
     path: str
     parameter: str
@@ -40,14 +40,14 @@ class Found(NamedTuple):
     """Empty if the tensor is no parameter of the model."""
 
 
-Namer = Callable[[str], tuple[Where, ...]]
+Lookup = Callable[[str], tuple[Where, ...]]
 """From a tensor's name, without its component's prefix, to what it holds; empty if it is no parameter."""
 
 
 # --- how each component's parameters are called -------------------------------------------------------
 
 
-def own_names(name: str) -> tuple[Where, ...]:
+def plain_names(name: str) -> tuple[Where, ...]:
     """A name that already is a module's path, a dot and a parameter."""
     path, _, parameter = name.rpartition(".")
     return (Where(path, parameter),)
@@ -66,7 +66,7 @@ def is_diffusers_unet(names: Collection[str]) -> bool:
 _DOWNSAMPLER = re.compile(r"input_blocks\.(\d+)\.0\.op\.weight")
 
 
-def sgm_unet(names: Collection[str]) -> Namer:
+def sgm_unet(names: Collection[str]) -> Lookup:
     """The names of a UNet as the original Stable Diffusion code (sgm) has them.
 
     The first downsampler closes the first level: its number shows how many resnets a level has.
@@ -96,7 +96,7 @@ def is_open_clip(names: Collection[str]) -> bool:
     return "transformer.resblocks.0.attn.in_proj_weight" in names
 
 
-def clip(*, projected: bool) -> Namer:
+def clip(*, projected: bool) -> Lookup:
     """Hugging Face's names of a text encoder, with `text_model.` (transformers 4) or without (5)."""
 
     def where(name: str) -> tuple[Where, ...]:
@@ -127,7 +127,7 @@ _IN_RESBLOCK = {
 _FUSED = {"attn.in_proj_weight": "weight", "attn.in_proj_bias": "bias"}
 
 
-def open_clip(*, projected: bool) -> Namer:
+def open_clip(*, projected: bool) -> Lookup:
     """OpenCLIP's names. Query, key and value are thirds of one tensor; the projection is transposed."""
 
     def where(name: str) -> tuple[Where, ...]:
@@ -188,13 +188,13 @@ class _Layout(NamedTuple):
 
     holds: Callable[[Collection[str]], bool]
     component: str
-    namer: Callable[[Collection[str]], Namer]
+    namer: Callable[[Collection[str]], Lookup]
 
 
 # The first that holds wins; names that only one layout has come first.
 LAYOUTS: tuple[_Layout, ...] = (
     _Layout(is_sgm_unet, "unet", sgm_unet),
-    _Layout(is_diffusers_unet, "unet", lambda _: own_names),
+    _Layout(is_diffusers_unet, "unet", lambda _: plain_names),
     _Layout(is_open_clip, "text_encoder_2", lambda _: open_clip(projected=True)),
     _Layout(
         lambda names: is_clip(names) and "text_projection.weight" in names,
@@ -202,7 +202,7 @@ LAYOUTS: tuple[_Layout, ...] = (
         lambda _: clip(projected=True),
     ),
     _Layout(is_clip, "text_encoder", lambda _: clip(projected=False)),
-    _Layout(lambda _: True, "transformer", lambda _: own_names),
+    _Layout(lambda _: True, "transformer", lambda _: plain_names),
 )
 
 
@@ -238,7 +238,7 @@ def _component(names: list[str], prefix: str, component: str) -> Iterator[Found]
     yield from (Found(name, component, namer(short)) for short, name in bare.items())
 
 
-def _namer(component: str, names: Collection[str]) -> Namer:
+def _namer(component: str, names: Collection[str]) -> Lookup:
     """The naming that a component's names are in."""
     projected = component != "text_encoder" or "text_projection.weight" in names
     if is_sgm_unet(names):
@@ -247,4 +247,4 @@ def _namer(component: str, names: Collection[str]) -> Namer:
         return open_clip(projected=component != "text_encoder")  # SD 2's is not used with one
     if is_clip(names):
         return clip(projected=projected)
-    return own_names if component in (*ADAPTABLE, "vae") else lambda _: ()
+    return plain_names if component in (*ADAPTABLE, "vae") else lambda _: ()

@@ -14,15 +14,21 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.durable import part_file
+from lora.durable import part_file, write_durably
 from lora.errors import ToolError
 from lora.formats.header import read_header
 from lora.formats.tensors import DTYPES
-from lora.tools import FILE_FORMATS, Format
+from lora.tools import FILE_FORMATS, WEIGHTS, Format
 from lora.tools.models.checkpoints import Checkpoint
-from lora.tools.models.folders import OTHER_WEIGHTS, WEIGHTS, is_index, is_weights, shards_of
+from lora.tools.models.folders import OTHER_WEIGHTS, is_index, is_weights, shards_of
 from lora.tools.models.weights import Raw
-from lora.tools.writing import published_folder, refuse_overwriting, write_errors, write_pytorch
+from lora.tools.writing import (
+    published_folder,
+    refuse_misnamed,
+    refuse_overwriting,
+    write_errors,
+    write_pytorch,
+)
 
 
 @dataclass(frozen=True)
@@ -84,12 +90,14 @@ class Output:
     ) -> Output:
         """The output of a changed model. `kind`: that of a single file, if its name does not decide it.
 
-        Raises: ToolError if it would overwrite an input, or put several components into one file.
+        Raises: ToolError if it overwrites an input, contradicts `kind`, or puts several parts into one file.
         """
         if kind is not None and kind not in FILE_FORMATS:
             raise ToolError(f"{kind[:40]!r} is no format", f"Use {' or '.join(FILE_FORMATS)}.")
         if path.suffix in OTHER_WEIGHTS:
             raise ToolError(f"{path.suffix} files cannot be written", "Use .safetensors.")
+        if kind is not None and path.is_dir():
+            raise ToolError(f"the files of a folder such as {path.name} keep their formats")
         refuse_overwriting(path, (*(file.path for file in model.files), *inputs))
         single = kind is not None or path.suffix in WEIGHTS
         return _folder(model, path) if path.is_dir() or not single else _file(model, path, kind)
@@ -139,6 +147,7 @@ def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
             "Give a folder as the output.",
         )
     written = Format(kind or ("safetensors" if path.suffix == ".safetensors" else "pytorch"))
+    refuse_misnamed(path, written)
     tensors = tuple(raw for file in model.files for raw in file.tensors.values())
     pickles = all(file.kind is Format.PYTORCH for file in model.files)
     wrapper = model.files[0].wrapper if pickles else ""
@@ -202,7 +211,7 @@ def _write_index(source: Path, target: Path) -> None:
     shards = set(fields["weight_map"].values())
     if isinstance(fields.get("metadata"), dict) and "total_size" in fields["metadata"]:
         fields["metadata"]["total_size"] = sum(_bytes_in(target.with_name(n)) for n in shards)
-    target.write_text(json.dumps(fields, indent=2) + "\n")  # the folder is not published yet
+    write_durably(target, json.dumps(fields, indent=2).encode() + b"\n")
 
 
 def _bytes_in(path: Path) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lora.commands import combine, extract
+from lora.commands.shared import dtype_of
+from lora.tools.extract.options import ExtractOptions
 from tests.adapters import randn
 from tests.conftest import ROOT
 from tests.lora.commands.running import run
@@ -377,3 +381,13 @@ def test_the_file_that_is_at_fault_is_named(
     ran = run(capsys, "combine", STRIPES, empty, "--output", tmp_path / "out.safetensors")
     assert ran.code == 2
     assert ran.err.startswith("error: LORA_CORRUPT: empty.safetensors: ")
+
+
+def test_help_and_defaults_are_the_tools_own() -> None:
+    parser = ArgumentParser()
+    combine.add_arguments(parser)
+    assert "fp32, so that nothing is rounded" in " ".join(parser.format_help().split())
+    parser = ArgumentParser()
+    extract.add_arguments(parser)
+    options = parser.parse_args(["--source-model", "a", "--target-model", "b", "--output", "c"])
+    assert dtype_of(options.output_dtype) == ExtractOptions().dtype

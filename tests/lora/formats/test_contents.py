@@ -10,9 +10,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from lora.tools.extract.output import ExtractOutput
 from torch import Tensor
 
+from lora.engine.stack import LoraUse
 from lora.errors import LoraError, LoraUnsupported, ToolError
 from lora.formats.adapter import load
 from lora.formats.header import read_header
@@ -22,10 +22,11 @@ from lora.formats.opening import opened
 from lora.library.catalog import Catalog
 from lora.tools.adapters.reading import read_adapter
 from lora.tools.adapters.saving import Format, WriteOptions, write_adapter
-from lora.tools.combine import CombineOptions, Source, combine
+from lora.tools.combine import CombineOptions, combine
 from lora.tools.convert import ConvertOptions, convert
 from lora.tools.describe import describe
 from lora.tools.extract.options import ExtractOptions
+from lora.tools.extract.run import _Output
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.resize import ResizeOptions, resize
@@ -255,14 +256,14 @@ def convert_it(path: Path) -> None:
 
 def combine_it(path: Path) -> None:
     other = write(path.with_name("other.safetensors"), tensors_of("lora"))
-    combine([Source(path), Source(other)], path.with_name("out"), CombineOptions())
+    combine([LoraUse(path), LoraUse(other)], path.with_name("out"), CombineOptions())
 
 
 def read_back(path: Path) -> None:
     """What an extraction does to the file that it has streamed."""
     options = ExtractOptions(RankPolicy(rank=1), naming=Naming.DIFFUSERS)
     source = cast(Checkpoint, SimpleNamespace(key_map=narrow.key_map))
-    ExtractOutput(path.with_name("out"), path, options).convert(source)
+    _Output(path.with_name("out"), path, options).convert(source)
 
 
 @pytest.mark.parametrize("tool", [resize_it, convert_it, combine_it, read_back])

@@ -19,7 +19,7 @@ from lora.formats.header import read_header
 from lora.formats.names.naming import Naming
 from lora.tools.adapters.reading import read_adapter
 from lora.tools.adapters.saving import WriteOptions, write_adapter
-from lora.tools.combine import CombineOptions, Method, ScaledFile, combine, dare, ties
+from lora.tools.combine import CombineOptions, Method, combine, dare, ties
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.models.checkpoints import Checkpoint
 from tests.adapters import randn, write
@@ -51,7 +51,7 @@ def test_concatenation_equals_applying_both(tmp_path: Path, scales: tuple[float,
             tensors = tensors_of(kind, seed)
             stems = {key.rsplit(".lora_", 1)[0] for key in tensors if ".lora_" in key}
             write(path, tensors | {f"{stem}.alpha": torch.tensor(1.0 + seed) for stem in stems})
-        sources = [ScaledFile(path, scale) for path, scale in zip(paths, scales, strict=True)]
+        sources = [LoraUse(path, scale) for path, scale in zip(paths, scales, strict=True)]
         output = tmp_path / f"{one}-{other}.safetensors"
         combine(sources, output, CombineOptions(), engine.key_map)
         files = [load(path, engine.key_map, str(path)) for path in (*paths, output)]
@@ -83,7 +83,7 @@ def test_the_demos_adapters_combined_are_both(tmp_path: Path, names: tuple[str, 
     paths = [LORAS / f"demo-{name}.safetensors" for name in names]
     output = tmp_path / "both.safetensors"
     with Checkpoint.open(folder) as model:
-        sources = [ScaledFile(paths[0], 0.8), ScaledFile(paths[1], 0.5)]
+        sources = [LoraUse(paths[0], 0.8), LoraUse(paths[1], 0.5)]
         report = combine(sources, output, CombineOptions(), model.key_map())
     assert report.changes == ()
     files = [load(path, engine.key_map, str(path)) for path in (*paths, output)]
@@ -103,13 +103,13 @@ def test_the_demos_adapters_combined_are_both(tmp_path: Path, names: tuple[str, 
 
 def test_modules_that_one_file_has_alone_are_there_too(tmp_path: Path) -> None:
     sources = [
-        ScaledFile(narrow.source(tmp_path, "lora", torch.float32), 0.5),
-        ScaledFile(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
+        LoraUse(narrow.source(tmp_path, "lora", torch.float32), 0.5),
+        LoraUse(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
     ]
     output = tmp_path / "out.safetensors"
     report = combine(sources, output, CombineOptions(), narrow.key_map())
-    assert report.layers == 7
-    stack = [LoraUse(narrow.read(s.path), s.scale) for s in sources]
+    assert report.modules == 7
+    stack = [LoraUse(narrow.read(s.lora), s.scale) for s in sources]
     assert close(narrow.merged(LoraUse(narrow.read(output))), narrow.merged(*stack))
     written = read_header(output)
     assert written.tensors[f"{SELF}.lora_down.weight"].shape == (8, 64)
@@ -119,8 +119,8 @@ def test_modules_that_one_file_has_alone_are_there_too(tmp_path: Path) -> None:
 
 def test_files_of_an_unknown_model_combine_under_their_own_names(tmp_path: Path) -> None:
     sources = [
-        ScaledFile(narrow.source(tmp_path, "lora", torch.float32), 0.5),
-        ScaledFile(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
+        LoraUse(narrow.source(tmp_path, "lora", torch.float32), 0.5),
+        LoraUse(narrow.source(tmp_path, "lora_text", torch.float32, 1), 2.0),
     ]
     combine(sources, tmp_path / "known", CombineOptions(), narrow.key_map())
     combine(sources, tmp_path / "own", CombineOptions())
@@ -133,12 +133,12 @@ def test_different_namings_combine_where_the_model_is_known(tmp_path: Path) -> N
     adapter = read_adapter(narrow.source(tmp_path, "lora", torch.float32, 1), narrow.key_map())
     write_adapter(tmp_path / "other.safetensors", adapter, WriteOptions(Naming.DIFFUSERS))
     first = narrow.source(tmp_path, "lora", torch.float32)
-    sources = [ScaledFile(first), ScaledFile(tmp_path / "other.safetensors")]
+    sources = [LoraUse(first), LoraUse(tmp_path / "other.safetensors")]
     with pytest.raises(ToolError) as caught:
         combine(sources, tmp_path / "out", CombineOptions())
     assert "--model" in str(caught.value)
     combine(sources, tmp_path / "out", CombineOptions(), narrow.key_map())
-    stack = [LoraUse(narrow.read(source.path)) for source in sources]
+    stack = [LoraUse(narrow.read(source.lora)) for source in sources]
     assert close(narrow.merged(LoraUse(narrow.read(tmp_path / "out"))), narrow.merged(*stack))
 
 
@@ -149,21 +149,21 @@ def test_the_bias_of_lora_b_becomes_a_difference(tmp_path: Path) -> None:
         tmp_path / "a.safetensors", narrow.tensors_of("lora_bias", torch.float32), metadata
     )
     sources = [
-        ScaledFile(path, 0.5),
-        ScaledFile(narrow.source(tmp_path, "lora_bias", torch.float32, 1), 2),
+        LoraUse(path, 0.5),
+        LoraUse(narrow.source(tmp_path, "lora_bias", torch.float32, 1), 2),
     ]
     options = CombineOptions(write=WriteOptions(Naming.KOHYA))
     combine(sources, tmp_path / "out", options, narrow.key_map())
     assert f"{CONV}.diff_b" in read_header(tmp_path / "out").tensors
-    stack = [LoraUse(narrow.read(s.path), s.scale) for s in sources]
+    stack = [LoraUse(narrow.read(s.lora), s.scale) for s in sources]
     assert close(narrow.merged(LoraUse(narrow.read(tmp_path / "out"))), narrow.merged(*stack))
 
 
 @pytest.mark.parametrize("name", ["loha", "lokr", "dora", "oft", "ia3", "set_weight"])
 def test_what_does_not_add_up_is_refused(tmp_path: Path, name: str) -> None:
     sources = [
-        ScaledFile(narrow.source(tmp_path, "lora")),
-        ScaledFile(narrow.source(tmp_path, name)),
+        LoraUse(narrow.source(tmp_path, "lora")),
+        LoraUse(narrow.source(tmp_path, name)),
     ]
     with pytest.raises(ToolError) as caught:
         combine(sources, tmp_path / "out", CombineOptions(), narrow.key_map())
@@ -178,10 +178,10 @@ def product(tensors: dict[str, Tensor], stem: str) -> Tensor:
     return alpha / len(down) * up @ down
 
 
-def two(tmp_path: Path) -> list[ScaledFile]:
+def two(tmp_path: Path) -> list[LoraUse]:
     return [
-        ScaledFile(narrow.source(tmp_path, "lora", torch.float32), 0.8),
-        ScaledFile(narrow.source(tmp_path, "lora", torch.float32, 1), -0.5),
+        LoraUse(narrow.source(tmp_path, "lora", torch.float32), 0.8),
+        LoraUse(narrow.source(tmp_path, "lora", torch.float32, 1), -0.5),
     ]
 
 
@@ -189,7 +189,7 @@ def test_a_chosen_rank_gives_the_nearest_of_that_rank(tmp_path: Path) -> None:
     sources = two(tmp_path)
     options = CombineOptions(policy=RankPolicy(rank=3))
     report = combine(sources, tmp_path / "out", options, narrow.key_map())
-    before = [load_file(source.path) for source in sources]
+    before = [load_file(source.lora) for source in sources]
     after = load_file(tmp_path / "out")
     told = {change.name.removeprefix("unet."): change for change in report.changes}
     for stem in (SELF, CROSS, CONV):
@@ -254,7 +254,7 @@ def test_a_files_layers_are_merged_by_the_method(tmp_path: Path, method: Method)
     sources = two(tmp_path)
     options = CombineOptions(method, RankPolicy(rank=96), density=0.3, seed=5)
     report = combine(sources, tmp_path / "out", options, narrow.key_map())
-    before = [load_file(source.path) for source in sources]
+    before = [load_file(source.lora) for source in sources]
     after = load_file(tmp_path / "out")
     changes = [s.scale * product(b, SELF).float() for s, b in zip(sources, before, strict=True)]
     found = product(after, SELF)
@@ -276,7 +276,7 @@ def test_ties_at_a_small_rank_tells_its_error(tmp_path: Path) -> None:
     sources = two(tmp_path)
     options = CombineOptions(Method.TIES, RankPolicy(rank=2), density=0.3)
     report = combine(sources, tmp_path / "out", options, narrow.key_map())
-    before = [load_file(source.path) for source in sources]
+    before = [load_file(source.lora) for source in sources]
     changes = [s.scale * product(b, SELF).float() for s, b in zip(sources, before, strict=True)]
     whole = slow_ties(changes, 0.3).double()
     error = (product(load_file(tmp_path / "out"), SELF) - whole).norm()
@@ -290,8 +290,10 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     for make in (
         lambda: CombineOptions(Method.TIES),
         lambda: CombineOptions(density=0.0),
-        lambda: combine([ScaledFile(tmp_path)], tmp_path / "out"),
-        lambda: combine([ScaledFile(tmp_path, float("nan"))] * 2, tmp_path / "out"),
+        lambda: combine([LoraUse(tmp_path)], tmp_path / "out"),
+        lambda: combine([LoraUse(tmp_path, float("nan"))] * 2, tmp_path / "out"),
+        lambda: combine([LoraUse(tmp_path, end=0.5)] * 2, tmp_path / "out"),
+        lambda: combine([LoraUse(tmp_path, blocks={"MID": 0})] * 2, tmp_path / "out"),
     ):
         with pytest.raises(ToolError):
             make()
@@ -300,8 +302,8 @@ def test_options_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
 def test_layers_of_other_shapes_are_refused(tmp_path: Path) -> None:
     wide = {f"{SELF}.lora_up.weight": randn(128, 2), f"{SELF}.lora_down.weight": randn(2, 64)}
     sources = [
-        ScaledFile(narrow.source(tmp_path, "lora")),
-        ScaledFile(write(tmp_path / "wide.safetensors", wide)),
+        LoraUse(narrow.source(tmp_path, "lora")),
+        LoraUse(write(tmp_path / "wide.safetensors", wide)),
     ]
     with pytest.raises(ToolError) as caught:
         combine(sources, tmp_path / "out", CombineOptions())
@@ -313,11 +315,11 @@ def test_words_are_carried_and_must_agree(tmp_path: Path) -> None:
     lora = narrow.tensors_of("lora_text")
     one = write(tmp_path / "one.safetensors", lora | word)
     other = write(tmp_path / "other.safetensors", lora)
-    combine([ScaledFile(one), ScaledFile(other)], tmp_path / "out", CombineOptions())
+    combine([LoraUse(one), LoraUse(other)], tmp_path / "out", CombineOptions())
     assert torch.equal(load_file(tmp_path / "out")["bundle_emb.cat.clip_l"], word.popitem()[1])
     changed = write(tmp_path / "changed.safetensors", lora | {"bundle_emb.cat.clip_l": randn(2, 8)})
     with pytest.raises(ToolError) as caught:
-        combine([ScaledFile(one), ScaledFile(changed)], tmp_path / "out2", CombineOptions())
+        combine([LoraUse(one), LoraUse(changed)], tmp_path / "out2", CombineOptions())
     assert "differently" in str(caught.value)
 
 
@@ -332,8 +334,8 @@ def test_a_budget_for_the_whole_file_is_kept(tmp_path: Path) -> None:
 
 def test_an_input_is_not_written_over(tmp_path: Path) -> None:
     sources = two(tmp_path)
-    before = sources[1].path.read_bytes()
+    before = sources[1].lora.read_bytes()
     with pytest.raises(ToolError) as caught:
-        combine(sources, sources[1].path, CombineOptions())
+        combine(sources, sources[1].lora, CombineOptions())
     assert "is an input" in str(caught.value)
-    assert sources[1].path.read_bytes() == before
+    assert sources[1].lora.read_bytes() == before

@@ -18,7 +18,7 @@ from lora.errors import ToolError
 from lora.formats.header import read_header
 from lora.formats.names.keys import Target
 from lora.formats.names.naming import Naming
-from lora.tools import EMBEDDINGS
+from lora.tools import TABLES
 from lora.tools import convert as convert_module
 from lora.tools.adapters.part_names import in_naming
 from lora.tools.adapters.parts import Adapter, Part
@@ -137,7 +137,7 @@ def test_a_pickle_becomes_safetensors_with_the_same_tensors(tmp_path: Path) -> N
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key]) for key in tensors)
     assert report.changes == ()
-    assert report.layers == 2
+    assert report.modules == 2
 
 
 def test_the_input_is_not_written_over(tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_all_that_changes_a_weight_goes_into_one_product(tmp_path: Path, model: 
     assert report.relative_error < 2e-6
 
 
-@pytest.mark.parametrize("name", sorted(EMBEDDINGS))
+@pytest.mark.parametrize("name", sorted(TABLES))
 def test_a_table_of_rows_never_becomes_factors(name: str) -> None:
     target = Target("text_encoder", f"model.{name}", {"weight": (50, 32)}, "BASE")
     adapter = Adapter((Part(target, {"diff": randn(50, 32)}, target.path),))
@@ -283,6 +283,16 @@ def test_a_table_of_rows_never_becomes_factors(name: str) -> None:
     converted, changes = convert_module.as_lora(adapter, options)
     assert [sorted(part.slots) for part in converted.parts] == [["diff"]]
     assert changes == []
+
+
+def test_a_tables_difference_is_added_to_its_factors() -> None:
+    target = Target("text_encoder", "model.token_embedding", {"weight": (50, 32)}, "BASE")
+    slots = {"diff": randn(50, 32), "lora_up": randn(50, 2), "lora_down": randn(2, 32)}
+    adapter = Adapter((Part(target, slots, target.path),))
+    (part,) = convert_module.as_lora(adapter, ConvertOptions(algorithm=Goal.LORA))[0].parts
+    whole = slots["diff"] + slots["lora_up"] @ slots["lora_down"]
+    assert part.slots.keys() == {"diff"}
+    assert torch.allclose(part.slots["diff"], whole, atol=1e-5)
 
 
 def test_new_values_of_a_norm_and_a_table_become_differences(tmp_path: Path, model: Path) -> None:

@@ -25,6 +25,7 @@ from lora.errors import LoraIncompatible, ToolError
 from lora.formats.adapter import load
 from lora.formats.header import read_header
 from lora.tools.merge import MergeOptions, MergeReport, merge
+from lora.tools.models import outputs
 from lora.tools.models.checkpoints import Checkpoint, Place, file_sha256
 from tests.adapters import kohya, randn
 from tests.conftest import ROOT
@@ -277,6 +278,9 @@ def test_metadata_tells_what_was_merged_and_keeps_the_inputs(tmp_path: Path, lor
 def test_components_and_blocks_have_their_own_factors(tmp_path: Path, lora: Path) -> None:
     factors = LoraUse(lora, 1.0, {"text_encoder": 0.0}, {"IN04": 0.0, "BASE": 0.5})
     report = run(models.DEMO, [factors], tmp_path / "out", FP32)
+    with safe_open(tmp_path / "out" / "unet" / models.UNET, "pt") as opened:
+        (origin,) = json.loads(opened.metadata()["merged_from"])
+    assert (origin["components"], origin["blocks"]) == (factors.components, factors.blocks)
     half = applied(lora, 0.5)
     with Checkpoint.open(tmp_path / "out") as merged, Checkpoint.open(models.DEMO) as original:
         first = Place("text_encoder", "encoder.layers.0.mlp.fc1", "weight")
@@ -317,7 +321,30 @@ def test_folder_is_the_inputs_with_new_weights_alone(tmp_path: Path, lora: Path)
     UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
 
 
-def test_list_of_shards_has_the_new_sum_of_bytes(tmp_path: Path) -> None:
+def test_a_file_is_not_named_as_the_other_format(tmp_path: Path) -> None:
+    model, lora = tmp_path / "wan.safetensors", wan_lora(tmp_path / "lora.safetensors")
+    save_file(models.wan(), model)
+    for name, kind in (("out.safetensors", "pytorch"), ("out.ckpt", "safetensors")):
+        said = refusal(model, [LoraUse(lora)], tmp_path / name, MergeOptions(format=kind))
+        assert f"{name} is no name for a {kind} file" in said
+        assert not (tmp_path / name).exists()
+
+
+def test_a_use_with_a_range_is_refused(tmp_path: Path, lora: Path) -> None:
+    for use in (LoraUse(lora, start=0.2), LoraUse(lora, end=0.5)):
+        assert "has a start or an end" in refusal(models.DEMO, [use], tmp_path / "out")
+
+
+def test_list_of_shards_has_the_new_sum_of_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    durable: list[str] = []
+    write = outputs.write_durably
+    monkeypatch.setattr(
+        outputs,
+        "write_durably",
+        lambda path, *rest: (durable.append(path.name), write(path, *rest)),
+    )
     model = models.sharded(tmp_path / "wan", models.wan())
     lora = wan_lora(tmp_path / "lora.safetensors")
     (tmp_path / "out").mkdir()
@@ -326,6 +353,7 @@ def test_list_of_shards_has_the_new_sum_of_bytes(tmp_path: Path) -> None:
     before, after = (json.loads((f / index).read_text()) for f in (model, tmp_path / "out"))
     assert after["metadata"]["total_size"] * 2 == before["metadata"]["total_size"]
     assert after["weight_map"] == before["weight_map"]
+    assert durable == [index]
 
 
 def test_peft_folder_and_pickle_are_adapters_too(tmp_path: Path) -> None:
@@ -431,6 +459,9 @@ def test_output_that_cannot_be_is_refused(tmp_path: Path, lora: Path) -> None:
     assert "Give a folder" in said
     assert ".gguf files cannot be written" in refusal(models.DEMO, loras, tmp_path / "a.gguf")
     assert "is no dtype" in refusal(models.DEMO, loras, tmp_path / "out", MergeOptions("int4"))
+    (tmp_path / "empty").mkdir()
+    pickled = MergeOptions(format="pytorch")
+    assert "keep their formats" in refusal(models.DEMO, loras, tmp_path / "empty", pickled)
     (tmp_path / "no folder").write_text("")
     assert "cannot be written" in refusal(models.DEMO, loras, tmp_path / "no folder" / "out")
 

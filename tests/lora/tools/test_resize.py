@@ -83,7 +83,7 @@ def test_a_rank_that_is_there_already_changes_nothing(tmp_path: Path) -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert report.changes == ()
-    assert report.layers == 5
+    assert report.modules == 5
 
 
 def test_magnitudes_stay_as_they_are(tmp_path: Path) -> None:
@@ -165,6 +165,22 @@ def test_a_budget_in_bytes_is_kept_and_spent(tmp_path: Path) -> None:
         resized(path, RankPolicy(max_bytes=1000), output=tmp_path / "none")
     assert "do not hold" in str(caught.value)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_budget_holds_the_rank_that_magnitudes_need(tmp_path: Path) -> None:
+    tensors = {}
+    for stem in (f"lora_unet_blocks_{index}_attn" for index in range(8)):
+        tensors |= {
+            f"{stem}.lora_up.weight": randn(512, 2),
+            f"{stem}.lora_down.weight": randn(2, 512),
+            f"{stem}.dora_scale": randn(512, 1),
+        }
+    path = write(tmp_path / "a.safetensors", tensors)
+    output, report = resized(path, RankPolicy(max_bytes=70_000))
+    assert output.stat().st_size <= 70_000
+    assert {change.rank for change in report.changes} == {1}
+    with pytest.raises(ToolError, match="smallest ranks need 32768"):
+        resized(path, RankPolicy(max_bytes=40_000), output=tmp_path / "none")
 
 
 @pytest.mark.parametrize("naming", Naming)

@@ -310,6 +310,13 @@ def test_kohyas_hashes_are_kohyas(tmp_path: Path) -> None:
     assert (told.model_hash, told.legacy_hash) == (model_hash, legacy_hash)
 
 
+def test_kohyas_hash_of_a_file_without_trainers_metadata(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", {f"{CONV}.diff": randn(600, 1000)})
+    write_adapter(tmp_path / "b.safetensors", read_adapter(path))
+    written = read_header(tmp_path / "b.safetensors").metadata["sshs_legacy_hash"]
+    assert written == hashes_of(tmp_path / "b.safetensors").legacy_hash
+
+
 def test_the_same_adapter_gives_the_same_bytes(tmp_path: Path) -> None:
     metadata = {f"ss_{letter}": letter for letter in "abcdefghijklmnop"}
     path = write(tmp_path / "a.safetensors", narrow.tensors_of("lora"), metadata)
@@ -329,6 +336,14 @@ def test_a_pytorch_file_holds_the_tensors_alone(tmp_path: Path) -> None:
         write_adapter(tmp_path / "lost.pt", adapter, diffusers)
     assert "metadata" in str(caught.value)
     assert not (tmp_path / "lost.pt").exists()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.safetensors", "pytorch"), ("a.pt", "safetensors")])
+def test_a_file_is_not_named_as_the_other_format(tmp_path: Path, name: str, kind: str) -> None:
+    adapter = read_adapter(narrow.source(tmp_path, "lora"), narrow.key_map())
+    with pytest.raises(ToolError, match=f"no name for a {kind} file"):
+        write_adapter(tmp_path / name, adapter, WriteOptions(format=Format(kind)))
+    assert not (tmp_path / name).exists()
 
 
 def test_a_peft_folder_in_pytorchs_format_is_read_again(tmp_path: Path) -> None:

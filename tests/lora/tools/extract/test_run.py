@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from lora.errors import ToolError
 from lora.formats.adapter import load
 from lora.formats.names.naming import Naming
 from lora.tools import Format
+from lora.tools.extract import run as extract_run
 from lora.tools.extract.options import Conv, ExtractOptions
 from lora.tools.extract.plan import Planned, ranks_within
 from lora.tools.extract.report import ExtractReport, LayerReport
@@ -26,6 +28,7 @@ from lora.tools.extract.run import extract
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.merge import MergeOptions, merge
 from lora.tools.models.checkpoints import Checkpoint, Place
+from lora.tools.writing import StreamWriter, write_errors
 from tests.adapters import randn
 from tests.conftest import ROOT
 from tests.lora.tools import pairs
@@ -312,6 +315,18 @@ def test_min_diff_and_components_leave_out_and_say_so(tmp_path: Path) -> None:
         extracted(tmp_path, *paths, components=frozenset({"text_encoder"}))
 
 
+def test_a_component_that_was_not_chosen_is_no_tensor_of_one_model_alone(tmp_path: Path) -> None:
+    source, target = write_pair(tmp_path)
+    for path, names in ((source, ("a",)), (target, ("a", "b"))):
+        tensors = {f"diffusion_model.{name}": t for name, t in load_file(path).items()}
+        texts = {f"text_encoder.{name}.weight": torch.ones(4) for name in names}
+        write_model(path, tensors | texts)
+    report = extracted(tmp_path, source, target, components=frozenset({"transformer"}))
+    assert {(one.name, one.reason) for one in report.left_out} == {
+        (f"text_encoder.{name}", "text_encoder was not chosen") for name in ("a.weight", "b.weight")
+    }
+
+
 def test_clamping_is_off_and_loses_accuracy_where_it_is_on(tmp_path: Path) -> None:
     source, target = write_pair(tmp_path)
     plain = extracted(tmp_path, source, target)
@@ -401,6 +416,41 @@ def test_factors_that_overflow_are_refused(tmp_path: Path) -> None:
     assert extracted(tmp_path, source, target, dtype=torch.bfloat16).relative_error < 0.01
 
 
+def test_a_full_disk_keeps_what_is_written_for_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write_pair(tmp_path)
+    put, count = StreamWriter.put, 0
+
+    def full(*arguments: Any) -> None:
+        nonlocal count
+        count += 1
+        with write_errors(tmp_path):
+            if count > 4:
+                raise OSError(errno.ENOSPC, "full")
+        put(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StreamWriter, "put", full)
+        with pytest.raises(ToolError, match="no room"):
+            extracted(tmp_path, source, target)
+    assert extracted(tmp_path, source, target).resumed == 4
+
+
+def test_a_result_that_cannot_be_verified_leaves_no_hidden_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = write_pair(tmp_path)
+
+    def broken(*_: object) -> None:
+        raise ToolError("broken")
+
+    monkeypatch.setattr(extract_run, "_verify", broken)
+    with pytest.raises(ToolError, match="broken"):
+        extracted(tmp_path, source, target, "lora.pt", format=Format.PYTORCH, verify=True)
+    assert sorted(tmp_path.iterdir()) == [source, target]
+
+
 def test_the_output_may_not_be_an_input_or_a_folder(tmp_path: Path) -> None:
     source, target = write_pair(tmp_path)
     before = target.read_bytes()
@@ -412,6 +462,8 @@ def test_the_output_may_not_be_an_input_or_a_folder(tmp_path: Path) -> None:
         extracted(tmp_path, source, target, "folder")
     with pytest.raises(ToolError, match="no folder"):
         extracted(tmp_path, source, target, "nowhere/lora.safetensors")
+    with pytest.raises(ToolError, match="no name for a pytorch file"):
+        extracted(tmp_path, source, target, format=Format.PYTORCH)
 
 
 @pytest.mark.parametrize(

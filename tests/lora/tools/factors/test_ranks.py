@@ -163,3 +163,11 @@ def test_spend_pays_for_nothing_that_is_nothing() -> None:
     spectra = [Spectrum(torch.tensor([1.0, 0.0]), 1), Spectrum(torch.zeros(0), 1)]
     assert spend(spectra, 100) == [1, 0]
     assert spend([], 100) == []
+
+
+def test_spend_begins_with_the_least_ranks_and_refuses_less() -> None:
+    spectra = [Spectrum(torch.tensor([1.0, 1.0]), 10, least=1), Spectrum(torch.tensor([9.0]), 10)]
+    assert spend(spectra, 20) == [1, 1]
+    assert spend(spectra, 19) == [1, 0]
+    with pytest.raises(ToolError, match="9 bytes are left"):
+        spend(spectra, 9)

@@ -279,3 +279,20 @@ def test_fused_tensor_without_three_parts_is_refused(tmp_path: Path) -> None:
     tensors["transformer.resblocks.0.attn.in_proj_weight"] = torch.zeros(64, 64)
     save_file(tensors, tmp_path / "clip.safetensors")
     assert "impossible shape [64, 64]" in refusal(tmp_path / "clip.safetensors")
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "ia3_l",
+        "a1.weight",
+        "oft_R.weight",
+        "lora.down.weight",
+        "lora_B.weight",
+        "processor.to_q_lora.up.weight",
+    ],
+)
+def test_an_adapter_is_no_model(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / "adapter.safetensors"
+    save_file({f"unet.mid_block.attn1.{ending}": torch.zeros(2, 2)}, path)
+    assert "is an adapter, and no model" in refusal(path)
