@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -11,7 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 import handler
-from docs.generate import files, leaves
+from docs.generate import HUB, files, leaves
 from handler import Worker
 from lora import errors
 from lora.errors import CodedError
@@ -22,6 +23,8 @@ from worker.outputs import OutputTooLarge
 from worker.stop import Cancelled
 
 README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HUB_PAGE = (ROOT / ".runpod" / "README.md").read_text()
 
 
 def requests() -> list[Any]:
@@ -103,3 +106,59 @@ def test_every_file_that_the_readme_names_exists() -> None:
     listed = re.findall(r"^(\S+)", tree.group(1), re.MULTILINE)
     for name in (*links, *listed):
         assert (ROOT / Path(name)).exists(), name
+
+
+def test_the_changelogs_newest_version_is_the_packages() -> None:
+    headings = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [heading for heading in headings if heading[0] != "Unreleased"]
+    assert released[0][0] == PROJECT["version"]
+    assert all(re.fullmatch(r" - \d{4}-\d\d-\d\d", date) for _, date in released)
+
+
+def test_pre_commit_runs_the_ruff_that_the_checks_run() -> None:
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    pinned = (ROOT / "requirements-dev.txt").read_text()
+    assert re.findall(r"ruff-pre-commit\n +rev: v(\S+)", hooks) == re.findall(
+        r"^ruff==(\S+)", pinned, re.MULTILINE
+    )
+
+
+def test_the_workflow_and_the_badge_have_the_packages_python_versions() -> None:
+    bounds = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["requires-python"])
+    assert bounds
+    versions = [f"3.{minor}" for minor in range(int(bounds[1]), int(bounds[2]))]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    matrix = re.findall(r"python-version: (\[.*\])", workflow)
+    assert [json.loads(line) for line in matrix] == [versions]
+    assert "run: .ci/run\n" in workflow
+    assert f"badge/python-{versions[0]}%20to%20{versions[-1]}-" in HUB_PAGE
+
+
+def test_the_hubs_page_shows_valid_requests_and_an_answer_that_a_worker_gives(
+    demo_worker: Worker,
+) -> None:
+    blocks = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", HUB_PAGE, re.DOTALL)]
+    jobs = [block for block in blocks if "input" in block]
+    (sample,) = [block for block in blocks if "input" not in block]
+    assert [len(parse_job(job).loras) for job in jobs] == [1, 1]
+    assert all(parse_job(job).warnings == () for job in jobs)
+    drawn = {"loras": ["demo-stripes.safetensors"], "num_inference_steps": 1}
+    answer = demo_worker({"id": "hub", "input": {**jobs[0]["input"], **drawn}})
+    assert list(sample) == [name for name in answer if name in sample]
+    assert sample["loras"][0].keys() <= answer["loras"][0].keys()
+    assert sample["seed"] == answer["seed"]
+    assert sample["loras"][0]["status"] == answer["loras"][0]["status"]
+    named = set(re.findall(r"`((?:LORA|WORKER|HF|CIVITAI)_[A-Z_]+)`", HUB_PAGE))
+    known = {setting["key"] for setting in json.loads(files()[HUB])["config"]["env"]}
+    assert named - {leaf.code for leaf in leaves(CodedError)} <= known
+
+
+@pytest.mark.parametrize("page", ["CHANGELOG.md", "SECURITY.md", ".runpod/README.md"])
+def test_every_file_that_the_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    paths = [(ROOT / page).parent / link for link in links]
+    paths += [ROOT / name for name in re.findall(r"`(tests/\S+)`", text)]
+    assert paths
+    for path in paths:
+        assert path.exists(), path
