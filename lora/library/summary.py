@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import lru_cache
 
-from lora.formats.algorithms import recipes
+from lora.formats.algorithms import Recipe, recipes
+from lora.formats.algorithms.oft import OFT
 from lora.formats.alphas import RANKED
 from lora.formats.embeddings import BUNDLE, is_embedding
 from lora.formats.families import identify
@@ -34,7 +35,7 @@ def summarised(state: State, header: Header) -> State:
     ranks: Counter[int] = Counter()
     for slots in modules.values():
         matches, _ = recipes(frozenset(slots))
-        algorithms.update("dora" if match.magnitude else match.algorithm.name for match in matches)
+        algorithms.update(_name_of(match, slots) for match in matches)
         shape = next((slots[name] for name in RANKED if name in slots), ())
         ranks.update(shape[:1])
     if any(is_embedding(key) for key in header.tensors):
@@ -47,6 +48,14 @@ def summarised(state: State, header: Header) -> State:
         words=trigger_words(header),
         layers=len(modules),
     )
+
+
+def _name_of(match: Recipe, slots: Mapping[str, tuple[int, ...]]) -> str:
+    if match.magnitude:
+        return "dora"
+    if match.algorithm is OFT:  # its own name depends on its tensor's shape
+        return "boft" if len(slots["oft_blocks"]) == 4 else "oft"
+    return match.algorithm.name
 
 
 _slot_of = lru_cache(maxsize=1024)(slot_of)  # a file has thousands of keys and few suffixes
