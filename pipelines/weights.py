@@ -125,6 +125,7 @@ def find_weights(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=index, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise WeightsMissing(
-            f"{source} is neither a folder or file here nor a baked repo; "
-            "run python download_weights.py first"
+            f"{source} is neither a folder or file here nor a baked repo; fetch the weights with "
+            "python download_weights.py (about 14 GB for SDXL with refiner and VAE in half "
+            "precision), or set WORKER_MODEL=demo for the embedded model"
         ) from error
