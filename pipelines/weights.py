@@ -26,6 +26,7 @@ from settings import STOCK_MODEL, Settings
 log = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
+DEMO_LORAS = DEMO_MODEL.parent / "loras"
 TRIES = 4
 WEIGHTS = ".safetensors"
 

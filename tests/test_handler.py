@@ -482,7 +482,13 @@ def test_a_worker_that_cannot_start_says_why_in_one_sentence(
 
 @pytest.mark.slow
 def test_test_input_runs_one_job_through_the_sdk(environment: dict[str, str]) -> None:
-    command = [sys.executable, "handler.py", "--test_input", json.dumps(job(output_format="jpeg"))]
+    own = {"loras": ["demo-stripes.safetensors"]}  # which the empty cache does not hold
+    command = [
+        sys.executable,
+        "handler.py",
+        "--test_input",
+        json.dumps(job(output_format="jpeg", **own)),
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
