@@ -33,6 +33,7 @@ COPY lora/ lora/
 COPY pipelines/ pipelines/
 COPY worker/ worker/
 COPY demo/model/ demo/model/
+COPY demo/loras/ demo/loras/
 
 # RunPod mounts the network volume as root's, so root is the default; RUN_AS=worker where it may be written.
 ARG RUN_AS=root

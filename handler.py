@@ -12,6 +12,7 @@ import contextvars
 import gc
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -29,7 +30,8 @@ from lora.fetch.web import quiet_libraries
 from lora.volume.loader import LoraLibrary
 from pipelines.image import ImagePipeline
 from pipelines.loading import load_models
-from settings import Settings
+from pipelines.weights import WeightsIncomplete, WeightsMissing
+from settings import Settings, SettingsError
 from worker.actions import Actions, action_of
 from worker.failures import OOM_HINT, OutOfMemory, Unexpected, failure, unexpected
 from worker.image_job import PHASES, ImageJob
@@ -264,13 +266,19 @@ def generate_image(job: Job) -> Answer:
 
 
 def main() -> None:
-    """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input."""
+    """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input.
+
+    Raises: SystemExit with a sentence if the settings or the weights cannot be used.
+    """
     import runpod
     from runpod.serverless.modules import rp_scale
 
     set_up(json_lines="RUNPOD_POD_ID" in os.environ)
     quiet_libraries()
-    worker = default_worker()
+    try:
+        worker = default_worker()
+    except (SettingsError, WeightsMissing, WeightsIncomplete) as error:
+        sys.exit(f"the worker cannot start: {error}")
     runpod.serverless.register_fitness_check(worker.check_fitness)
     concurrency = worker.settings.concurrency
     Shutdown().guard(rp_scale)

@@ -13,7 +13,17 @@ from typing import Any, NamedTuple
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
 from lora.formats.names.blocks import MAX_SCALE, parse_blocks
-from validation import SHA256, WEB_OR_DATA, InvalidInput, faults_of, field, filled, number
+from validation import (
+    SHA256,
+    WEB_OR_DATA,
+    Checked,
+    InvalidInput,
+    faults_of,
+    field,
+    filled,
+    number,
+    renamed,
+)
 
 SCHEDULERS = (
     *("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"),
@@ -234,10 +244,13 @@ def parse_job(job: object) -> ImageRequest:
 NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
 
 
-def as_entry(given: object) -> Mapping[str, Any] | None:
-    """An entry of `loras` as an object with `path`; None if it names no LoRA."""
+def as_entry(given: object, schema: dict[str, Any] = LORA_ENTRY, where: str = "") -> Checked:
+    """An entry of `loras` as an object with `path`; an empty one if it names no LoRA."""
     entry = {"path": given} if isinstance(given, str) else given
-    return entry if isinstance(entry, Mapping) and entry.get("path") else None
+    values, warnings, faults = renamed(schema, entry if isinstance(entry, Mapping) else {}, where)
+    if not values.get("path"):
+        return {}, [], faults
+    return values, warnings, [*faults, *faults_of(schema, values, where)]
 
 
 class ParsedLoras(NamedTuple):
@@ -245,7 +258,7 @@ class ParsedLoras(NamedTuple):
 
     uses: tuple[LoraUse[Reference], ...]
     warnings: tuple[str, ...]
-    """One sentence for each entry that names no LoRA and was skipped."""
+    """One sentence for each alias of a field, and for each entry that names no LoRA and was skipped."""
     faults: tuple[str, ...]
 
 
@@ -255,15 +268,14 @@ def parse_loras(entries: object, lora_mode: object = None, *, strict: bool = Tru
     With `strict`, an entry that names no LoRA is a fault, otherwise it is skipped with a warning.
     """
     uses: list[LoraUse[Reference]] = []
-    skipped: list[str] = []
-    faults: list[str] = []
+    warnings, skipped, faults = list[str](), list[str](), list[str]()
     for index, given in enumerate(entries if isinstance(entries, list) else []):
-        where, entry = f"loras[{index}]", as_entry(given)
-        if entry is None:
+        where = f"loras[{index}]"
+        entry, renames, broken = as_entry(given, where=f"{where}.")
+        warnings, faults = warnings + renames, faults + broken
+        if not entry and not broken:
             skipped.append(f"{where} {NAMES_NO_LORA}")
-        elif broken := list(faults_of(LORA_ENTRY, entry, f"{where}.")):
-            faults += broken
-        else:
+        elif not broken:
             try:
                 uses.append(_lora(filled(LORA_ENTRY, entry)))
             except ValueError as error:
@@ -271,10 +283,9 @@ def parse_loras(entries: object, lora_mode: object = None, *, strict: bool = Tru
     if lora_mode == Mode.MERGED and any(use.ranged for use in uses):
         faults.insert(0, "lora_mode: a LoRA with start or end cannot be merged")
     if strict:
-        return ParsedLoras(tuple(uses), (), (*faults, *skipped))
-    return ParsedLoras(
-        tuple(uses), tuple(f"{one} and was skipped" for one in skipped), tuple(faults)
-    )
+        return ParsedLoras(tuple(uses), tuple(warnings), (*faults, *skipped))
+    warnings += [f"{sentence} and was skipped" for sentence in skipped]
+    return ParsedLoras(tuple(uses), tuple(warnings), tuple(faults))
 
 
 def _lora(values: dict[str, Any]) -> LoraUse[Reference]:

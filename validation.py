@@ -21,6 +21,13 @@ PATTERNS: Mapping[str, str] = {
 """Every pattern that a schema of ours uses, in words."""
 
 
+ALIASES = {"path": ("url", "name", "file", "lora"), "scale": ("strength", "weight")}
+"""What other programs call the fields of a LoRA's entry."""
+
+Checked = tuple[dict[str, Any], list[str], list[str]]
+"""An object's values, warnings, faults."""
+
+
 class InvalidInput(CodedError):
     """The request breaks the schema; the sentence lists every fault with its path."""
 
@@ -56,6 +63,19 @@ def filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
         whole = "integer" in rule["type"] and isinstance(value, float)
         filled[name] = int(value) if whole else value
     return filled
+
+
+def renamed(schema: Mapping[str, Any], values: Mapping[str, Any], where: str) -> Checked:
+    """The values with aliases replaced by the right names, each with a warning; two names are a fault."""
+    right, warnings, faults = dict(values), [], []
+    for name in filter(ALIASES.__contains__, schema["properties"]):
+        for alias in filter(values.__contains__, ALIASES[name]):
+            if name in right:
+                faults.append(f"{where}{alias} means {name}, which is given too")
+            else:
+                warnings.append(f"{where}{alias} was taken as {name}")
+            right.setdefault(name, right.pop(alias))
+    return right, warnings, faults
 
 
 def faults_of(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> Iterator[str]:

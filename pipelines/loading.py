@@ -36,6 +36,7 @@ def load_models(settings: Settings) -> LoadedModels:
 
     Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
+    find_weights(settings.model)  # whoever has nothing yet is told of the model, not of its VAE
     device = torch.device(_device(settings.device))
     dtype = DTYPES[_dtype(settings.dtype, device)]
     vae = None

@@ -26,6 +26,7 @@ from settings import STOCK_MODEL, Settings
 log = logging.getLogger(__name__)
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
+DEMO_LORAS = DEMO_MODEL.parent / "loras"
 TRIES = 4
 WEIGHTS = ".safetensors"
 
@@ -125,6 +126,7 @@ def find_weights(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=index, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError) as error:
         raise WeightsMissing(
-            f"{source} is neither a folder or file here nor a baked repo; "
-            "run python download_weights.py first"
+            f"{source} is neither a folder or file here nor a baked repo; fetch the weights with "
+            "python download_weights.py (about 14 GB for SDXL with refiner and VAE in half "
+            "precision), or set WORKER_MODEL=demo for the embedded model"
         ) from error

@@ -20,6 +20,7 @@ import requests
 import torch
 from PIL import Image
 
+import handler
 from handler import PHASES, Worker
 from lora.engine.engine import RestoreFailed
 from lora.errors import CodedError
@@ -450,9 +451,44 @@ def test_importing_the_handler_loads_nothing_and_starts_nothing() -> None:
     assert done.stdout.split() == ["False", "0"]
 
 
+@pytest.mark.parametrize(
+    ("own", "parts"),
+    [
+        (
+            {"WORKER_MODEL": "nobody/nothing"},
+            ("nobody/nothing", "14 GB", "python download_weights.py", "WORKER_MODEL=demo"),
+        ),
+        (
+            {"LORA_MODE": "fast", "WORKER_MODLE": "x"},
+            ("LORA_MODE", "(did you mean WORKER_MODEL?)"),
+        ),
+    ],
+)
+def test_a_worker_that_cannot_start_says_why_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, own: dict[str, str], parts: tuple[str, ...]
+) -> None:
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("handler.set_up", lambda **_: None)
+    handler.default_worker.cache_clear()
+    with pytest.raises(SystemExit) as caught:
+        handler.main()
+    text = caught.value.code  # which Python prints to stderr, to exit with 1
+    assert isinstance(text, str)
+    assert text.startswith("the worker cannot start: ")
+    assert "\n" not in text
+    assert all(part in text for part in parts)
+
+
 @pytest.mark.slow
 def test_test_input_runs_one_job_through_the_sdk(environment: dict[str, str]) -> None:
-    command = [sys.executable, "handler.py", "--test_input", json.dumps(job(output_format="jpeg"))]
+    own = {"loras": ["demo-stripes.safetensors"]}  # which the empty cache does not hold
+    command = [
+        sys.executable,
+        "handler.py",
+        "--test_input",
+        json.dumps(job(output_format="jpeg", **own)),
+    ]
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )

@@ -108,8 +108,21 @@ def test_whole_floats_are_integers_and_two_calls_share_nothing() -> None:
             "loras[0].scale: 11 is more than 10",
         ),
         (
-            {"input": {"prompt": "x", "loras": [{"path": "a", "weight": 1}]}},
-            "loras[0].weight is not a field (did you mean weight_name?)",
+            {"input": {"prompt": "x", "loras": [{"path": "a", "weigth_name": "w"}]}},
+            "loras[0].weigth_name is not a field (did you mean weight_name?)",
+        ),
+        *(
+            ({"input": {"prompt": "x", "loras": [entry]}}, said)
+            for entry, said in (
+                ({"path": "a", "url": "canary"}, "loras[0].url means path, which is given too"),
+                ({"path": "", "lora": "canary"}, "loras[0].lora means path, which is given too"),
+                ({"name": "a", "file": "canary"}, "loras[0].file means path, which is given too"),
+                (
+                    {"path": "a", "scale": 1, "weight": 2},
+                    "loras[0].weight means scale, which is given too",
+                ),
+                ({"path": "a", "strength": "big"}, "loras[0].scale: 'big' is not a number"),
+            )
         ),
         (
             {"input": {"prompt": "x", "loras": [{"path": "a", "sha256": "12"}]}},
@@ -190,6 +203,22 @@ def test_an_entry_that_names_no_lora_is_skipped_with_a_warning_or_strictly_refus
     assert "loras[0]" in request.warnings[0]
     text = fault_of({"input": {"prompt": "x", "loras": entries, "strict_loras": True}})
     assert "4 faults" in text
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("path", ["url", "name", "file", "lora"])
+@pytest.mark.parametrize("scale", ["strength", "weight"])
+def test_other_programs_names_of_fields_are_understood_with_a_warning(
+    path: str, scale: str, strict: bool
+) -> None:
+    entry = {path: "a", scale: 0.5, "weight_name": "w"}
+    request = parse(loras=[entry, "b"], strict_loras=strict)
+    assert request.loras == (LoraUse(Reference("a", "w"), 0.5), LoraUse(Reference("b"), 1.0))
+    assert request.warnings == (
+        f"loras[0].{path} was taken as path",
+        f"loras[0].{scale} was taken as scale",
+    )
+    assert entry == {path: "a", scale: 0.5, "weight_name": "w"}
 
 
 def test_every_field_has_a_default_and_a_description() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from lora.fetch.sources import Reference, parse, redact_url
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
 from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
-from validation import InvalidInput, faults_of, field, filled, number
+from validation import InvalidInput, faults_of, field, filled, number, renamed
 from worker.image_job import about, unused_keys
 from worker.parts import Answer, Parts
 from worker.selection import NONE, PRESET, ready
@@ -131,17 +131,18 @@ class Actions:
 
     def answer(self, job: Mapping[str, Any]) -> Answer:
         """The answer of an action. Raises: CodedError."""
-        values, table = dict(job["input"]), self.table
-        name = values.pop("action")
+        given, table = dict(job["input"]), self.table
+        name = given.pop("action")
         if not isinstance(name, str) or name not in table:
             raise InvalidInput("action is none of " + ", ".join(table))
         action, schema = table[name], _schema(table[name].fields)
-        faults = list(faults_of(schema, values, ""))
+        values, renames, faults = renamed(schema, given, "")
+        faults += faults_of(schema, values, "")
         if action.required and action.required not in values:
             faults.append(f"{action.required} is required")
         if faults:
             raise InvalidInput("; ".join(faults), "See the README's table of actions.")
-        return action.answer(filled(schema, values))
+        return _warned(action.answer(filled(schema, values)), renames)
 
     def _health(self, _: Mapping[str, Any]) -> Answer:
         parts, cache = self.parts, self.parts.library.cache
@@ -171,18 +172,18 @@ class Actions:
         }
 
     def _prefetch(self, values: Mapping[str, Any]) -> Answer:
-        references, faults, schema = [], [], _schema(_ENTRY)
+        references, warnings, faults, schema = [], list[str](), list[str](), _schema(_ENTRY)
         for index, value in enumerate(values["loras"]):
-            entry = as_entry(value)
-            if entry is None:
+            entry, renames, broken = as_entry(value, schema, f"loras[{index}].")
+            warnings, faults = warnings + renames, faults + broken
+            if not entry and not broken:
                 faults.append(f"loras[{index}] {NAMES_NO_LORA}")
-            elif broken := list(faults_of(schema, entry, f"loras[{index}].")):
-                faults += broken
-            else:
+            elif not broken:
                 references.append(Reference(**filled(schema, entry)))
         if faults:
             raise InvalidInput("; ".join(faults))
-        return {"loras": [_about(loaded) for loaded in self.parts.library.load_all(references)]}
+        loaded = self.parts.library.load_all(references)
+        return _warned({"loras": [_about(lora) for lora in loaded]}, warnings)
 
     def _inspect(self, values: Mapping[str, Any]) -> Answer:
         loaded = self.parts.library.load(Reference(**values))
@@ -239,14 +240,20 @@ class Actions:
             )
         if name.lower() == NONE:
             raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
-        for use in ready(name, preset).loras:
+        checked = ready(name, preset)
+        for use in checked.loras:
             parse(use.lora)  # a source that means nothing is refused now, not in the first job
         self.parts.selection.presets.set(name, preset)
-        return {"name": name, **_shown(preset)}
+        return _warned({"name": name, **_shown(preset)}, checked.warnings)
 
     def _delete_preset(self, name: str) -> Answer:
         self.parts.selection.presets.delete(name)
         return {"deleted": name}
+
+
+def _warned(answer: Answer, warnings: Sequence[str]) -> Answer:
+    """The answer with these warnings before its own."""
+    return {**answer, "warnings": [*warnings, *answer.get("warnings", [])]} if warnings else answer
 
 
 def _about(loaded: Loaded) -> Answer:
@@ -256,6 +263,6 @@ def _about(loaded: Loaded) -> Answer:
 
 def _shown(preset: Mapping[str, Any]) -> Answer:
     """A preset without the query of its URLs, which may hold a token."""
-    entries = [as_entry(value) or {} for value in preset.get("loras", [])]
+    entries = [as_entry(value)[0] for value in preset.get("loras", [])]
     loras = [{**entry, "path": redact_url(str(entry.get("path")))} for entry in entries]
     return {**filled(PRESET, preset), "loras": loras}

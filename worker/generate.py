@@ -134,7 +134,7 @@ def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> d
     try:
         parts = worker.parts
     except WeightsMissing as error:
-        raise ToolError(str(error), "`demo` is the model that is always here.") from error
+        raise ToolError(str(error)) from error
     worker.parts = replace(parts, library=OwnFiles(cache, parts.engine.key_map))
     return dict(worker(job))
 

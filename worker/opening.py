@@ -12,6 +12,7 @@ from lora.fetch.sources import CIVITAI, HUB, Reference, parse
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.opening import make_cache
 from lora.volume.presets import cached_names, read_config
+from pipelines.weights import DEMO_LORAS
 from settings import Settings, split_list
 
 
@@ -38,7 +39,10 @@ def _faults(settings: Settings) -> Iterator[str]:
 
 
 def open_cache(settings: Settings) -> VolumeCache:
-    """The LoRA cache on the volume. Nothing is requested or written yet."""
+    """The LoRA cache on the volume, with the demo's LoRAs behind it for the demo model.
+
+    Nothing is requested or written yet.
+    """
     budget = settings.lora_cache_max_gb
     limits = Limits(
         file_bytes=int(settings.lora_max_file_mb * 1e6),
@@ -46,7 +50,7 @@ def open_cache(settings: Settings) -> VolumeCache:
         timeout=settings.lora_download_timeout,
         ttl=settings.lora_ttl_hours * 3600,
     )
-    return make_cache(
+    cache = make_cache(
         settings.lora_cache_dir,
         limits,
         hub=(settings.hf_endpoint, settings.hf_token),
@@ -55,6 +59,8 @@ def open_cache(settings: Settings) -> VolumeCache:
         allowed_hosts=split_list(settings.lora_allowed_hosts),
         allow_private=settings.lora_allow_private_urls,
     )
+    cache.shelf.behind = DEMO_LORAS if settings.model == "demo" else None
+    return cache
 
 
 def default_loras(settings: Settings) -> tuple[dict[str, Any], ...]:

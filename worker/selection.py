@@ -55,6 +55,7 @@ class Ready:
     """Texts that come before the prompt."""
     after: tuple[str, ...] = ()
     """Texts that come behind it, each behind a comma."""
+    warnings: tuple[str, ...] = ()
 
 
 def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) -> Ready:
@@ -64,8 +65,8 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
     if not faults:
         before = _texts([values["prompt_prefix"]])
         after = _texts((*values["trigger_words"], values["prompt_suffix"]))
-        loras, _, broken = parse_loras(values["loras"], lora_mode)
-        checked = Ready(name, loras, before, after)
+        loras, warnings, broken = parse_loras(values["loras"], lora_mode)
+        checked = Ready(name, loras, before, after, warnings)
         words = {f"trigger_words[{n}]": word for n, word in enumerate(values["trigger_words"])}
         faults = [*faults_of({}, words, ""), *broken]
         if not (values["loras"] or before or after):
@@ -148,7 +149,9 @@ def _joined(
     prompt = _prompt(request.prompt, chosen)
     drawn = None if prompt == request.prompt else prompt
     names = tuple(preset.name for preset in chosen)
-    return Chosen(replace(request, loras=loras, prompt=prompt), names, drawn)
+    warnings = [f"preset {p.name!r}: {sentence}" for p in chosen for sentence in p.warnings]
+    request = replace(request, loras=loras, prompt=prompt, warnings=(*request.warnings, *warnings))
+    return Chosen(request, names, drawn)
 
 
 def _prompt(prompt: str, chosen: Sequence[Ready]) -> str:

@@ -117,7 +117,7 @@ class VolumeCache:
         stems = [str(PurePosixPath(str(adapter.weights)).with_suffix("")) for adapter in adapters]
         hint = nearest(name.removesuffix(SAFETENSORS), stems)
         hint = hint or f"The cache holds {len(stems)} files."
-        return LoraNotFound(f"the cache has no file {name!r}", hint)
+        return LoraNotFound(f"the cache in {self.shelf.root} has no file {name!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
         fetch = Fetch(remote, self.shelf, self.web, self._lease, on_bytes)
@@ -140,12 +140,18 @@ class VolumeCache:
     def pin(self, name: str) -> None:
         """Keeps a file for ever, on all workers. Raises: LoraNotFound, SourceInvalid, CacheFull."""
         with write_errors_as(f"{name} cannot be pinned"):
-            pin_path(self.find(CachedName(name)).path).touch()
+            self._pin(name).touch()
 
     def unpin(self, name: str) -> None:
         """Takes a pin away, if there is one. Raises: LoraNotFound, SourceInvalid, CacheFull."""
         with write_errors_as(f"{name} cannot be unpinned"):
-            pin_path(self.find(CachedName(name)).path).unlink(missing_ok=True)
+            self._pin(name).unlink(missing_ok=True)
+
+    def _pin(self, name: str) -> Path:
+        path = self.find(CachedName(name)).path
+        if not self.shelf.is_own(path):
+            raise self._not_found(name)
+        return pin_path(path)
 
     def delete(self, name: str) -> str:
         """Removes an adapter and all that belongs to it, whoever put it there; the full name of its file.
@@ -154,7 +160,7 @@ class VolumeCache:
         """
         adapter = self.shelf.adapter(name)
         if adapter is None:
-            raise LoraNotFound(f"the cache has no file {name!r}")
+            raise self._not_found(name)
         with write_errors_as(f"{name} cannot be deleted"):
             delete(adapter)
         return adapter.weights or adapter.path

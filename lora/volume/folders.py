@@ -30,6 +30,9 @@ MOUNTS = Path("/proc/self/mountinfo")
 class Folders:
     """The volume's folder and, for when that cannot be written, another."""
 
+    behind: Path | None = None
+    """A folder whose files are found behind those of `roots`; it is neither written to nor listed."""
+
     def __init__(self, root: Path, fallback: Path | None, stale_after: float) -> None:
         """`stale_after`: seconds without a write after which an unfinished file is a dead worker's."""
         self.root, self.fallback = root, fallback
@@ -76,8 +79,16 @@ class Folders:
             self.trouble = trouble
 
     def root_of(self, path: Path) -> Path:
-        """The folder of the cache that a file is in."""
-        return next(root for root in self.roots if path.is_relative_to(root))
+        """The folder that a file of the cache is in."""
+        return next(root for root in self._readable if path.is_relative_to(root))
+
+    @property
+    def _readable(self) -> tuple[Path, ...]:
+        return (*self.roots, self.behind) if self.behind else self.roots
+
+    def is_own(self, path: Path) -> bool:
+        """Whether the file lies in `roots`, so that the cache may write beside it and delete it."""
+        return self.root_of(path) in self.roots
 
     def name_of(self, path: Path) -> str:
         """The name of a file in the cache, as a request would give it."""
@@ -85,7 +96,7 @@ class Folders:
 
     def is_local(self, path: Path) -> bool:
         """Whether a file of the cache is on a disk of this machine."""
-        return self._local[self.root_of(path)]
+        return self._local.get(self.root_of(path), False)
 
     def adapters(self) -> list[StoredAdapter]:
         """Every adapter that has its weights, in the order of their files' paths, the volume's first."""
@@ -107,7 +118,7 @@ class Folders:
         """
         stems = (name, *(f"{name}/{stem}" for stem in STEMS))
         candidates = [name, *(stem + ext for stem in stems for ext in EXTENSIONS)]
-        for root in self.roots if not is_hidden(name) else ():
+        for root in self._readable if not is_hidden(name) else ():
             for candidate in candidates:
                 path = root / candidate
                 with suppress(OSError):
@@ -122,7 +133,7 @@ class Folders:
 
         Raises: SourceInvalid if it leads out of the folders.
         """
-        if path := self.existing(name):
+        if (path := self.existing(name)) and self.is_own(path):
             return adapter_at(self.root_of(path), self.name_of(path))
         if is_hidden(name) or name.startswith("/") or ".." in PurePosixPath(name).parts:
             return None

@@ -97,7 +97,8 @@ class Shelf(Folders):
         elif fault:
             raise fault
         with suppress(OSError):  # a read-only volume: the next worker hashes it again
-            write(self.root_of(path), beside, hashed)
+            if self.is_own(path):
+                write(self.root_of(path), beside, hashed)
         return hashed
 
     def kept(self, remote: RemoteFile) -> CacheEntry | None:

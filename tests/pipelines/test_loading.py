@@ -83,8 +83,9 @@ def test_a_vae_and_a_refiner_of_ones_own(tmp_path: Path, demo: LoadedModels) -> 
 
 
 def test_weights_that_are_not_here_are_told() -> None:
-    with pytest.raises(WeightsMissing):
-        load("nobody/nothing")
+    with pytest.raises(WeightsMissing) as caught:
+        load("nobody/nothing", vae="nobody/vae")
+    assert str(caught.value).startswith("nobody/nothing is neither")
 
 
 # --- a single checkpoint, in the names of the original code -----------------------------------------

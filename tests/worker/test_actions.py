@@ -59,6 +59,16 @@ def test_a_file_is_inspected(demo_worker: Worker) -> None:
     assert answer["unused_keys"] == []
 
 
+def test_an_alias_of_path_is_understood_with_a_warning(demo_worker: Worker) -> None:
+    answer = ask(demo_worker, "loras.inspect", url="demo-spiral")
+    assert answer["used_keys"] > 0
+    assert answer["warnings"] == ["url was taken as path"]
+    answer = ask(demo_worker, "loras.prefetch", loras=["demo-night", {"file": "demo-spiral"}])
+    assert [lora["file"][:9] for lora in answer["loras"]] == ["demo-nigh", "demo-spir"]
+    assert answer["warnings"] == ["loras[1].file was taken as path"]
+    assert "warnings" not in ask(demo_worker, "loras.prefetch", loras=["demo-night"])
+
+
 def test_a_file_is_pinned_unpinned_and_deleted(demo_worker: Worker, server: LoopbackServer) -> None:
     url = server.serve("/del.safetensors", as_bytes(kohya(seed=32)))
     name = ask(demo_worker, "loras.prefetch", loras=[url])["loras"][0]["file"]
@@ -88,6 +98,14 @@ def test_a_file_is_pinned_unpinned_and_deleted(demo_worker: Worker, server: Loop
         ({"action": "loras.delete", "name": "../../x"}, "LORA_NOT_FOUND"),
         ({"action": "loras.prefetch", "loras": []}, "loras"),
         ({"action": "loras.prefetch", "loras": [5, {"path": "x", "y": 1}]}, "loras[0] names no"),
+        (
+            {"action": "loras.prefetch", "loras": [{"path": "x", "strength": 1}, {"url": 5}]},
+            "loras[0].strength is not a field; loras[1].path: 5 is not a string",
+        ),
+        (
+            {"action": "loras.inspect", "path": "x", "lora": "y"},
+            "lora means path, which is given too",
+        ),
         ({"action": "loras.inspect", "path": "no-such"}, "LORA_NOT_FOUND"),
     ],
     ids=str,

@@ -172,6 +172,21 @@ def test_presets_are_kept_and_shown_without_secrets(actions: Actions, root: Path
     assert ask(actions, "presets.delete", name="watercolor") == {"deleted": "watercolor"}
 
 
+def test_aliases_in_a_preset_are_understood_with_a_warning(actions: Actions) -> None:
+    url = "https://user:canary@host/a.safetensors?token=canary"
+    answer = ask(actions, "presets.set", name="p", loras=["b", {"url": url, "weight": 0.5}])
+    assert answer["loras"][1] == {"path": "https://host/a.safetensors", "scale": 0.5}
+    renames = ["loras[1].url was taken as path", "loras[1].weight was taken as scale"]
+    assert answer["warnings"] == renames
+    assert "canary" not in json.dumps(ask(actions, "presets.list"))
+    chosen = choose(actions.parts.selection, "p", loras=[{"lora": "own"}]).request
+    assert [(use.lora.path, use.scale) for use in chosen.loras][1:] == [(url, 0.5), ("own", 1.0)]
+    assert chosen.warnings == (
+        "loras[0].lora was taken as path",
+        *(f"preset 'p': {sentence}" for sentence in renames),
+    )
+
+
 def test_one_bad_preset_does_not_break_the_others(actions: Actions, root: Path) -> None:
     bad = {"loras": [{"path": "x", "scale": "much"}], "prompt_prefx": "a"}
     text = json.dumps({"good": {"loras": ["a"]}, "bad": bad, "worse": 5})

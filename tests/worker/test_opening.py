@@ -1,7 +1,12 @@
 """What the settings mean, once it is opened."""
 
+from pathlib import Path
+
 import pytest
 
+from lora.errors import LoraNotFound
+from lora.fetch.sources import CachedName, Reference
+from pipelines.weights import DEMO_LORAS
 from settings import Settings, SettingsError
 from worker.opening import open_cache, read_settings
 
@@ -39,6 +44,31 @@ def test_tokens_belong_to_origins() -> None:
     assert rules.own == {"http://10.0.0.7:8080"}
     assert rules.allowed_hosts == ("*.example.com", "huggingface.co")
     assert not rules.allow_private
+
+
+def test_the_demo_models_loras_are_found_behind_the_cache_and_left_alone(tmp_path: Path) -> None:
+    def listing() -> list[tuple[str, int]]:
+        return sorted((path.name, path.stat().st_mtime_ns) for path in DEMO_LORAS.iterdir())
+
+    before, name = listing(), "demo-stripes.safetensors"
+    cache = open_cache(Settings(model="demo", lora_cache_dir=tmp_path))
+    resolved = cache.resolve(Reference("demo-stripes"))
+    entry = cache.get(resolved)
+    assert (entry.name, entry.path, entry.downloaded) == (name, DEMO_LORAS / name, False)
+    assert cache.shelf.describe() == []
+    for change in (cache.pin, cache.unpin, cache.delete):
+        with pytest.raises(LoraNotFound):
+            change("demo-stripes")
+    assert (list(tmp_path.iterdir()), listing()) == ([], before)
+    (tmp_path / name).write_bytes((DEMO_LORAS / "demo-night.safetensors").read_bytes())
+    assert cache.get(resolved).path == tmp_path / name
+
+
+def test_other_models_do_not_find_the_demos_loras(tmp_path: Path) -> None:
+    cache = open_cache(Settings(lora_cache_dir=tmp_path))
+    with pytest.raises(LoraNotFound) as caught:
+        cache.find(CachedName("demo-stripes"))
+    assert caught.value.sentence == f"the cache in {tmp_path} has no file 'demo-stripes'"
 
 
 def test_private_urls_are_allowed_by_a_boolean() -> None:

@@ -112,7 +112,7 @@ def test_the_faults_of_all_loras_are_told_at_once(
     with pytest.raises(LoraNotFound) as caught:
         library.load_all([Reference(source) for source in sources])
     assert str(caught.value).count("gone.safetensors does not exist (HTTP 404)") == 1
-    assert "; the cache has no file 'no-such-name'." in str(caught.value)
+    assert "has no file 'no-such-name'." in str(caught.value)
 
 
 def test_nothing_is_downloaded_if_a_reference_means_nothing(
