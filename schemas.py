@@ -10,20 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import validation
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
 from lora.formats.names.blocks import MAX_SCALE, parse_blocks
-from validation import (
-    SHA256,
-    WEB_OR_DATA,
-    Checked,
-    InvalidInput,
-    faults_of,
-    field,
-    filled,
-    number,
-    renamed,
-)
+from validation import Checked, InvalidInput, faults_of, field, filled, number, renamed
 
 SCHEDULERS = (
     *("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"),
@@ -40,10 +31,8 @@ MAX_LORAS = 16
 LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of SDXL that a LoRA can change."""
 
-
-def _size(name: str) -> dict[str, Any]:
-    words = f"{name} in pixels; null is the model's own size, 1024 for SDXL"
-    return field("integer|null", None, words, minimum=64, maximum=4096, multipleOf=8)
+_SIZE = {"minimum": 64, "maximum": 4096, "multipleOf": 8}
+_OWN_SIZE = "in pixels; null is the model's own size, 1024 for SDXL"
 
 
 IMAGE_REQUEST: dict[str, Any] = {
@@ -53,8 +42,8 @@ IMAGE_REQUEST: dict[str, Any] = {
     "properties": {
         "prompt": field("string|null", None, "What to draw; required unless `image_url` is given"),
         "negative_prompt": field("string|null", None, "What not to draw"),
-        "height": _size("Height"),
-        "width": _size("Width"),
+        "height": field("integer|null", None, f"Height {_OWN_SIZE}", **_SIZE),
+        "width": field("integer|null", None, f"Width {_OWN_SIZE}", **_SIZE),
         "seed": number(
             "integer|null",
             None,
@@ -76,7 +65,7 @@ IMAGE_REQUEST: dict[str, Any] = {
             "string|null",
             None,
             "Picture to start from: an http(s) URL or a data URI",
-            pattern=WEB_OR_DATA,
+            pattern=validation.WEB_OR_DATA,
         ),
         "num_images": number("integer", 1, (1, 4), "How many pictures"),
         "high_noise_frac": number(
@@ -172,7 +161,10 @@ LORA_ENTRY: dict[str, Any] = {
             "string|null", None, "Which branch, tag or commit of a Hugging Face repo"
         ),
         "sha256": field(
-            "string|null", None, "The file's hash, if it must be this one", pattern=SHA256
+            "string|null",
+            None,
+            "The file's hash, if it must be this one",
+            pattern=validation.SHA256,
         ),
         "refresh": field(
             "boolean",
@@ -283,8 +275,9 @@ def parse_loras(entries: object, lora_mode: object = None, *, strict: bool = Tru
     if lora_mode == Mode.MERGED and any(use.ranged for use in uses):
         faults.insert(0, "lora_mode: a LoRA with start or end cannot be merged")
     if strict:
-        return ParsedLoras(tuple(uses), tuple(warnings), (*faults, *skipped))
-    warnings += [f"{sentence} and was skipped" for sentence in skipped]
+        faults += skipped
+    else:
+        warnings += [f"{sentence} and was skipped" for sentence in skipped]
     return ParsedLoras(tuple(uses), tuple(warnings), tuple(faults))
 
 
