@@ -34,7 +34,6 @@ LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _SIZE = {"minimum": 64, "maximum": 4096, "multipleOf": 8}
 _OWN_SIZE = "in pixels; null is the model's own size, 1024 for SDXL"
 
-
 IMAGE_REQUEST: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
@@ -218,9 +217,8 @@ def parse_job(job: object) -> ImageRequest:
     name, steps = values.get("scheduler"), values.get("num_inference_steps")
     if name in DISTILLED and isinstance(steps, (int, float)) and steps > DISTILLED_STEPS:
         faults.append(f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}")
-    loras = parse_loras(
-        values.get("loras"), values.get("lora_mode"), strict=bool(values.get("strict_loras"))
-    )
+    strict = bool(values.get("strict_loras"))
+    loras = parse_loras(values.get("loras"), values.get("lora_mode"), strict=strict)
     if faults := [*faults, *loras.faults]:
         raise InvalidInput.of(faults)
     chosen = filled(IMAGE_REQUEST, values)
