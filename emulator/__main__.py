@@ -20,7 +20,7 @@ import uvicorn
 from emulator.app import counts, new_app
 from emulator.jobs import JobQueue
 from emulator.worker_api import wire_environment
-from emulator.workers import Scale, WorkerPool
+from emulator.workers import NoWorkerStarts, Scale, WorkerPool
 
 log = logging.getLogger("emulator")
 
@@ -43,6 +43,9 @@ def main() -> int:
         except OSError as error:
             log.error("the workers cannot be started: %s", error)
             return 2
+        except NoWorkerStarts as error:
+            log.error("%s", error)
+            return 1
     return 0
 
 

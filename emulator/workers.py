@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Collection, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ POLL = 0.1
 RESTART_PAUSE = 1.0
 """Seconds before another worker is started after one that ended before it asked for a job."""
 
+MAX_STILLBORN, LAST_LINES = 3, 20
+"""Workers in a row that may end before they asked for a job; the lines of the last one that are shown."""
+
+
+class NoWorkerStarts(RuntimeError):
+    """Workers in a row died before they asked for a job; the text ends with what the last one printed."""
+
 
 @dataclass
 class Worker:
@@ -39,6 +47,8 @@ class Worker:
     asked: bool = False
     """Whether it was asked to end."""
     idle_since: float | None = None
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES))
+    """What it printed last."""
 
     @property
     def alive(self) -> bool:
@@ -90,6 +100,8 @@ class WorkerPool:
         self.workers: dict[str, Worker] = {}
         self.deaths = 0
         """How many workers ended without having been asked to."""
+        self._stillborn: list[Worker] = []
+        """Those that ended before any worker asked for a job again."""
         self._number = 0
         self._not_before = 0.0
         self._ends: set[asyncio.Task[None]] = set()
@@ -98,10 +110,10 @@ class WorkerPool:
     async def run(self, over: asyncio.Event) -> None:
         """Starts, watches and scales workers until `over` is set; then ends them and what they started.
 
-        Raises: OSError if the command cannot be started.
+        Raises: OSError if the command cannot be started; NoWorkerStarts.
         """
         try:
-            while not over.is_set():
+            while not over.is_set() and len(self._stillborn) < MAX_STILLBORN:
                 self._bury()
                 self._queue.tick()
                 while self._wants_another() and not over.is_set():
@@ -111,11 +123,16 @@ class WorkerPool:
                     await asyncio.wait_for(over.wait(), POLL)
         finally:
             await self._end_all()
+        if len(self._stillborn) >= MAX_STILLBORN:
+            last = "\n".join(self._stillborn[-1].lines) or "(nothing)"
+            count = f"{len(self._stillborn)} workers in a row died before they asked for a job"
+            raise NoWorkerStarts(f"{count}; the last one printed:\n{last}")
 
     def heard_of(self, name: str) -> None:
         """Notes that a worker asked for a job: it has started."""
         if worker := self.workers.get(name):
             worker.ready = True
+            self._stillborn.clear()
 
     def takes(self, name: str) -> bool:
         """Whether a worker gets jobs."""
@@ -162,7 +179,8 @@ class WorkerPool:
                 continue
             if not line:
                 return
-            log.info("[%s] %s", worker.id, line.decode(errors="replace").rstrip())
+            worker.lines.append(line.decode(errors="replace").rstrip())
+            log.info("[%s] %s", worker.id, worker.lines[-1])
 
     def _bury(self) -> None:
         """Forgets the workers that ended, and puts their jobs back into the queue."""
@@ -177,6 +195,8 @@ class WorkerPool:
             log.warning("%s died (exit %s)", worker.id, worker.process.returncode)
             if not worker.ready:
                 self._not_before = time.monotonic() + RESTART_PAUSE
+                if not any(other.ready for other in self.workers.values()):
+                    self._stillborn.append(worker)
 
     def _wants_another(self) -> bool:
         """Whether to start a worker. A worker that is ending counts: it still has the device's memory."""

@@ -383,6 +383,37 @@ def test_a_worker_that_cannot_start_is_tried_again_after_a_pause(
     assert "w1 died (exit 7)" in caplog.text
 
 
+def test_the_third_worker_in_a_row_that_cannot_start_ends_it_and_shows_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(workers, "RESTART_PAUSE", 0.05)
+    (tmp_path / "worker.py").write_text(
+        "print(*range(30), sep='\\n'); raise SystemExit('no model')"
+    )
+    assert main(f"--port 0 -- {sys.executable} {tmp_path}/worker.py", monkeypatch) == 1
+    text = caplog.records[-1].getMessage()
+    said = "3 workers in a row died before they asked for a job; the last one printed:"
+    assert text.splitlines() == [said, *map(str, range(11, 30)), "no model"]
+
+
+def test_only_workers_that_die_one_after_the_other_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "RESTART_PAUSE", 0.05)
+    pool = pool_of(
+        "import os, time; os.environ['RUNPOD_POD_ID'] in ('w2', 'w5') and time.sleep(600)", tmp_path
+    )
+
+    def enough() -> bool:
+        for name in ("w2", "w5"):  # one that asks for a job, and dies later
+            if worker := pool.workers.get(name):
+                pool.heard_of(name)
+                worker.kill()
+        return pool.deaths == 8
+
+    run(pool, enough)
+
+
 def test_a_killed_worker_is_replaced_and_nothing_of_it_is_left(tmp_path: Path) -> None:
     mark = f"killed-{tmp_path}"
     script = "import subprocess, time; subprocess.Popen(['sleep', '600']); time.sleep(600)"
