@@ -14,7 +14,7 @@ import validation
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
 from lora.formats.names.blocks import MAX_SCALE, parse_blocks
-from validation import Checked, InvalidInput, faults_of, field, filled, number, renamed
+from validation import NAMES_NO_LORA, InvalidInput, as_entry, faults_of, field, filled, number
 
 SCHEDULERS = (
     *("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"),
@@ -231,18 +231,6 @@ def parse_job(job: object) -> ImageRequest:
     return ImageRequest(**{**chosen, "loras": loras.uses, "warnings": loras.warnings})
 
 
-NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
-
-
-def as_entry(given: object, schema: dict[str, Any] = LORA_ENTRY, where: str = "") -> Checked:
-    """An entry of `loras` as an object with `path`; an empty one if it names no LoRA."""
-    entry = {"path": given} if isinstance(given, str) else given
-    values, warnings, faults = renamed(schema, entry if isinstance(entry, Mapping) else {}, where)
-    if not values.get("path"):
-        return {}, [], faults
-    return values, warnings, [*faults, *faults_of(schema, values, where)]
-
-
 class ParsedLoras(NamedTuple):
     """What a list of LoRAs means, and what is wrong with it."""
 
@@ -261,7 +249,7 @@ def parse_loras(entries: object, lora_mode: object = None, *, strict: bool = Tru
     warnings, skipped, faults = list[str](), list[str](), list[str]()
     for index, given in enumerate(entries if isinstance(entries, list) else []):
         where = f"loras[{index}]"
-        entry, renames, broken = as_entry(given, where=f"{where}.")
+        entry, renames, broken = as_entry(given, LORA_ENTRY, f"{where}.")
         warnings, faults = warnings + renames, faults + broken
         if not entry and not broken:
             skipped.append(f"{where} {NAMES_NO_LORA}")

@@ -17,8 +17,17 @@ from lora.errors import CodedError
 from lora.fetch.sources import Reference, parse, redact_url
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
-from schemas import LORA_ENTRY, NAMES_NO_LORA, as_entry
-from validation import InvalidInput, faults_of, field, filled, number, renamed
+from schemas import LORA_ENTRY
+from validation import (
+    NAMES_NO_LORA,
+    InvalidInput,
+    as_entry,
+    faults_of,
+    field,
+    filled,
+    number,
+    renamed,
+)
 from worker.image_job import about, unused_keys
 from worker.parts import Answer, Parts
 from worker.selection import NONE, PRESET, ready
@@ -263,6 +272,6 @@ def _about(loaded: Loaded) -> Answer:
 
 def _shown(preset: Mapping[str, Any]) -> Answer:
     """A preset without the query of its URLs, which may hold a token."""
-    entries = [as_entry(value)[0] for value in preset.get("loras", [])]
+    entries = [as_entry(value, LORA_ENTRY, "")[0] for value in preset.get("loras", [])]
     loras = [{**entry, "path": redact_url(str(entry.get("path")))} for entry in entries]
     return {**filled(PRESET, preset), "loras": loras}
