@@ -183,7 +183,7 @@ class Settings:
         text = self.lora_preload.strip()
         if not text.startswith("["):
             return split_list(text)
-        sources = parse_json(text)
+        sources = _parse_json(text)
         if not all(isinstance(source, str) for source in sources):
             raise ValueError("it is no JSON list of sources")
         return tuple(sources)
@@ -228,7 +228,7 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def parse_json(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     """Raises: ValueError that repeats nothing of the text, which may hold secrets."""
     try:
         return json.loads(text)

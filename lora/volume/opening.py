@@ -43,7 +43,8 @@ def open_cache(
     `VARIABLES` of the environment say how. Raises: ValueError that names a variable that cannot be used, or
     is misspelt, and repeats nothing of its text.
     """
-    values = {name: text.strip() for name, text in (environ or os.environ).items()}
+    given = os.environ if environ is None else environ
+    values = {name: text.strip() for name, text in given.items()}
     for name in set(values) - set(VARIABLES):
         if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
             raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")

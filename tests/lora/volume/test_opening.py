@@ -58,3 +58,10 @@ def test_settings_of_the_worker_alone_are_let_pass(tmp_path: Path) -> None:
     names = {one.metadata["env"]: "x" for one in fields(Settings)}
     others = {name: text for name, text in names.items() if name not in VARIABLES}
     assert open_cache(tmp_path, others).shelf.root == tmp_path
+
+
+def test_an_environment_that_is_empty_is_not_the_process_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORA_CACHE_MAX_GB", "3")
+    assert open_cache(tmp_path, {}).limits.total_bytes is None
