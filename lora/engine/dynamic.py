@@ -79,10 +79,10 @@ def set_scales(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> None:
 
 
 class AdaptedForward:
-    """Replaces one module's `forward` while a stack is applied.
+    """What one module's `forward` calls while a stack is applied.
 
-    A module always gets the same object: torch.compile guards on the object, so another stack with the
-    same ranks runs the graph that was compiled before.
+    torch.compile guards on the shapes of the tensors, not on this object: another stack with the same ranks,
+    and another block with the same layers, run the graph that was compiled before.
     """
 
     original: Callable[..., Tensor]

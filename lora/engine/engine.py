@@ -150,7 +150,7 @@ class LoraEngine:
         return self._modules[target.component, target.path]
 
     def forward_of(self, module: nn.Module) -> AdaptedForward:
-        """The replacement for a module's `forward`: always the same object for one module."""
+        """What replaces a module's `forward`: made once, since making hundreds takes milliseconds."""
         forward = self._forwards.get(module)
         if forward is None:
             forward = self._forwards[module] = AdaptedForward(module)
