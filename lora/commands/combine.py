@@ -9,6 +9,7 @@ from typing import Any
 
 from lora.commands.rewriting import add_write_options, as_result, show, write_options
 from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy, with_scale
+from lora.tools.overwriting import refuse_existing
 
 __all__ = ["SUMMARY", "add_arguments", "run", "show"]
 
@@ -34,6 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Combines. Raises: ToolError, LoraError."""
+    refuse_existing(options.output, options.force)
     from lora.engine.stack import LoraUse
     from lora.tools.combine import CombineOptions, Method, combine
 

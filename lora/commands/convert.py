@@ -11,6 +11,7 @@ from typing import Any
 from lora.commands.rewriting import add_write_options, as_result, show, write_options
 from lora.commands.shared import add_rank_options, progress, rank_policy
 from lora.errors import ToolError
+from lora.tools.overwriting import refuse_existing
 
 __all__ = ["SUMMARY", "add_arguments", "run", "show"]
 
@@ -40,6 +41,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Converts. Raises: ToolError, LoraError."""
+    refuse_existing(options.output, options.force)
     from lora.tools.convert import ConvertOptions, Goal, convert
     from lora.tools.models.checkpoints import Checkpoint
 

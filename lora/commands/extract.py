@@ -9,6 +9,7 @@ from typing import Any
 
 from lora.commands import shared
 from lora.tools import FILE_FORMATS
+from lora.tools.overwriting import refuse_existing
 
 SUMMARY = "make a LoRA of the difference of two models"
 
@@ -23,7 +24,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--source-model", type=Path, required=True, metavar="A", help="the base")
     add("--target-model", type=Path, required=True, metavar="B", help="the tuned")
-    add("--output", type=Path, required=True, metavar="F", help="the LoRA")
+    shared.add_output(parser, "the LoRA")
     for which in ("source", "target"):
         text = "by default what the file is"
         add(f"--{which}-type", choices=FILE_FORMATS, help=text)
@@ -47,6 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Extracts; a run that was killed is continued. Raises: ToolError."""
+    refuse_existing(options.output, options.force)
     from lora.tools.extract.options import Conv, ExtractOptions
     from lora.tools.extract.run import extract
     from lora.tools.factors.ranks import RankPolicy
@@ -64,6 +66,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
         clamp_quantile=options.clamp_quantile,
         seed=options.seed,
         verify=options.verify,
+        overwrite=options.force,
     )
     with (
         Checkpoint.open(options.source_model, options.source_type) as source,

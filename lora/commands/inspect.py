@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lora.commands.charts import Bar, drawn_chart, text_bars
-from lora.commands.shared import key_lines, key_map_of, plain, progress, size, write_file
+from lora.commands.shared import add_force, key_lines, key_map_of, plain, progress, size, write_file
 from lora.errors import LoraError, ToolError
+from lora.tools.overwriting import refuse_other_kind, refuse_overwriting
 
 SUMMARY = "tell what adapter files are: algorithm, base model, ranks, training, hashes, norms"
 
@@ -28,10 +29,14 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="also tell what fits a model: a checkpoint, a diffusers folder, or `sdxl`",
     )
     add("--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg")
+    add_force(parser, "OUT")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Describes every file; an error in one is reported, and the others are described."""
+    if options.plot:
+        refuse_overwriting(options.plot, options.force)
+        refuse_other_kind(options.plot, is_folder=False)
     from lora.tools.describe import describe
 
     if options.plot and len(options.files) > 1:

@@ -12,6 +12,7 @@ from lora.commands import shared
 from lora.errors import ToolError
 from lora.formats.names.keys import COMPONENTS
 from lora.tools import FILE_FORMATS
+from lora.tools.overwriting import refuse_existing
 
 SUMMARY = "write a model with LoRAs merged into its weights"
 
@@ -28,9 +29,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="L[:SCALE]",
         help="files or PEFT folders; may be repeated",
     )
-    add(
-        "--output", type=Path, required=True, metavar="F", help="a file, or a folder as the input's"
-    )
+    shared.add_output(parser, "the new model: a file of weights, or a folder with the files of A")
     add("--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)")
     add("--source-type", choices=FILE_FORMATS, help="by default what the file is")
     add("--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides")
@@ -82,6 +81,7 @@ def block_factors(text: str) -> dict[str, float]:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Merges. Raises: ToolError; LoraError for an adapter that cannot be read or fits nowhere."""
+    refuse_existing(options.output, options.force)
     from lora.engine.stack import LoraUse
     from lora.tools.merge import MergeOptions, merge
     from lora.tools.models.checkpoints import Checkpoint
@@ -93,7 +93,9 @@ def run(options: Namespace) -> Mapping[str, Any]:
             raise ToolError(f"there is no file {source}", "Look at --lora-model.")
         factors = dict(options.components), options.blocks
         loras.append(LoraUse(Path(source), options.alpha if scale is None else scale, *factors))
-    chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
+    chosen = MergeOptions(
+        options.output_dtype, options.output_format, options.allow_unused, options.force
+    )
     with (
         Checkpoint.open(options.source_model, options.source_type) as model,
         shared.progress() as on_progress,

@@ -17,13 +17,7 @@ if TYPE_CHECKING:
 def add_write_options(parser: ArgumentParser, dtype: str = "by default each tensor's own") -> None:
     """Adds the options that say where and how the result is written. `dtype`: the help for its dtype."""
     add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="F",
-        help="the new file; a folder for PEFT's naming",
-    )
+    shared.add_output(parser, "the new file; a folder where --naming is peft")
     shared.add_format_option(parser)
     add("--output-dtype", choices=shared.DTYPES, help=dtype)
     shared.add_naming_option(parser, "how tensors are named; by default as now")
@@ -35,7 +29,7 @@ def write_options(options: Namespace) -> WriteOptions:
     from lora.tools.adapters.saving import WriteOptions
 
     dtype = shared.dtype_of(options.output_dtype) if options.output_dtype else None
-    return WriteOptions(shared.naming(options), dtype, shared.output_format(options))
+    return WriteOptions(shared.naming(options), dtype, shared.output_format(options), options.force)
 
 
 def as_result(report: Report, output: Path) -> dict[str, Any]:

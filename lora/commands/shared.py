@@ -65,9 +65,21 @@ RANKS = {
 """Rule of a `RankPolicy` -> its help."""
 
 
+def add_output(parser: ArgumentParser, text: str) -> None:
+    """Adds `--output` and `--force`."""
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT", help=text)
+    add_force(parser, "OUT")
+
+
+def add_force(parser: ArgumentParser, what: str) -> None:
+    """Adds `--force`, without which `refuse_overwriting` refuses to replace what the option names."""
+    text = f"overwrite {what} if it exists, once the new one is complete"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
 def add_format_option(parser: ArgumentParser) -> None:
     """Adds `--output-format`."""
-    text = "by default what F's ending says"
+    text = "by default what the ending of OUT says"
     parser.add_argument("--output-format", choices=FILE_FORMATS, help=text)
 
 

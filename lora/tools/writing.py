@@ -246,15 +246,6 @@ def write_errors(path: Path) -> Iterator[None]:
         raise ToolError(f"{path.name} cannot be written ({why})") from error
 
 
-def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises: ToolError if the output is one of the inputs."""
-    if not output.exists():
-        return
-    for path in inputs:
-        if path.exists() and output.samefile(path):
-            raise ToolError(f"the output {output.name} is an input", "Name another output.")
-
-
 def refuse_misnamed(output: Path, written: Format) -> None:
     """Raises: ToolError if the ending of the file's name is that of the other format."""
     endings = WEIGHTS[:1] if written is Format.PYTORCH else WEIGHTS[1:]
@@ -263,11 +254,13 @@ def refuse_misnamed(output: Path, written: Format) -> None:
 
 
 @contextmanager
-def published_folder(path: Path) -> Iterator[Path]:
+def published_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `path`, which becomes `path`, with all that is in it, when the block ends. If the
     block fails, it is removed. The block itself sees to it that its files are on the disk.
 
-    Raises: ToolError if the disk is full or fails, or something else than an empty folder is at `path`.
+    With `overwrite`, a folder or link that is at `path` is moved away at the end, and removed when the new
+    folder is there; between the two moves nothing is at `path`. Raises: ToolError if the disk is full or
+    fails, or something else than an empty folder is at `path` and not to be overwritten.
     """
     with part_file(path.parent, path.name) as part:
         try:
@@ -277,10 +270,28 @@ def published_folder(path: Path) -> Iterator[Path]:
             with write_errors(path):
                 for folder, _, _ in os.walk(part):
                     sync_folder(Path(folder))
-                part.rename(path)
+                _rename_folder(part, path, overwrite=overwrite)
                 sync_folder(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _rename_folder(part: Path, path: Path, *, overwrite: bool) -> None:
+    try:
+        part.rename(path)
+    except OSError as error:
+        if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    else:
+        return
+    with part_file(path.parent, path.name) as old:  # which is removed here if it is a link
+        path.rename(old)
+        try:
+            part.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") -> None:

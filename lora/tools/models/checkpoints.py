@@ -116,6 +116,11 @@ class Checkpoint:
             stack.pop_all()
         return checkpoint
 
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """The files of a model whose path is not that of its one file."""
+        return tuple(file.path for file in self.files if file.path != self.path)
+
     @cached_property
     def holds(self) -> Mapping[Raw, tuple[Stored, ...]]:
         """Tensor -> the parameters in it: one, or three if it is fused. Tensors without any are left out."""
