@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora.errors import LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.fetch.civitai import Civitai
@@ -113,10 +113,8 @@ class VolumeCache:
         return entry
 
     def _not_found(self, name: str) -> LoraNotFound:
-        adapters = self.shelf.adapters()
-        stems = [str(PurePosixPath(str(adapter.weights)).with_suffix("")) for adapter in adapters]
-        hint = nearest(name.removesuffix(SAFETENSORS), stems)
-        hint = hint or f"The cache holds {len(stems)} files."
+        hint = nearest(name.removesuffix(SAFETENSORS), self.shelf.names())
+        hint = hint or f"The cache holds {len(self.shelf.adapters())} files."
         return LoraNotFound(f"the cache in {self.shelf.root} has no file {name!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:

@@ -107,6 +107,15 @@ class Folders:
             if adapter.weights
         ]
 
+    def names(self) -> list[str]:
+        """The names that `existing` finds, without their endings: those in the folder behind, too."""
+        return [
+            str(PurePosixPath(adapter.weights).with_suffix(""))
+            for root in self._readable
+            for adapter in adapters_in(root)
+            if adapter.weights
+        ]
+
     def files(self) -> list[Path]:
         """The files of `adapters`."""
         return [adapter.root / str(adapter.weights) for adapter in self.adapters()]

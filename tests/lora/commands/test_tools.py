@@ -195,7 +195,7 @@ def test_what_is_merged_can_be_extracted_again(
     assert (
         found["verified"]["relative_error"] < 1e-2
     )  # as rounded to the model's own half precision
-    shown = run(capsys, *line, "--rank", 4)
+    shown = run(capsys, *line, "--rank", 4, "--force")
     assert shown.code == 0
     assert "energy kept" in shown.out
 

@@ -337,5 +337,5 @@ def test_an_input_is_not_written_over(tmp_path: Path) -> None:
     before = sources[1].lora.read_bytes()
     with pytest.raises(ToolError) as caught:
         combine(sources, sources[1].lora, CombineOptions())
-    assert "is an input" in str(caught.value)
+    assert "exists already" in str(caught.value)
     assert sources[1].lora.read_bytes() == before

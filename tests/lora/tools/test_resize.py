@@ -29,7 +29,8 @@ def resized(
     path: Path, policy: RankPolicy, dtype: torch.dtype | None = None, output: Path | None = None
 ) -> tuple[Path, Report]:
     output = output or path.with_name("resized.safetensors")
-    return output, resize(path, output, ResizeOptions(policy, WriteOptions(dtype=dtype)))
+    write = WriteOptions(dtype=dtype, overwrite=True)
+    return output, resize(path, output, ResizeOptions(policy, write))
 
 
 def matrix(tensors: dict[str, Tensor], stem: str) -> Tensor:
