@@ -107,7 +107,7 @@ def combine(
     refuse_overwriting(output, options.write.overwrite, parts)
     adapters = _read_all(sources, key_map, options)
     combined, changes = _combined(adapters, [s.scale for s in sources], options, on_progress)
-    metadata = {"merged_from": ", ".join(f"{s.lora.stem}:{s.scale:g}" for s in sources)}
+    metadata = {"merged_from": ", ".join(f"{s.lora.name}:{s.scale:g}" for s in sources)}
     combined = replace(combined, metadata={**combined.metadata, **metadata})
     naming = options.write.naming or (adapters[0].naming if combined.key_map else None)
     write_adapter(output, combined, replace(options.write, naming=naming))

@@ -66,6 +66,7 @@ class MergedLora:
     """What was merged of one adapter."""
 
     name: str
+    """Its path, as it was given."""
     sha256: str
     scale: float
     used: int
@@ -159,18 +160,18 @@ def _load(path: Path, key_map: KeyMap) -> LoraFile:
 def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> MergedLora:
     """Raises: ToolError for a range, or if a tensor has no place in the model, and that is not allowed."""
     if use.ranged:
-        raise ToolError(f"{use.lora.name} has a start or an end, and merged weights have neither")
+        raise ToolError(f"{use.lora} has a start or an end, and merged weights have neither")
     words = {embedding.word or "a new word" for embedding in file.embeddings}
     unused = (*file.unused, *(UnusedKey(word, NOT_WEIGHTS) for word in sorted(words)))
     used = file.keys - len(file.embeddings)
     if unused and not options.allow_unused:
         first = unused[0]
         raise ToolError(
-            f"{len(unused)} of {use.lora.name}'s {used + len(unused)} tensors have no place in this model, "
+            f"{len(unused)} of {use.lora}'s {used + len(unused)} tensors have no place in this model, "
             f"the first of them {first.key[:200]} ({first.reason})",
             "Allow unused tensors to merge the rest.",
         )
-    return MergedLora(use.lora.name, file.sha256, use.scale, used, unused)
+    return MergedLora(str(use.lora), file.sha256, use.scale, used, unused)
 
 
 def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Changes:

@@ -179,7 +179,7 @@ class StreamWriter:
             # Its writer may have published it after it was opened here.
             locked = os.path.samestat(os.fstat(self._file), self._part.stat())
         if not locked:
-            raise ToolError(f"another process is writing {self.path.name}", "Wait for it.")
+            raise ToolError(f"another process is writing {self.path}", "Wait for it.")
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666)
         for line in self._journal_path.read_bytes().splitlines(keepends=True):
             group = _parse_group(line)
@@ -241,16 +241,16 @@ def write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             hint = "Free some."
-            raise ToolError(f"there is no room on the disk for {path.name}", hint) from error
+            raise ToolError(f"there is no room on the disk for {path}", hint) from error
         why = error.strerror or type(error).__name__
-        raise ToolError(f"{path.name} cannot be written ({why})") from error
+        raise ToolError(f"{path} cannot be written ({why})") from error
 
 
 def refuse_misnamed(output: Path, written: Format) -> None:
     """Raises: ToolError if the ending of the file's name is that of the other format."""
     endings = WEIGHTS[:1] if written is Format.PYTORCH else WEIGHTS[1:]
     if output.suffix in endings:
-        raise ToolError(f"{output.name} is no name for a {written} file", "Name it otherwise.")
+        raise ToolError(f"{output} is no name for a {written} file", "Name it otherwise.")
 
 
 @contextmanager
@@ -307,4 +307,4 @@ def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") 
         with write_errors(path):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
-        raise ToolError(f"{path.name} cannot be written (torch.save failed)") from error
+        raise ToolError(f"{path} cannot be written (torch.save failed)") from error

@@ -63,7 +63,7 @@ def read_adapter(
     if contents.unused and not allow_unused:
         first, count = contents.unused[0], len(contents.unused)
         raise ToolError(
-            f"{count} of the tensors in {path.name} cannot be carried "
+            f"{count} of the tensors in {path} cannot be carried "
             f"({first.key[:MAX_SHOWN]}: {first.reason})",
             "--allow-unused leaves them out.",
         )

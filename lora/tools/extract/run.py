@@ -229,7 +229,7 @@ class _Output:
         if options.naming is not Naming.PEFT:
             refuse_misnamed(path, options.format)
         if not path.parent.is_dir():
-            raise ToolError(f"there is no folder for {path.name}", "Make it first.")
+            raise ToolError(f"there is no folder for {path}", "Make it first.")
         refuse_other_kind(path, is_folder=options.naming is Naming.PEFT)
         plain = options.format is Format.SAFETENSORS and options.holds_differences
         return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)

@@ -106,7 +106,7 @@ class Output:
         if path.suffix in OTHER_WEIGHTS:
             raise ToolError(f"{path.suffix} files cannot be written", "Use .safetensors.")
         if kind is not None and path.is_dir():
-            raise ToolError(f"the files of a folder such as {path.name} keep their formats")
+            raise ToolError(f"the files of a folder such as {path} keep their formats")
         is_folder = path.is_dir() or (kind is None and path.suffix not in WEIGHTS)
         output = _folder(model, path) if is_folder else _file(model, path, kind)
         written = [file.name for file in output.files] + [name for _, name in output.others]
@@ -124,7 +124,7 @@ class Output:
         free = shutil.disk_usage(there).free
         if needed > free:
             raise ToolError(
-                f"{self.path.name} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}",
+                f"{self.path} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}",
                 "Free some.",
             )
 
@@ -154,7 +154,7 @@ def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
     components = sorted(set(model.components.values()))
     if len(components) > 1:
         raise ToolError(
-            f"{model.path.name} is a pipeline of several parts ({', '.join(components)}), which one file "
+            f"{model.path} is a pipeline of several parts ({', '.join(components)}), which one file "
             "cannot hold in their own names",
             "Give a folder as the output.",
         )
@@ -169,7 +169,7 @@ def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
 def _folder(model: Checkpoint, path: Path) -> Output:
     root = model.path if model.path.is_dir() else model.path.parent
     if root.resolve() in path.resolve().parents and model.path.is_dir():
-        raise ToolError(f"the output {path.name} lies in the input", "Name another output.")
+        raise ToolError(f"the output {path} lies in the input", "Name another output.")
     files = tuple(
         FileToWrite(
             file.path.relative_to(root),
