@@ -112,9 +112,9 @@ class VolumeCache:
         check_sha256(cached.sha256, entry.record.origin_sha256, entry.name)
         return entry
 
-    def _not_found(self, name: str) -> LoraNotFound:
-        hint = nearest(name.removesuffix(SAFETENSORS), self.shelf.names())
-        hint = hint or f"The cache holds {len(self.shelf.adapters())} files."
+    def _not_found(self, name: str, *, own: bool = False) -> LoraNotFound:
+        hint = nearest(name.removesuffix(SAFETENSORS), self.shelf.names(own=own))
+        hint = hint or f"The cache holds {len(self.shelf.names(own=True))} files."
         return LoraNotFound(f"the cache in {self.shelf.root} has no file {name!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
@@ -148,7 +148,7 @@ class VolumeCache:
     def _pin(self, name: str) -> Path:
         path = self.find(CachedName(name)).path
         if not self.shelf.is_own(path):
-            raise self._not_found(name)
+            raise self._not_found(name, own=True)
         return pin_path(path)
 
     def delete(self, name: str) -> str:
@@ -158,7 +158,7 @@ class VolumeCache:
         """
         adapter = self.shelf.adapter(name)
         if adapter is None:
-            raise self._not_found(name)
+            raise self._not_found(name, own=True)
         with write_errors_as(f"{name} cannot be deleted"):
             delete(adapter)
         return adapter.weights or adapter.path

@@ -107,11 +107,11 @@ class Folders:
             if adapter.weights
         ]
 
-    def names(self) -> list[str]:
-        """The names that `existing` finds, without their endings: those in the folder behind, too."""
+    def names(self, *, own: bool = False) -> list[str]:
+        """The names that `existing` finds, without their endings; those in the folder behind unless `own`."""
         return [
             str(PurePosixPath(adapter.weights).with_suffix(""))
-            for root in self._readable
+            for root in (self.roots if own else self._readable)
             for adapter in adapters_in(root)
             if adapter.weights
         ]

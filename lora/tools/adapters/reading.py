@@ -59,7 +59,7 @@ def read_adapter(
         )
         used = bool(contents.modules or contents.words)
         model = key_map if check_shapes else None
-        refuse_other_models(header, model, contents.unused, used=used)
+        refuse_other_models(contents, model, used=used)
     if contents.unused and not allow_unused:
         first, count = contents.unused[0], len(contents.unused)
         raise ToolError(

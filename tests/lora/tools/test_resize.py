@@ -250,5 +250,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
 
 def test_the_input_is_not_written_over(tmp_path: Path) -> None:
     path = narrow.source(tmp_path, "lora")
-    with pytest.raises(ToolError):
-        resized(path, RankPolicy(rank=1), output=path)
+    before = path.read_bytes()
+    with pytest.raises(ToolError, match="exists already"):
+        resize(path, path, ResizeOptions(RankPolicy(rank=1)))
+    assert path.read_bytes() == before
