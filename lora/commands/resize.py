@@ -1,4 +1,4 @@
-"""`resize F --output G --rank N | --energy X | ... | --max-bytes N`: a LoRA at a smaller rank."""
+"""`resize LORA --output OUT --rank N | --energy X | ... | --max-bytes N`: a LoRA at a smaller rank."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from lora.tools.overwriting import refuse_existing
 
 __all__ = ["SUMMARY", "add_arguments", "run", "show"]
 
-SUMMARY = "shrink a LoRA to a smaller rank, and tell what that costs"
+SUMMARY = "shrink a LoRA to a smaller rank, and tell the error"
+
+EXAMPLE = "resize demo/loras/demo-stripes.safetensors --rank 4 --output small.safetensors"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("file", type=Path, metavar="F", help="a file, or a folder that PEFT saved")
     parser.add_argument(
-        "--model", metavar="A", help="the model that it is for, where --naming needs its names"
+        "file", type=Path, metavar="LORA", help="a file, or a folder that PEFT saved"
+    )
+    parser.add_argument(
+        "--model", metavar="MODEL", help="the model that it is for, where --naming needs its names"
     )
     add_rank_options(parser)
     add_write_options(parser)
@@ -34,8 +38,8 @@ def run(options: Namespace) -> Mapping[str, Any]:
 
     policy = rank_policy(options)
     if policy is None:
-        hint = "Give --rank, --energy or --max-bytes."
-        raise ToolError("nothing says how far to shrink it", hint)
+        hint = "Give --rank, --energy, --threshold, --ratio or --max-bytes."
+        raise ToolError("no rank is chosen", hint)
     chosen = ResizeOptions(policy, write_options(options), options.allow_unused)
     with progress() as on_progress:
         report = resize(

@@ -98,7 +98,7 @@ def combine(
     and as `read_adapter` and `write_adapter` do.
     """
     if len(sources) < 2:
-        raise ToolError("there are not two adapters to combine")
+        raise ToolError("combining takes two adapters or more", "Name another one.")
     if any(not math.isfinite(source.scale) for source in sources):
         raise ToolError("a scale is not a number")
     if any(source != LoraUse(source.lora, source.scale) for source in sources):

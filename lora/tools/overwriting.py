@@ -1,4 +1,4 @@
-"""What a result may take the place of: nothing, unless its user says so. Decided before any work."""
+"""Where a result may go: over nothing, unless its user says so. Decided before any work."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from lora.errors import ToolError
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
+from lora.tools import WEIGHTS, Format
 
 PEFT_FILES = (PEFT_CONFIG, *(PEFT_STEM + ending for ending in EXTENSIONS))
 
@@ -70,6 +71,15 @@ def refuse_other_kind(output: Path, *, is_folder: bool) -> None:
         raise ToolError(
             f"the output {output} is a {there}, and the result is a {new}", OTHER_OUTPUT
         )
+
+
+def refuse_misnamed(output: Path, written: Format) -> None:
+    """Raises: ToolError if the ending of the file's name is that of the other format."""
+    safetensors, pickles = WEIGHTS[:1], WEIGHTS[1:]
+    right, wrong = (pickles, safetensors) if written is Format.PYTORCH else (safetensors, pickles)
+    if output.suffix in wrong:
+        hint = f"Let it end in {' or '.join(right)}, or choose the other format."
+        raise ToolError(f"{output} is no name for a {written} file", hint)
 
 
 def _is_empty_folder(path: Path) -> bool:

@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.durable import part_file, published, replace_durably, sync_folder
+from lora.durable import part_file, published, rename_folder, replace_durably, sync_folder
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
-from lora.tools import HEADER_ALIGNMENT, WEIGHTS, Format
+from lora.tools import HEADER_ALIGNMENT
 
 PIECE = 8 << 20
 """How many bytes are written or read at a time."""
@@ -179,7 +179,7 @@ class StreamWriter:
             # Its writer may have published it after it was opened here.
             locked = os.path.samestat(os.fstat(self._file), self._part.stat())
         if not locked:
-            raise ToolError(f"another process is writing {self.path}", "Wait for it.")
+            raise ToolError(f"another process is writing {self.path}", "Wait until it ends.")
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666)
         for line in self._journal_path.read_bytes().splitlines(keepends=True):
             group = _parse_group(line)
@@ -240,17 +240,10 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "Free some."
+            hint = "Free some space."
             raise ToolError(f"there is no room on the disk for {path}", hint) from error
         why = error.strerror or type(error).__name__
         raise ToolError(f"{path} cannot be written ({why})") from error
-
-
-def refuse_misnamed(output: Path, written: Format) -> None:
-    """Raises: ToolError if the ending of the file's name is that of the other format."""
-    endings = WEIGHTS[:1] if written is Format.PYTORCH else WEIGHTS[1:]
-    if output.suffix in endings:
-        raise ToolError(f"{output} is no name for a {written} file", "Name it otherwise.")
 
 
 @contextmanager
@@ -270,28 +263,10 @@ def published_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             with write_errors(path):
                 for folder, _, _ in os.walk(part):
                     sync_folder(Path(folder))
-                _rename_folder(part, path, overwrite=overwrite)
+                rename_folder(part, path, overwrite=overwrite)
                 sync_folder(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-
-
-def _rename_folder(part: Path, path: Path, *, overwrite: bool) -> None:
-    try:
-        part.rename(path)
-    except OSError as error:
-        if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-    else:
-        return
-    with part_file(path.parent, path.name) as old:  # which is removed here if it is a link
-        path.rename(old)
-        try:
-            part.rename(path)
-        except BaseException:
-            old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") -> None:

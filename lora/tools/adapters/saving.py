@@ -24,8 +24,8 @@ from lora.tools.adapters.hashes import HASH_FIELDS, LEGACY_BYTES, LEGACY_START
 from lora.tools.adapters.part_names import names_for
 from lora.tools.adapters.parts import Adapter
 from lora.tools.adapters.peft_configs import USE_OTHER_NAMING, ConfigPart, config_of
-from lora.tools.overwriting import refuse_other_kind, refuse_overwriting
-from lora.tools.writing import published_folder, refuse_misnamed, write_errors, write_pytorch
+from lora.tools.overwriting import refuse_misnamed, refuse_other_kind, refuse_overwriting
+from lora.tools.writing import published_folder, write_errors, write_pytorch
 
 STALE = (*HASH_FIELDS, CONFIG_IN_FILE)
 """Metadata about the bytes or the naming of the file that was read."""

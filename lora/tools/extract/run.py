@@ -51,8 +51,8 @@ from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import energy
 from lora.tools.models.checkpoints import Checkpoint, Place
-from lora.tools.overwriting import refuse_other_kind, refuse_overwriting
-from lora.tools.writing import StreamWriter, refuse_misnamed, write_pytorch
+from lora.tools.overwriting import refuse_misnamed, refuse_other_kind, refuse_overwriting
+from lora.tools.writing import StreamWriter, write_pytorch
 
 
 @torch.no_grad()
@@ -229,7 +229,7 @@ class _Output:
         if options.naming is not Naming.PEFT:
             refuse_misnamed(path, options.format)
         if not path.parent.is_dir():
-            raise ToolError(f"there is no folder for {path}", "Make it first.")
+            raise ToolError(f"there is no folder for {path}", "Make the folder first.")
         refuse_other_kind(path, is_folder=options.naming is Naming.PEFT)
         plain = options.format is Format.SAFETENSORS and options.holds_differences
         return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)

@@ -22,10 +22,9 @@ from lora.tools import FILE_FORMATS, WEIGHTS, Format
 from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.models.folders import OTHER_WEIGHTS, is_index, is_weights, shards_of
 from lora.tools.models.weights import Raw
-from lora.tools.overwriting import refuse_other_kind, refuse_overwriting
+from lora.tools.overwriting import refuse_misnamed, refuse_other_kind, refuse_overwriting
 from lora.tools.writing import (
     published_folder,
-    refuse_misnamed,
     write_errors,
     write_pytorch,
 )
@@ -125,7 +124,7 @@ class Output:
         if needed > free:
             raise ToolError(
                 f"{self.path} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}",
-                "Free some.",
+                "Free some space.",
             )
 
     @contextmanager
