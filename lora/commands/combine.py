@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--method",
         choices=("concat", "ties", "dare"),
         default="concat",
-        help="concat (the default) adds them, and is exact unless a rank is chosen; ties and dare need a rank",
+        help="concat (the default) adds them, and is exact unless a rank is chosen; the others need one",
     )
     add(
         "--density",
@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add(
         "--model",
         metavar="MODEL",
-        help="the model that they are for (or `sdxl`), if their names differ",
+        help="the model (or `sdxl`) that they are for, if their names differ",
     )
     add_rank_options(parser)
     add_write_options(parser, "by default fp32, so that nothing is rounded")
