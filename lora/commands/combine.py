@@ -11,7 +11,7 @@ from lora.commands.rewriting import add_write_options, as_result, show, write_op
 from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy, with_scale
 from lora.tools.overwriting import refuse_existing
 
-__all__ = ["SUMMARY", "add_arguments", "run", "show"]
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run", "show"]
 
 SUMMARY = "make one LoRA of several: exactly, at a rank, or by TIES or DARE"
 

@@ -13,7 +13,7 @@ from lora.commands.shared import add_rank_options, progress, rank_policy
 from lora.errors import ToolError
 from lora.tools.overwriting import refuse_existing
 
-__all__ = ["SUMMARY", "add_arguments", "run", "show"]
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run", "show"]
 
 SUMMARY = "rename a LoRA's tensors for another program, or make it a LoRA of plain factors"
 

@@ -12,7 +12,7 @@ from lora.commands.shared import add_rank_options, key_map_of, progress, rank_po
 from lora.errors import ToolError
 from lora.tools.overwriting import refuse_existing
 
-__all__ = ["SUMMARY", "add_arguments", "run", "show"]
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run", "show"]
 
 SUMMARY = "shrink a LoRA to a smaller rank, and tell the error"
 
