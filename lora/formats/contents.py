@@ -171,7 +171,8 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
             return dict.fromkeys(slots, f"the module has no {algorithm.parameter}")
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
-            contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
+            if "fit together" not in misfit:  # else the file is at fault, whatever the model
+                contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
             return dict.fromkeys(slots, misfit)
         count = len(recipe.used & module.keys.keys())
         module.layers.append(Layer(target, parameter, algorithm, count))

@@ -146,10 +146,10 @@ class VolumeCache:
             self._pin(name).unlink(missing_ok=True)
 
     def _pin(self, name: str) -> Path:
-        path = self.find(CachedName(name)).path
-        if not self.shelf.is_own(path):
+        path = self.shelf.existing(name)
+        if path is None or not self.shelf.is_own(path):
             raise self._not_found(name, own=True)
-        return pin_path(path)
+        return pin_path(self.find(CachedName(name)).path)
 
     def delete(self, name: str) -> str:
         """Removes an adapter and all that belongs to it, whoever put it there; the full name of its file.

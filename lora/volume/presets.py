@@ -125,20 +125,20 @@ def read_config(path: Path) -> tuple[dict[str, Any], ...]:
     try:
         config = json.loads(path.read_bytes()) if path.stat().st_size <= MAX_BYTES else None
     except OSError as error:
-        raise ToolError(f"{path} cannot be read ({error.strerror})") from error
+        raise ToolError(f"{path.name} cannot be read ({error.strerror})") from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
-        raise ToolError(f"{path}: {where} is no JSON") from error
+        raise ToolError(f"{path.name}: {where} is no JSON") from error
     except (ValueError, RecursionError) as error:
-        raise ToolError(f"{path} is no JSON text") from error
+        raise ToolError(f"{path.name} is no JSON text") from error
     if not isinstance(config, dict):
-        raise ToolError(f"{path} is not a JSON object", CONFIG_HINT)
+        raise ToolError(f"{path.name} is not a JSON object", CONFIG_HINT)
     paths, configs = config.get("lora_path") or [], config.get("lora_configs") or []
     if paths and configs:
-        raise ToolError(f"{path} has both lora_path and lora_configs", "Keep one of them.")
-    where, field = f"{path}: lora_configs", "strength"
+        raise ToolError(f"{path.name} has both lora_path and lora_configs", "Keep one of them.")
+    where, field = f"{path.name}: lora_configs", "strength"
     if paths:
-        where, field = f"{path}: lora_path", "strength_model"
+        where, field = f"{path.name}: lora_path", "strength_model"
         paths = [paths] if isinstance(paths, str) else paths
         if not isinstance(paths, list):
             raise ToolError(f"{where} is neither a path nor a list", CONFIG_HINT)
