@@ -186,7 +186,7 @@ class Settings:
             return split_list(text)
         sources = _parse_json(text)
         if not all(isinstance(source, str) for source in sources):
-            raise ValueError("it is no JSON list of sources")
+            raise ValueError("it is not a JSON list of sources")
         return tuple(sources)
 
     def _companion(self, value: str, stock: str) -> str | None:

@@ -147,7 +147,7 @@ class Actions:
         given, table = dict(job["input"]), self.table
         name = given.pop("action")
         if not isinstance(name, str) or name not in table:
-            raise InvalidInput("action is none of " + ", ".join(table))
+            raise InvalidInput("action must be one of " + ", ".join(table))
         action, schema = table[name], _schema(table[name].fields)
         values, renames, faults = renamed(schema, given, "")
         faults += faults_of(schema, values, "")
@@ -251,10 +251,10 @@ class Actions:
         preset = {key: value for key, value in values.items() if key != "name" and value}
         if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
             raise InvalidInput(
-                f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
+                f"name: it must have at most {MAX_NAME} printable characters, and no blanks at its ends"
             )
         if name.lower() == NONE:
-            raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
+            raise InvalidInput(f"name: {NONE} means no preset, and cannot be the name of one")
         checked = ready(name, preset)
         for use in checked.loras:
             parse(use.lora)  # a source that means nothing is refused now, not in the first job

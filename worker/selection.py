@@ -73,7 +73,7 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
         sentence = f"preset {name!r}: {'; '.join(faults)}"
-        raise InvalidInput(sentence, "presets.set writes a preset anew.")
+        raise InvalidInput(sentence, "Correct it in presets.json, or replace it with presets.set.")
     return checked
 
 
