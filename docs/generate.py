@@ -177,8 +177,8 @@ def _env_input(setting: Any) -> dict[str, Any]:
 def _hub_json() -> dict[str, Any]:
     return {
         "title": "SDXL with any LoRA",
-        "description": "SDXL that applies any LoRA on any request: by URL, Hugging Face repo or cached "
-        "name, in milliseconds, and gone without a trace afterwards",
+        "description": "Draws with SDXL and applies the LoRAs that a request names, by URL, Hugging Face "
+        "repo, Civitai model or file name. No restart, and no trace of them in the next request",
         "type": "serverless",
         "category": "image",
         "iconUrl": "",
