@@ -349,7 +349,7 @@ STRIPES, NIGHT = (LORAS / f"demo-{name}.safetensors" for name in ("stripes", "ni
             ("merge", "--source-model", STRIPES, "--lora-model", STRIPES, "--allow-unused"),
             "demo-stripes.safetensors is an adapter, and no model",
         ),
-        (("convert", STRIPES, "--rank", 4), "this conversion does not use one"),
+        (("convert", STRIPES, "--rank", 4), "nothing is to be cut to it"),
         (
             ("merge", "--source-model", MODEL, "--lora-model", STRIPES, "--alpha", "nan"),
             "a scale is not a number",
