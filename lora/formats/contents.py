@@ -225,7 +225,7 @@ def refuse_other_models(contents: Contents, key_map: KeyMap | None, *, used: boo
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
             f"({bound[0].key[:MAX_SHOWN]}: {bound[0].reason})",
-            "The README lists the algorithms that are read.",
+            "docs/formats.md lists the algorithms that are read.",
         )
     family, first = identify(header), misfit or unused[0]
     made_for = f"the file was made for {family}" if family else "the file is for an unknown model"
