@@ -17,7 +17,7 @@ from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer
 from tests.test_handler import job as same_job
 from tests.test_handler import picture, pipeline_unchanged, pixels
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Clock
 from worker.stop import Stop, seconds_for
 
 LONG = 400
@@ -147,6 +147,29 @@ def test_a_job_that_is_cancelled_before_its_turn_never_draws(
     assert answer["error"].startswith("CANCELLED: ")
     assert picture(first)
     assert steps == [1, 2]
+
+
+def test_the_time_that_a_job_waits_for_anothers_drawing_is_not_its_own(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, release = Clock(), threading.Event()
+    monkeypatch.setattr("worker.stop.time", clock)
+    steps = held_at_step(demo_worker, 1, release, monkeypatch)
+
+    async def two() -> list[dict[str, Any]]:
+        first = asyncio.create_task(demo_worker.handle(job(num_inference_steps=2)))
+        while not steps:
+            await asyncio.sleep(0.005)
+        limited = {**job(), "policy": {"executionTimeout": 600_000}}
+        second = asyncio.create_task(demo_worker.handle(limited))
+        while not demo_worker._drawing._work_queue.qsize():
+            await asyncio.sleep(0.005)
+        clock.now += 3600
+        release.set()
+        return [await first, await second]
+
+    assert all(picture(answer) for answer in asyncio.run(two()))
+    assert demo_worker.intake.open
 
 
 @pytest.mark.parametrize("where", ["in the drawing", "in the download"])
