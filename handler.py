@@ -54,8 +54,8 @@ Result = TypeVar("Result")
 
 SendProgress = Callable[[Job, dict[str, Any]], None]
 
-PREPARING = 8
-"""Least threads that prepare and answer jobs: more than jobs, since a cancelled job's download goes on."""
+LEFT_BEHIND = 64
+"""Threads that may still work for jobs that were ended early; with more the worker asks to be replaced."""
 
 
 class Worker:
@@ -65,9 +65,10 @@ class Worker:
         self.settings = settings
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
         self._preparing = ThreadPoolExecutor(
-            max(PREPARING, 2 * settings.concurrency), thread_name_prefix="prepare"
+            LEFT_BEHIND + 2 * settings.concurrency, thread_name_prefix="prepare"
         )
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._left_behind = set[Future[Any]]()
         self._kept = KeptAnswers()
         self.intake = Intake()
         self.preloaded: dict[str, str] = {}
@@ -253,7 +254,10 @@ class Worker:
         if to_its_end and not queued:
             with suppress(asyncio.CancelledError):
                 return await asyncio.shield(asyncio.wrap_future(running)) or failure(ended)
-        return failure(ended)
+        if not queued:  # its download goes on, into the cache
+            self._left_behind.add(running)
+            running.add_done_callback(self._left_behind.discard)
+        return failure(ended, refresh=len(self._left_behind) > LEFT_BEHIND)
 
 
 @cache
@@ -285,11 +289,10 @@ def main() -> None:
     except (SettingsError, WeightsMissing, WeightsIncomplete) as error:
         sys.exit(f"the worker cannot start: {error}")
     runpod.serverless.register_fitness_check(worker.check_fitness)
-    concurrency = worker.settings.concurrency
     worker.intake.guard(rp_scale)
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
-        {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}
+        {"handler": worker.handle, "concurrency_modifier": lambda _: worker.settings.concurrency}
     )
 
 
