@@ -16,7 +16,7 @@ FETCHING = 2.0
 """Seconds of preparing after which a job counts as fetching: the device is idle, and may draw another."""
 
 LEAD = 2.0
-"""Most seconds before the end of a drawing from which on the next job is taken."""
+"""Most seconds before the end of a drawing at which the next job is taken."""
 
 LOOK, PAUSE = 1.0, 0.05
 """Seconds for which the SDK's question waits for its time, and between two looks. Then the SDK asks again."""
@@ -26,12 +26,16 @@ class Turn:
     """How far one job is. Told by the threads that work on it; the event loop reads `free`."""
 
     def __init__(self, lead: float = 0.0) -> None:
-        """`lead`: seconds before the end of its drawing from which on it does not hold up another job."""
+        """`lead`: seconds before its last step from which on it does not hold up another job; after it, if
+        negative.
+        """
         self._lead = lead
         self._taken = self._begun = time.monotonic()
         self._runs = 1
         self.prepared: float | None = None
         """Seconds from its taking until it was ready to be drawn; None before that."""
+        self.decoded = 0.0
+        """Seconds from its last step to the end of its drawing."""
         self.free = self._taken + FETCHING
         """When, by time.monotonic() and as far as is known now, another job would not wait for this one."""
 
@@ -48,11 +52,13 @@ class Turn:
         now = time.monotonic()
         if self._runs == 1:
             self.free = now + (now - self._begun) / done * (total - done) - self._lead
-        if done == total:
+        if done == total:  # what is drawn is decoded, or goes to the next pipeline
             self._begun, self._runs = now, self._runs - 1
 
     def ends(self) -> None:
         """Notes that nothing is left to draw; what follows holds up no other job."""
+        if self._runs == 0:
+            self.decoded = time.monotonic() - self._begun
         self.free = -math.inf
 
 
@@ -83,7 +89,7 @@ class Intake:
         finally:
             self._turns.pop(_key(job), None)
             if turn.prepared is not None:
-                self._lead = min(turn.prepared, LEAD)
+                self._lead = min(turn.prepared, LEAD) - min(turn.decoded, LEAD)
 
     def guard(self, scaling: ModuleType) -> None:
         """Wraps the function by which the SDK's scaler, `runpod.serverless.modules.rp_scale`, asks for jobs.

@@ -88,6 +88,28 @@ def test_the_next_job_is_taken_as_early_as_the_last_was_long_in_preparing(
         assert intake.open
 
 
+def test_the_next_job_is_taken_later_by_the_time_that_decoding_takes(
+    clock: Clock, intake: Intake
+) -> None:
+    for prepared_in, decoded_in in ((0.5, 0.3), (0.5, 1.5), (9.0, 9.0)):
+        with intake.turn(one()) as turn:
+            clock.now += prepared_in
+            turn.waits()
+            turn.draws()
+            turn.step(1, 1)
+            clock.now += decoded_in
+            turn.ends()
+        lead = min(prepared_in, LEAD) - min(decoded_in, LEAD)
+        with intake.turn(one()) as turn:
+            turn.draws()
+            clock.now += 4
+            turn.step(1, 2)  # the last step ends in 4 s
+            clock.now += 4 - lead - 0.1
+            assert not intake.open
+            clock.now += 0.2
+            assert intake.open
+
+
 def test_a_long_fetch_moves_that_by_no_more_than_the_lead(clock: Clock, intake: Intake) -> None:
     draw_one(clock, intake, prepared_in=300.0)
     with intake.turn(one()) as turn:
