@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CodedError
-from lora.fetch.rules import auth_headers, origin_of
+from lora.fetch.rules import WebRules, auth_headers, origin_of
 from lora.fetch.sources import CIVITAI, HUB, Reference, parse
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.opening import make_cache
@@ -53,11 +53,14 @@ def open_cache(settings: Settings) -> VolumeCache:
     cache = make_cache(
         settings.lora_cache_dir,
         limits,
+        WebRules(
+            allow_private=settings.lora_allow_private_urls,
+            allowed_hosts=split_list(settings.lora_allowed_hosts),
+            tokens=auth_headers(settings.lora_auth_headers),
+        ),
         hub=(settings.hf_endpoint, settings.hf_token),
         civitai=(settings.civitai_endpoint, settings.civitai_token),
-        headers=auth_headers(settings.lora_auth_headers),
-        allowed_hosts=split_list(settings.lora_allowed_hosts),
-        allow_private=settings.lora_allow_private_urls,
+        family="SDXL",
     )
     cache.shelf.behind = DEMO_LORAS if settings.model == "demo" else None
     return cache
