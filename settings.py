@@ -112,12 +112,21 @@ class Settings:
     civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", "",
         "Another server that speaks like Civitai's")
     bucket_endpoint_url: str = _setting("BUCKET_ENDPOINT_URL", "",
-        "S3 endpoint; if set, pictures are uploaded and answered as URLs")
+        "S3 endpoint, in any of the forms in which its store writes it; if set, pictures are uploaded and "
+        "answered as URLs that are valid for a week")
     bucket_name: str = _setting("BUCKET_NAME", "",
-        "S3 bucket for the pictures; if empty, the month as the SDK names it: `11-26`")
+        "S3 bucket for the pictures; if empty, the one that the endpoint names, else the month as the SDK "
+        "names it: `11-26`")
     bucket_access_key_id: str = _setting("BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True)
     bucket_secret_access_key: str = _setting("BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key",
         secret=True)
+    bucket_region: str = _setting("BUCKET_REGION", "",
+        "The bucket's region; if empty, as the endpoint says, and then as the store says")
+    bucket_prefix: str = _setting("BUCKET_PREFIX", "",
+        "What each picture's key begins with, such as `pictures/2026`")
+    bucket_addressing: str = _setting("BUCKET_ADDRESSING", "auto",
+        "Where the bucket stands in URLs: `path` after the host, `virtual` in the host's name; `auto` as the "
+        "endpoint shows it, or as its store wants it", options=("auto", "path", "virtual"))
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from lora.volume.opening import make_cache
 from lora.volume.presets import cached_names, read_config
 from pipelines.weights import DEMO_LORAS
 from settings import Settings, split_list
+from worker.endpoints import check_names, place_of
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -29,6 +30,9 @@ def _faults(settings: Settings) -> Iterator[str]:
         "HF_ENDPOINT": lambda: origin_of(settings.hf_endpoint or HUB),
         "CIVITAI_ENDPOINT": lambda: origin_of(settings.civitai_endpoint or CIVITAI),
         "LORA_CONFIG": lambda: default_loras(settings),
+        "BUCKET_ENDPOINT_URL": lambda: _place(settings),
+        "BUCKET_NAME": lambda: check_names(bucket=settings.bucket_name),
+        "BUCKET_REGION": lambda: check_names(region=settings.bucket_region),
         "LORA_AUTH_HEADERS": lambda: auth_headers(settings.lora_auth_headers),
     }
     for env, check in checks.items():
@@ -36,6 +40,12 @@ def _faults(settings: Settings) -> Iterator[str]:
             check()
         except ValueError as error:
             yield f"{env}: {error}"
+
+
+def _place(settings: Settings) -> object:
+    """Where pictures go; None where they go into the answer. Raises: ValueError."""
+    url = settings.bucket_endpoint_url
+    return place_of(url, settings.bucket_name) if url else None
 
 
 def open_cache(settings: Settings) -> VolumeCache:

@@ -16,8 +16,8 @@ from lora.volume.presets import Presets
 from pipelines.image import ImagePipeline
 from settings import Settings
 from worker.opening import default_loras
-from worker.outputs import Bucket
 from worker.selection import Selection
+from worker.store import Bucket
 
 Job = Mapping[str, Any]
 """A job as RunPod hands it over: `id`, `input`, and what else the client sent."""

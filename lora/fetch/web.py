@@ -31,7 +31,7 @@ MAX_REDIRECTS = 10
 CONNECT_TIMEOUT = 10.0
 
 USER_AGENT = "worker-lora (an image server that fetches what its requests name)"
-"""Some hosts refuse programs that do not say who they are, and Civitai sends pages to what may be a browser."""
+"""Some hosts refuse programs that do not say who they are; Civitai sends pages to what may be a browser."""
 
 HEADERS = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
 
