@@ -155,7 +155,9 @@ LORA_ENTRY: dict[str, Any] = {
             "always applies",
         ),
         "end": number("number", 1.0, (0, 1), "When it ends"),
-        "weight_name": field("string|null", None, "Which file of a Hugging Face repo"),
+        "weight_name": field(
+            "string|null", None, "Which file of a Hugging Face repo, or of a version on Civitai"
+        ),
         "revision": field(
             "string|null", None, "Which branch, tag or commit of a Hugging Face repo"
         ),

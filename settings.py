@@ -62,7 +62,8 @@ class Settings:
         "executionTimeout, which counts in any case", minimum=0)
     lora_cache_dir: Path = _setting("LORA_CACHE_DIR", Path("/models/loras"),
         "Folder of the LoRA cache; on RunPod a folder of the network volume, such as "
-        "/runpod-volume/loras")
+        "/runpod-volume/loras. Without a volume there, every answer warns that LoRAs are lost when the "
+        "worker stops")
     lora_cache_max_gb: float = _setting("LORA_CACHE_MAX_GB", 0.0,
         "Budget of the cache in GB; what was used least recently goes first; 0 for no limit",
         minimum=0)
@@ -107,7 +108,8 @@ class Settings:
     hf_token: str = _setting("HF_TOKEN", "", "Hugging Face token for gated and private repos",
         secret=True, token=True)
     hf_endpoint: str = _setting("HF_ENDPOINT", "", "Another hub that speaks like Hugging Face's")
-    civitai_token: str = _setting("CIVITAI_TOKEN", "", "Civitai token for models that need a login",
+    civitai_token: str = _setting("CIVITAI_TOKEN", "",
+        "Civitai token for models that need a login; the `token` in a request's own link goes before it",
         secret=True, token=True)
     civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", "",
         "Another server that speaks like Civitai's")

@@ -234,5 +234,6 @@ def _refusal(status: int, headers: Mapping[str, str], code: str, region: str) ->
     region = region or headers.get("x-amz-bucket-region", "")
     known = code if re.fullmatch(r"[A-Za-z]{1,60}", code, re.ASCII) else ""
     about_regions = status in (301, 307, 400) and re.fullmatch(r"[a-z0-9-]{1,40}", region, re.ASCII)
-    cause = known if known in _words(SETTINGS, "", reading=False) else f"{known} (HTTP {status})"
-    return _Refused(cause.strip(), status, region if about_regions else None)
+    with_status = f"{known} (HTTP {status})" if known else f"HTTP {status}"
+    cause = known if known in _words(SETTINGS, "", reading=False) else with_status
+    return _Refused(cause, status, region if about_regions else None)
