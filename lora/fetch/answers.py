@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from urllib.parse import urlsplit
 
 import requests
 
@@ -18,15 +19,16 @@ MAX_REFUSAL = 64_000
 
 TOKENS = "It may need a token: HF_TOKEN, CIVITAI_TOKEN, LORA_AUTH_HEADERS, or ?token= in a link to Civitai."
 
-EARLY = "is in early access: Civitai gives it to those alone who paid for it"
+EARLY = "is in early access: it is given to those alone who paid for it"
 
 REASONS = {
-    "early access": EARLY,
-    "early-access": EARLY,
-    "disabled downloads": "is not given away: its creator disabled its download",
-    "logged in": "asks for a login",
+    "early access": (EARLY, "It takes the token of an account that did."),
+    "early-access": (EARLY, "It takes the token of an account that did."),
+    "disabled downloads": ("cannot be had: its creator disabled its download", ""),
+    "logged in": ("asks for a login", TOKENS),
 }
-"""What Civitai writes into a refusal -> what is in the way, in our words: a server's own may hold secrets."""
+"""What Civitai writes into a refusal -> what is in the way and what to do, in our words: a server's own may
+hold secrets."""
 
 
 def status_in_words(status: int) -> str:
@@ -56,18 +58,18 @@ def later(after: float | None) -> str:
 
 def denied(shown: str, body: Body) -> AccessDenied:
     """The error for an answer that refuses access, by status 401 or 403 or by a page to log in."""
-    told = f"{body.url} {_text(body)}".lower()
-    reason = next((reason for word, reason in REASONS.items() if word in told), None)
+    told = (urlsplit(body.url).query if body.status == 200 else _text(body)).lower()
+    refuses = "asks for a login" if body.status == 200 else f"refuses access (HTTP {body.status})"
+    found = (about for word, about in REASONS.items() if word in told)
+    reason, hint = next(found, (refuses, TOKENS))
     if reason == EARLY and (day := re.search(r'"deadline":\s*"(\d{4}-\d\d-\d\d)', told)):
         reason += f", until {day[1]}"
-    if reason is None and body.status == 200:
-        reason = "asks for a login"
-    return AccessDenied(f"{shown} {reason or f'refuses access (HTTP {body.status})'}", TOKENS)
+    return AccessDenied(f"{shown} {reason}", hint)
 
 
 def _text(body: Body) -> str:
     """What a short refusal says; empty if it is long, or cannot be read."""
-    if body.status == 200 or body.sent_length is None or body.sent_length > MAX_REFUSAL:
+    if body.sent_length is None or body.sent_length > MAX_REFUSAL:
         return ""
     with suppress(requests.RequestException, ValueError):
         return body.read(MAX_REFUSAL).decode(errors="replace")
