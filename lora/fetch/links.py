@@ -29,7 +29,7 @@ def query_of(parts: SplitResult, used: Container[str], shown: str) -> dict[str, 
     for name, value in parse_qsl(parts.query):
         if name not in used and OF_THE_PAGE.fullmatch(name):
             continue
-        word = name if re.fullmatch(r"[\w-]{1,40}", name, re.ASCII) else "a part"
+        word = name if re.fullmatch(r"[A-Za-z_-]{1,24}", name) else "a part"
         if name not in used:
             raise SourceInvalid(
                 f"{shown}: {word} in its link's query means nothing here", "Leave it out."

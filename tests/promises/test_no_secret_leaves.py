@@ -188,7 +188,7 @@ BAD: dict[str, tuple[str, Make]] = {
     "civitai's query": ("LORA_SOURCE_INVALID", bad_path(f"civitai:12{QUERY}")),
     "civitai's link": (
         "LORA_SOURCE_INVALID",
-        lambda s: job(loras=[f"{s.civitai.address}/models/12?canary=canary&token=canary"]),
+        lambda s: job(loras=[f"{s.civitai.address}/models/12?other=canary&token=canary"]),
     ),
     "gated": ("LORA_ACCESS_DENIED", bad_path("user/gated")),
     "private": ("LORA_NOT_FOUND", bad_path("user/private")),
