@@ -167,7 +167,7 @@ def place_of(
 
 def check_names(bucket: str = "", region: str = "") -> None:
     """Raises: ValueError if no store has such a bucket or region; empty ones are fine."""
-    if bucket and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,252}", bucket, re.ASCII):
+    if bucket and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", bucket, re.ASCII):
         raise ValueError("what is given as a bucket is no bucket's name")
     if region and not re.fullmatch(r"[A-Za-z0-9-]{1,60}", region, re.ASCII):
         raise ValueError("what is given as a region is no region's name")
