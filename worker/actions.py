@@ -179,7 +179,7 @@ class Actions:
                 "files": len(sizes),
                 "gb": round(sum(sizes) / 1e9, 3),
                 "free_gb": free_disk,
-                "trouble": cache.shelf.trouble,
+                "trouble": parts.volume_trouble,
             },
             "stacks": len(parts.engine.prepared),
             "stacks_gb": round(parts.engine.prepared.size / 1e9, 3),
