@@ -28,6 +28,9 @@ DISTILLED, DISTILLED_STEPS = ("LCM", "TCD"), 50
 
 MAX_LORAS = 16
 
+MAX_PROMPT = 10_000
+"""Characters of a prompt. It is cut into chunks, of which `pipelines.prompts` allows so many."""
+
 LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of SDXL that a LoRA can change."""
 
@@ -39,8 +42,17 @@ IMAGE_REQUEST: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        "prompt": field("string|null", None, "What to draw; required unless `image_url` is given"),
-        "negative_prompt": field("string|null", None, "What not to draw"),
+        "prompt": field(
+            "string|null",
+            None,
+            "What to draw; required unless `image_url` is given. Of any length up to 10,000 characters "
+            "or 32 chunks of 75 tokens; `(word)`, `(word:1.3)`, `[word]`, `BREAK` and `<lora:name:0.8>` "
+            "as in web UIs, `\\(` for the sign itself (docs/prompts.md)",
+            maxLength=MAX_PROMPT,
+        ),
+        "negative_prompt": field(
+            "string|null", None, "What not to draw; written as `prompt` is", maxLength=MAX_PROMPT
+        ),
         "height": field("integer|null", None, f"Height {_OWN_SIZE}", **_SIZE),
         "width": field("integer|null", None, f"Width {_OWN_SIZE}", **_SIZE),
         "seed": number(
@@ -79,6 +91,16 @@ IMAGE_REQUEST: dict[str, Any] = {
             "`img2img` as worker-sdxl refines; `ensemble` splits one denoising between "
             "base and refiner at `high_noise_frac` (0.8 if null); `none` leaves the refiner out",
             enum=["img2img", "ensemble", "none"],
+        ),
+        "clip_skip": number(
+            "integer|null",
+            None,
+            (1, 12),
+            "Which layer of the text encoders is used, counted from the last, which is 1, as in web UIs; "
+            "null is SDXL's own, 2 (diffusers' `clip_skip` is less by 2)",
+        ),
+        "lora_tags": field(
+            "boolean", True, "Take `<lora:name:scale>` out of prompts and add it to `loras`"
         ),
         "loras": field(
             "array|null",
@@ -192,6 +214,8 @@ class ImageRequest:
     num_images: int
     high_noise_frac: float | None
     refiner_mode: str
+    clip_skip: int | None
+    lora_tags: bool
     loras: tuple[LoraUse[Reference], ...]
     lora_selection: tuple[str, ...] | None
     strict_loras: bool

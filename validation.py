@@ -125,6 +125,7 @@ _SENTENCES: Mapping[str, Callable[[str, Any], str]] = {
     "maximum": lambda value, limit: f"{value} is more than {limit}",
     "multipleOf": lambda value, limit: f"{value} is not a multiple of {limit}",
     "maxItems": lambda value, limit: f"more than {limit} entries",
+    "maxLength": lambda value, limit: f"the text is longer than {limit} characters",
     "pattern": lambda value, limit: f"{value} does not look right ({PATTERNS[limit]})",
 }
 

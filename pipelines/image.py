@@ -15,8 +15,10 @@ from PIL import Image
 from torch import nn
 
 from lora.formats.embeddings import TokenEmbedding
+from pipelines.chunks import Measured, measure
 from pipelines.loading import LoadedModels
 from pipelines.preview import LatentColours, LatentWatch
+from pipelines.prompts import encode
 from pipelines.routes import Route
 from pipelines.schedulers import make_scheduler
 from pipelines.tokens import added_tokens
@@ -24,14 +26,6 @@ from schemas import ImageRequest
 
 ENSEMBLE_FRACTION = 0.8
 """Where the refiner takes over in an ensemble if the request does not say: SDXL's own default."""
-
-ENCODED = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
-"""What `encode_prompt` returns, under the names that the pipeline's call takes."""
 
 Preview = Callable[[], Image.Image | None]
 """Makes a small picture of the denoising's present state; costs nothing unless it is called."""
@@ -98,6 +92,10 @@ class ImagePipeline:
         """The words of `embeddings` work in prompts within the block; yields warnings. See `added_tokens`."""
         pipelines = [one for one in (self._base, self._base_image, self._refiner) if one]
         return added_tokens(pipelines, embeddings)
+
+    def measure(self, request: ImageRequest, embeddings: Sequence[TokenEmbedding]) -> Measured:
+        """How the base model will read the request's prompts. See `pipelines.chunks.measure`."""
+        return measure(self._base, request, embeddings)
 
     def generate(
         self,
@@ -233,10 +231,16 @@ class _Drawing:
     ) -> Any:
         """One call of a pipeline, timed by phase. Returns its images, or latents if so asked.
 
-        The prompt is encoded first and on its own; diffusers does the same inside the call.
+        The prompt is encoded first and on its own: of any length, and with its weights.
         """
-        with self.timings.measure("encode_prompt"), torch.no_grad():
-            conditions = self._encode(pipeline, negative_prompt, guidance_scale)
+        with self.timings.measure("encode_prompt"):
+            conditions = encode(
+                pipeline,
+                self.request.prompt,
+                negative_prompt,
+                guided=guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None,
+                clip_skip=self.request.clip_skip,
+            )
         begun = time.perf_counter()
         denoised = begun
         watch = LatentWatch(pipeline.scheduler)
@@ -255,7 +259,7 @@ class _Drawing:
 
         with watch if self.colours else nullcontext():
             images = pipeline(
-                **conditions,
+                **conditions._asdict(),
                 **options,
                 guidance_scale=guidance_scale,
                 num_images_per_prompt=self.request.num_images,
@@ -265,16 +269,3 @@ class _Drawing:
         self.timings.add("denoise", denoised - begun)
         self.timings.add("decode", time.perf_counter() - denoised)
         return images
-
-    def _encode(
-        self, pipeline: Any, negative_prompt: str | None, guidance_scale: float
-    ) -> dict[str, Any]:
-        """The prompt as the pipeline's call takes it."""
-        guided = guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
-        encoded = pipeline.encode_prompt(
-            prompt=self.request.prompt,
-            negative_prompt=negative_prompt,
-            device=pipeline._execution_device,
-            do_classifier_free_guidance=guided,
-        )
-        return dict(zip(ENCODED, encoded, strict=True))
