@@ -26,8 +26,8 @@ from validation import (
     number,
     renamed,
 )
-from worker.image_job import about, unused_keys
 from worker.parts import Answer, Parts
+from worker.reports import about, unused_keys
 from worker.selection import NONE, PRESET, ready
 
 MAX_NAME = 100
