@@ -149,15 +149,3 @@ def _short(value: object) -> str:
         return repr(value)
     kinds = {"str": "the text", "list": "the list", "dict": "the object"}
     return kinds.get(type(value).__name__, "the value")
-
-
-NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
-
-
-def as_entry(given: object, schema: dict[str, Any], where: str) -> Checked:
-    """An entry of `loras` as an object with `path`; an empty one if it names no LoRA."""
-    entry = {"path": given} if isinstance(given, str) else given
-    values, warnings, faults = renamed(schema, entry if isinstance(entry, Mapping) else {}, where)
-    if not values.get("path"):
-        return {}, [], faults
-    return values, warnings, [*faults, *faults_of(schema, values, where)]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import handler  # noqa: F401 - with it, every class of error is there
+from entries import LORA_ENTRY
 from lora.errors import CodedError
-from schemas import IMAGE_REQUEST, LORA_ENTRY
+from schemas import IMAGE_REQUEST
 from settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent

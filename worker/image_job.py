@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
 from lora.engine.engine import Block
-from lora.engine.stack import LoraUse, Mode
-from lora.errors import LoraUnsupported
-from lora.fetch.sources import Reference
+from lora.engine.stack import Mode
 from lora.volume.loader import Loaded, LoraLibrary
 from pipelines.image import Preview, StepCallback, Timings
 from pipelines.routes import Route, choose_route
@@ -27,6 +24,7 @@ from worker.outputs import (
 )
 from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
+from worker.reports import refuse_unused, report, share_of_unused
 from worker.selection import Chosen
 from worker.stop import Stop
 
@@ -79,7 +77,7 @@ class ImageJob:
         self._stop.check()
         self.loaded = _load(library, request, self._timings, self._progress)
         if request.strict_loras:
-            _refuse_unused(self.loaded)
+            refuse_unused(self.loaded)
         if request.image_url:
             self.picture = load_picture(request.image_url, library.cache.web)
 
@@ -175,7 +173,7 @@ class ImageJob:
             "model": parts.pipeline.name,
             **self._chosen.as_answer(),
             "loras": [
-                _report(use, loaded, drawn.mode, in_range=place not in drawn.unheld)
+                report(use, loaded, drawn.mode, in_range=place not in drawn.unheld)
                 for place, (use, loaded) in enumerate(zip(request.loras, self.loaded, strict=True))
             ],
             "timings": {phase: round(s, 4) for phase, s in self._timings.seconds.items()},
@@ -185,7 +183,7 @@ class ImageJob:
                 *drawn.warnings,
                 *(warning for one in self.loaded for warning in one.warnings),
                 *(
-                    f"{one.entry.name}: {_share_of_unused(one)} were not used (see unused_keys)"
+                    f"{one.entry.name}: {share_of_unused(one)} were not used (see unused_keys)"
                     for one in self.loaded
                     if one.file.unused
                 ),
@@ -219,68 +217,3 @@ def _load(
     timings.add("download", max(one.download_seconds for one in loaded))
     timings.add("parse", max(one.parse_seconds for one in loaded))
     return loaded
-
-
-MAX_UNUSED = 1000
-"""Most unused tensors that an answer lists; its warning has the whole count."""
-
-
-def _report(
-    use: LoraUse[Reference], loaded: Loaded, mode: Mode | None, *, in_range: bool
-) -> dict[str, Any]:
-    """One LoRA's entry in the answer."""
-    file = loaded.file
-    # Text encoders do not denoise, so a range does not concern them.
-    drawn = use if in_range else use.without("unet")
-    layers = len({layer.target for layer in file.layers if drawn.scale_of(layer.target)})
-    words = sorted({word.word for word in loaded.embeddings}) if use.scale else []
-    return {
-        **about(loaded),
-        "layers": layers,
-        "words": words,
-        "used_keys": file.keys,
-        "unused_keys": unused_keys(loaded),
-        "scale": {"all": use.scale, **use.components} if use.components else use.scale,
-        "mode": mode,
-        "status": "applied"
-        if layers or words
-        else "scale is 0"
-        if in_range
-        else "no step in its range",
-    }
-
-
-def about(loaded: Loaded) -> dict[str, Any]:
-    """What every answer says of a LoRA."""
-    return {
-        "source": loaded.reference.shown,
-        "file": loaded.entry.name,
-        "sha256": loaded.file.sha256,
-        "origin": "downloaded" if loaded.entry.downloaded else "cached",
-        "algorithm": "+".join(loaded.file.algorithms),
-        "rank": loaded.file.rank,
-    }
-
-
-def unused_keys(loaded: Loaded) -> list[dict[str, str]]:
-    """The first `MAX_UNUSED` tensors that cannot be used, each with its reason."""
-    return [
-        {"key": unused.key[:200], "reason": unused.reason}
-        for unused in loaded.file.unused[:MAX_UNUSED]
-    ]
-
-
-def _refuse_unused(loaded: list[Loaded]) -> None:
-    """Raises: LoraUnsupported if a file has a tensor that cannot be used."""
-    for lora in loaded:
-        if unused := lora.file.unused:
-            raise LoraUnsupported(
-                f"{lora.reference.shown}: {_share_of_unused(lora)} cannot be used "
-                f"({unused[0].key[:200]}: {unused[0].reason})",
-                "Leave out strict_loras to use the others.",
-            )
-
-
-def _share_of_unused(lora: Loaded) -> str:
-    count = len(lora.file.unused)
-    return f"{count} of {lora.file.keys + count} tensors"

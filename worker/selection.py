@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from entries import parse_loras
 from lora.engine.stack import LoraUse
 from lora.errors import CodedError
 from lora.fetch.sources import Reference
 from lora.volume.presets import Presets
-from schemas import MAX_LORAS, ImageRequest, parse_loras
+from schemas import MAX_LORAS, ImageRequest
 from validation import InvalidInput, faults_of, field, filled
 
 NONE = "none"
