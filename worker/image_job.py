@@ -9,17 +9,18 @@ from PIL import Image
 
 from lora.engine.engine import Block
 from lora.engine.stack import Mode
+from lora.formats.embeddings import TokenEmbedding
 from lora.volume.loader import Loaded, LoraLibrary
 from pipelines.image import Preview, StepCallback, Timings
 from pipelines.routes import Route, choose_route
 from schemas import ImageRequest, parse_job
+from worker import parameters
 from worker.inputs import load_picture
 from worker.outputs import (
     OutputTooLarge,
     deliver,
     encode,
     guard_size,
-    parameters_text,
     requested_bucket,
 )
 from worker.parts import Answer, Job, Parts
@@ -78,8 +79,15 @@ class ImageJob:
         self.loaded = _load(library, request, self._timings, self._progress)
         if request.strict_loras:
             refuse_unused(self.loaded)
+        self._prompts = pipeline.measure(request, self._words())
+        self.warnings += self._prompts.warnings
         if request.image_url:
             self.picture = load_picture(request.image_url, library.cache.web)
+
+    def _words(self) -> list[TokenEmbedding]:
+        """The words that the LoRAs bring with them."""
+        pairs = zip(self.request.loras, self.loaded, strict=True)
+        return [word for use, loaded in pairs if use.scale for word in loaded.embeddings]
 
     def draw(self) -> None:
         """Applies the LoRAs, draws, and puts the weights back, holding the drawing lock.
@@ -101,9 +109,8 @@ class ImageJob:
         pipeline, engine = self._parts.pipeline, self._parts.engine
         pairs = list(zip(request.loras, self.loaded, strict=True))
         stack = [use.of(loaded.file) for use, loaded in pairs]
-        words = [word for use, loaded in pairs if use.scale for word in loaded.embeddings]
         with (
-            pipeline.tokens(words) as warnings,
+            pipeline.tokens(self._words()) as warnings,
             engine.applied(stack, self._mode(), request.num_inference_steps) as block,
         ):
             timings.add("apply", block.seconds)
@@ -159,10 +166,10 @@ class ImageJob:
         parts, request, drawn = self._parts, self.request, self.drawn
         with self._timings.measure("encode"):
             loras = [
-                (loaded.entry.path.stem, use.scale, loaded.file.sha256)
+                parameters.Applied(loaded.entry.name, use, loaded.file.sha256)
                 for use, loaded in zip(request.loras, self.loaded, strict=True)
             ]
-            text = parameters_text(request, parts.pipeline.name, drawn.images[0].size, loras)
+            text = parameters.write(request, parts.pipeline.name, drawn.images[0].size, loras)
             quality = request.output_quality
             encoded = [encode(image, file_format, quality, text) for image in drawn.images]
             urls = deliver(encoded, str(self._job.get("id", "job")), self._bucket)
@@ -172,6 +179,7 @@ class ImageJob:
             "seed": request.seed,
             "model": parts.pipeline.name,
             **self._chosen.as_answer(),
+            **self._prompts.as_answer(),
             "loras": [
                 report(use, loaded, drawn.mode, in_range=place not in drawn.unheld)
                 for place, (use, loaded) in enumerate(zip(request.loras, self.loaded, strict=True))

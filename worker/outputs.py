@@ -17,9 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
 from lora.fetch.web import Web
-from schemas import ImageRequest
 from settings import Settings
 from validation import InvalidInput
+from worker.embedded import JPEG_LIMIT, PNG_KEY, exif_of
 
 
 class OutputTooLarge(CodedError):
@@ -48,48 +48,21 @@ class Encoded:
 
 
 def encode(picture: Image.Image, file_format: str, quality: int, parameters: str) -> Encoded:
-    """The picture as png (with the generation parameters as text), jpeg or webp."""
+    """The picture as png, jpeg or webp, with the generation parameters as a text inside of it.
+
+    A JPEG has no room for over 64 kB of them (`embedded.JPEG_LIMIT`), and has none then.
+    """
     buffer = io.BytesIO()
     if file_format == "png":
         text = PngInfo()
-        text.add_text("parameters", parameters)
+        text.add_text(PNG_KEY, parameters)
         picture.save(buffer, "PNG", pnginfo=text)
     else:
-        picture.save(buffer, file_format.upper(), quality=quality)
+        exif = exif_of(parameters) if parameters else b""
+        if file_format == "jpeg" and len(exif) > JPEG_LIMIT:
+            exif = b""
+        picture.save(buffer, file_format.upper(), quality=quality, exif=exif)
     return Encoded(buffer.getvalue(), f"image/{file_format}")
-
-
-def parameters_text(
-    request: ImageRequest,
-    model: str,
-    size: tuple[int, int],
-    loras: Sequence[tuple[str, float, str]],
-) -> str:
-    """The generation parameters in the form that common web UIs write and read.
-
-    Its lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
-    `loras` are (name, scale, sha256); `size` is (width, height).
-    """
-    tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale, _ in loras)
-    negative = request.negative_prompt
-    pairs = {
-        "Steps": request.num_inference_steps,
-        "Sampler": request.scheduler,
-        "CFG scale": f"{request.guidance_scale:g}",
-        "Seed": request.seed,
-        "Size": f"{size[0]}x{size[1]}",
-        "Model": model,
-    }
-    if loras:
-        hashes = ", ".join(f"{name}: {sha256[:12]}" for name, _, sha256 in loras)
-        pairs["Lora hashes"] = json.dumps(hashes)
-    return "\n".join(
-        [
-            f"{request.prompt}{tags}",
-            *([f"Negative prompt: {negative}"] if negative else []),
-            ", ".join(f"{key}: {value}" for key, value in pairs.items()),
-        ]
-    )
 
 
 class S3Client(Protocol):
