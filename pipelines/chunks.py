@@ -117,8 +117,9 @@ class Measured:
 
 
 def measure(pipeline: Any, request: ImageRequest, embeddings: Sequence[TokenEmbedding]) -> Measured:
-    """Reads the prompts without encoding them; `embeddings` bring words that are not added yet.
+    """Reads the prompts without encoding them, as they will be read once the words of `embeddings` are added.
 
+    Words that are added now, by another job that draws meanwhile, do not count.
     Raises: InvalidInput if a prompt is too long, a weight too large, or `clip_skip` skips all layers.
     """
     readers, words = readers_of(pipeline), lengths(embeddings)
