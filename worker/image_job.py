@@ -21,6 +21,7 @@ from worker.outputs import (
     deliver,
     encode,
     guard_size,
+    has_room,
     requested_bucket,
 )
 from worker.parts import Answer, Job, Parts
@@ -44,6 +45,8 @@ PHASES = (
 
 
 PREVIEW_QUALITY = 70
+
+TOO_LONG = "the pictures do not hold their parameters: a JPEG has no room for over 64 kB of text"
 
 
 class ImageJob:
@@ -170,6 +173,7 @@ class ImageJob:
                 for use, loaded in zip(request.loras, self.loaded, strict=True)
             ]
             text = parameters.write(request, parts.pipeline.name, drawn.images[0].size, loras)
+            tight = [] if has_room(file_format, text) else [TOO_LONG]
             quality = request.output_quality
             encoded = [encode(image, file_format, quality, text) for image in drawn.images]
             urls = deliver(encoded, str(self._job.get("id", "job")), self._bucket)
@@ -189,6 +193,7 @@ class ImageJob:
                 *parts.warnings,
                 *self.warnings,
                 *drawn.warnings,
+                *tight,
                 *(warning for one in self.loaded for warning in one.warnings),
                 *(
                     f"{one.entry.name}: {share_of_unused(one)} were not used (see unused_keys)"

@@ -47,10 +47,15 @@ class Encoded:
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
+def has_room(file_format: str, parameters: str) -> bool:
+    """Whether a file of this format can hold the parameters: a JPEG has room for 64 kB."""
+    return file_format != "jpeg" or len(exif_of(parameters)) <= JPEG_LIMIT
+
+
 def encode(picture: Image.Image, file_format: str, quality: int, parameters: str) -> Encoded:
     """The picture as png, jpeg or webp, with the generation parameters as a text inside of it.
 
-    A JPEG has no room for over 64 kB of them (`embedded.JPEG_LIMIT`), and has none then.
+    It has none where there is no room for them (`has_room`).
     """
     buffer = io.BytesIO()
     if file_format == "png":
@@ -58,9 +63,8 @@ def encode(picture: Image.Image, file_format: str, quality: int, parameters: str
         text.add_text(PNG_KEY, parameters)
         picture.save(buffer, "PNG", pnginfo=text)
     else:
-        exif = exif_of(parameters) if parameters else b""
-        if file_format == "jpeg" and len(exif) > JPEG_LIMIT:
-            exif = b""
+        room = parameters and has_room(file_format, parameters)
+        exif = exif_of(parameters) if room else b""
         picture.save(buffer, file_format.upper(), quality=quality, exif=exif)
     return Encoded(buffer.getvalue(), f"image/{file_format}")
 

@@ -20,6 +20,7 @@ from schemas import ImageRequest, parse_job
 from tests.lora.commands.running import run
 from tests.test_handler import data_uri, picture, pixels
 from worker.embedded import JPEG_LIMIT, exif_of, text_of
+from worker.image_job import TOO_LONG
 from worker.outputs import encode
 from worker.parameters import Applied, read, write
 
@@ -197,6 +198,16 @@ def test_a_text_beyond_the_limit_of_jpeg_is_left_out() -> None:
         assert (len(exif_of(text)) <= JPEG_LIMIT) == there
         opened = Image.open(io.BytesIO(encode(picture, "jpeg", 95, text).data))
         assert text_of(opened) == (text if there else None)
+
+
+def test_a_text_that_is_left_out_is_warned_of(demo_worker: Worker) -> None:
+    job = {"prompt": "\u4e2d " * 600, "num_inference_steps": 1, "seed": 1, "output_format": "jpeg"}
+    assert demo_worker({"id": "j", "input": job})["warnings"] == []
+    blanks = " " * 9900  # which are no tokens; the line in the prompt has both written twice
+    job["prompt"] = f" \u4e2d{blanks}\nNegative prompt: y"
+    answer = demo_worker({"id": "j", "input": {**job, "negative_prompt": f"x{blanks}"}})
+    assert answer["warnings"] == [TOO_LONG]
+    assert text_of(picture(answer)) is None
 
 
 def test_other_programs_exif_is_read() -> None:
