@@ -270,6 +270,8 @@ def main() -> None:
 
     Raises: SystemExit with a sentence if the settings or the weights cannot be used.
     """
+    # Read when the SDK is imported. By its own default it logs every answer, with the prompt that was drawn.
+    os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")
     import runpod
     from runpod.serverless.modules import rp_scale
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import base64
 import io
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +18,7 @@ from transformers.utils import logging as of_transformers
 
 from handler import Worker
 from lora.fetch.web import quiet_libraries
+from tests.conftest import ROOT
 
 CANARY = "canary"
 TAG = "<lora:demo-stripes:0.5>"
@@ -114,3 +118,29 @@ def test_what_the_libraries_say_would_be_heard(
     assert {"transformers", "diffusers"} <= told_of
     with pytest.raises(AssertionError):
         assert_silent(heard, "", "")
+
+
+@pytest.mark.parametrize(
+    ("own", "level"), [({}, "INFO"), ({"RUNPOD_DEBUG_LEVEL": "DEBUG"}, "DEBUG")]
+)
+def test_the_sdk_logs_answers_only_where_its_operator_wants_it(
+    own: dict[str, str], level: str
+) -> None:
+    code = (
+        "import contextlib, handler\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    handler.main()\n"
+        "from runpod.serverless.modules.rp_logger import RunPodLogger\n"
+        "print(RunPodLogger().level)"
+    )
+    left_out = ("RUNPOD_DEBUG_LEVEL", "RUNPOD_LOG_LEVEL")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**environment, **own, "WORKER_MODEL": "nobody/nothing"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split() == [level], done.stderr[-500:]
