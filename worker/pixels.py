@@ -14,7 +14,10 @@ SIXTEEN_BITS = 65_535
 
 def shows_through(picture: Image.Image) -> bool:
     """Whether a pixel of the picture is not opaque. Raises: as `as_rgb`."""
-    return _may_show_through(picture) and _with_alpha(picture).getchannel("A").getextrema() != (255, 255)
+    return _may_show_through(picture) and _with_alpha(picture).getchannel("A").getextrema() != (
+        255,
+        255,
+    )
 
 
 def _may_show_through(picture: Image.Image) -> bool:
