@@ -9,7 +9,7 @@ import validation
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
 from lora.formats.names.blocks import MAX_SCALE, parse_blocks
-from validation import Checked, faults_of, field, filled, number, renamed
+from validation import Checked, faults_of, field, filled, number, understood
 
 LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 """The parts of SDXL that a LoRA can change."""
@@ -70,7 +70,9 @@ NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
 def as_entry(given: object, schema: dict[str, Any], where: str) -> Checked:
     """An entry of `loras` as an object with `path`; an empty one if it names no LoRA."""
     entry = {"path": given} if isinstance(given, str) else given
-    values, warnings, faults = renamed(schema, entry if isinstance(entry, Mapping) else {}, where)
+    values, warnings, faults = understood(
+        schema, entry if isinstance(entry, Mapping) else {}, where
+    )
     if not values.get("path"):
         return {}, [], faults
     return values, warnings, [*faults, *faults_of(schema, values, where)]

@@ -5,8 +5,9 @@ Field names, defaults and meaning are those of RunPod's worker-sdxl; what is our
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import validation
 from entries import parse_loras
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
-from validation import InvalidInput, faults_of, field, filled, number
+from validation import InvalidInput, faults_of, field, filled, number, understood
 
 SCHEDULERS = (
     *("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"),
@@ -31,8 +32,13 @@ MAX_LORAS = 16
 MAX_PROMPT = 10_000
 """Characters of a prompt. It is cut into chunks, of which `pipelines.chunks` allows so many."""
 
-_SIZE = {"minimum": 64, "maximum": 4096, "multipleOf": 8}
-_OWN_SIZE = "in pixels; null is the model's own size, 1024 for SDXL"
+MAX_AREA = 4096 * 4096
+
+_SIZE = {"minimum": 8, "maximum": 16_384, "multipleOf": 8}
+_OWN_SIZE = (
+    "in pixels; null is the model's own size, 1024 for SDXL, or follows the picture's aspect"
+)
+_PICTURE = "an http(s) URL, a data URI or base64"
 
 IMAGE_REQUEST: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -55,27 +61,63 @@ IMAGE_REQUEST: dict[str, Any] = {
         "seed": number(
             "integer|null",
             None,
-            (0, 2**64 - 1),
-            "Same seed, same picture; null draws one, and the answer tells it",
+            (-(2**63), 2**64 - 1),
+            "Same seed, same picture; null or -1 draws one, and the answer tells it",
         ),
         "scheduler": field("string", "DDIM", "The base model's sampler", enum=list(SCHEDULERS)),
-        "num_inference_steps": number("integer", 25, (1, 500), "Denoising steps of the base model"),
+        "num_inference_steps": number(
+            "integer", 25, (1, 1000), "Denoising steps of the base model"
+        ),
         "refiner_inference_steps": number(
-            "integer", 50, (1, 500), "Denoising steps of the refiner, of which `strength` are done"
+            "integer", 50, (1, 1000), "Denoising steps of the refiner, of which `strength` are done"
         ),
         "guidance_scale": number(
-            "number", 7.5, (0, 100), "How strictly the base model follows the prompt"
+            "number",
+            7.5,
+            (-1000, 1000),
+            "How strictly the base model follows the prompt; up to 1 the negative prompt does not count",
         ),
         "strength": number(
-            "number", 0.3, (0, 1), "Image to image: how much of the picture is drawn anew"
+            "number|null",
+            None,
+            (0, 1),
+            "Image to image: how much of the picture is drawn anew; null is 0.3, and 1 within a mask",
         ),
         "image_url": field(
             "string|null",
             None,
-            "Picture to start from: an http(s) URL or a data URI",
-            pattern=validation.WEB_OR_DATA,
+            f"Picture to start from: {_PICTURE}. Without `width` and `height` it is drawn near the model's "
+            "size, at its own aspect (docs/pictures.md)",
+            pattern=validation.PICTURE,
+        ),
+        "mask_url": field(
+            "string|null",
+            None,
+            f"Inpainting: {_PICTURE} of a mask for `image_url`. White is drawn anew, black is kept bit "
+            "for bit",
+            pattern=validation.PICTURE,
+        ),
+        "mask_blur": number(
+            "number",
+            0,
+            (0, 256),
+            "How softly drawn and kept pixels mix at the mask's edge, in pixels",
+        ),
+        "resize_mode": field(
+            "string",
+            "cover",
+            "How `image_url` comes to `width` and `height`: `cover` cuts off what stands over, `contain` "
+            "shows all and continues the edges, `stretch` changes the aspect",
+            enum=["cover", "contain", "stretch"],
         ),
         "num_images": number("integer", 1, (1, 4), "How many pictures"),
+        "seed_mode": field(
+            "string",
+            "batch",
+            "Several pictures: `batch` draws all from one seed, as worker-sdxl; `each` draws picture i "
+            "as `seed` + i draws it alone, and the answer has `seeds`",
+            enum=["batch", "each"],
+        ),
         "high_noise_frac": number(
             "number|null",
             None,
@@ -159,7 +201,11 @@ class ImageRequest:
     guidance_scale: float
     strength: float
     image_url: str | None
+    mask_url: str | None
+    mask_blur: float
+    resize_mode: str
     num_images: int
+    seed_mode: str
     high_noise_frac: float | None
     refiner_mode: str
     clip_skip: int | None
@@ -180,24 +226,43 @@ def parse_job(job: object) -> ImageRequest:
     """The job's request. Raises: InvalidInput, with every fault at once, each with its path."""
     if not isinstance(job, Mapping):
         raise InvalidInput.of(["the job is not an object"])
-    values = job.get("input")
-    if not isinstance(values, Mapping):
+    given = job.get("input")
+    if not isinstance(given, Mapping):
         raise InvalidInput.of(["input is not an object"])
-    faults = list(faults_of(IMAGE_REQUEST, values, ""))
-    if not values.get("prompt") and not values.get("image_url"):
-        faults.append("prompt is required (unless image_url is given)")
-    name, steps = values.get("scheduler"), values.get("num_inference_steps")
-    if name in DISTILLED and isinstance(steps, (int, float)) and steps > DISTILLED_STEPS:
-        faults.append(f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}")
-    strict = bool(values.get("strict_loras"))
+    values, renames, faults = understood(IMAGE_REQUEST, given, "")
+    faults += [*faults_of(IMAGE_REQUEST, values, ""), *_contradictions(values)]
+    strict = values.get("strict_loras") is True
     loras = parse_loras(values.get("loras"), values.get("lora_mode"), strict=strict)
     if faults := [*faults, *loras.faults]:
         raise InvalidInput.of(faults)
     chosen = filled(IMAGE_REQUEST, values)
-    chosen["prompt"] = chosen["prompt"] or ""
     selected = chosen["lora_selection"]
     if selected is not None:
         chosen["lora_selection"] = (selected,) if isinstance(selected, str) else tuple(selected)
-    if chosen["seed"] is None:
-        chosen["seed"] = secrets.randbits(32)
-    return ImageRequest(**{**chosen, "loras": loras.uses, "warnings": loras.warnings})
+    if chosen["strength"] is None:
+        chosen["strength"] = 1.0 if chosen["mask_url"] else 0.3
+    seed = chosen["seed"]
+    return ImageRequest(
+        **{
+            **chosen,
+            "prompt": chosen["prompt"] or "",
+            "seed": secrets.randbits(32) if seed in (None, -1) else seed % 2**64,
+            "loras": loras.uses,
+            "warnings": (*renames, *loras.warnings),
+        }
+    )
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between the fields of a request, each of which may be wrong itself."""
+    if not values.get("prompt") and not values.get("image_url"):
+        yield "prompt is required (unless image_url is given)"
+    if values.get("mask_url") and not values.get("image_url"):
+        yield "mask_url needs the picture that the mask is for, as image_url"
+    width, height = values.get("width"), values.get("height")
+    sides = [side for side in (width, height) if isinstance(side, (int, float))]
+    if len(sides) == 2 and math.prod(sides) > MAX_AREA:
+        yield f"width and height: {width} x {height} is more than {MAX_AREA / 1e6:.1f} megapixels"
+    name, steps = values.get("scheduler"), values.get("num_inference_steps")
+    if name in DISTILLED and isinstance(steps, (int, float)) and steps > DISTILLED_STEPS:
+        yield f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}"

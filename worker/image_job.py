@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 from PIL import Image
 
@@ -11,11 +12,12 @@ from lora.engine.engine import Block
 from lora.engine.stack import Mode
 from lora.formats.embeddings import TokenEmbedding
 from lora.volume.loader import Loaded, LoraLibrary
-from pipelines.image import Preview, StepCallback, Timings
+from pipelines.image import Preview, StepCallback
+from pipelines.inpainting import Masked
 from pipelines.routes import Route, choose_route
+from pipelines.timings import Timings
 from schemas import ImageRequest, parse_job
 from worker import parameters
-from worker.inputs import load_picture
 from worker.outputs import (
     OutputTooLarge,
     deliver,
@@ -28,6 +30,7 @@ from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
 from worker.reports import refuse_unused, report, share_of_unused
 from worker.selection import Chosen
+from worker.start import start_of
 from worker.stop import Stop
 
 PHASES = (
@@ -56,7 +59,7 @@ class ImageJob:
     """The job's request, with the additions of its presets."""
     route: Route
     loaded: list[Loaded]
-    picture: Image.Image | None = None
+    start: Image.Image | Masked | None = None
     drawn: Drawn
 
     def __init__(self, parts: Parts, job: Job, progress: Progress, stop: Stop) -> None:
@@ -72,7 +75,7 @@ class ImageJob:
         """
         pipeline, library = self._parts.pipeline, self._parts.library
         request = parse_job(self._job)
-        has_loras = self._job["input"].get("loras") is not None
+        has_loras = self._job["input"].get("loras") not in (None, "")
         self._chosen: Chosen = self._parts.selection.choose(request, has_loras=has_loras)
         self.request = request = self._chosen.request
         self.route, warnings = choose_route(request, has_refiner=pipeline.has_refiner)
@@ -84,8 +87,9 @@ class ImageJob:
             refuse_unused(self.loaded)
         self._prompts = pipeline.measure(request, self._words())
         self.warnings += self._prompts.warnings
-        if request.image_url:
-            self.picture = load_picture(request.image_url, library.cache.web)
+        self.start = start_of(
+            request, library.cache.web, pipeline.default_size, self.warnings.append
+        )
 
     def _words(self) -> list[TokenEmbedding]:
         """The words that the LoRAs bring with them."""
@@ -103,9 +107,21 @@ class ImageJob:
             self.drawn = self._draw_with_loras() if self.loaded else Drawn(self._generate())
 
     def _generate(self, block: Block | None = None) -> list[Image.Image]:
-        return self._parts.pipeline.generate(
-            self.request, self.route, self.picture, self._timings, self._on_step(block)
-        )
+        images: list[Image.Image] = []
+        for number, request in enumerate(self._alone()):
+            if block and number:
+                block.at(0.0)  # the next picture's denoising begins
+            images += self._parts.pipeline.generate(
+                request, self.route, self.start, self._timings, self._on_step(block)
+            )
+        return images
+
+    def _alone(self) -> list[ImageRequest]:
+        """What is drawn one after the other: the request, or one for each picture that has its own seed."""
+        if self.request.seed_mode == "batch":
+            return [self.request]
+        seeds = [(self.request.seed + i) % 2**64 for i in range(self.request.num_images)]
+        return [replace(self.request, seed=seed, num_images=1) for seed in seeds]
 
     def _draw_with_loras(self) -> Drawn:
         request, timings = self.request, self._timings
@@ -172,15 +188,20 @@ class ImageJob:
                 parameters.Applied(loaded.entry.name, use, loaded.file.sha256)
                 for use, loaded in zip(request.loras, self.loaded, strict=True)
             ]
-            text = parameters.write(request, parts.pipeline.name, drawn.images[0].size, loras)
-            tight = [] if has_room(file_format, text) else [TOO_LONG]
-            quality = request.output_quality
-            encoded = [encode(image, file_format, quality, text) for image in drawn.images]
+            size, quality = drawn.images[0].size, request.output_quality
+            alone = self._alone()
+            texts = [parameters.write(one, parts.pipeline.name, size, loras) for one in alone]
+            tight = [] if all(has_room(file_format, text) for text in texts) else [TOO_LONG]
+            encoded = [
+                encode(image, file_format, quality, text)
+                for image, text in zip(drawn.images, cycle(texts), strict=False)
+            ]
             urls = deliver(encoded, str(self._job.get("id", "job")), self._bucket)
         return {
             "images": urls,
             "image_url": urls[0],
             "seed": request.seed,
+            **({"seeds": [one.seed for one in alone]} if request.seed_mode == "each" else {}),
             "model": parts.pipeline.name,
             **self._chosen.as_answer(),
             **self._prompts.as_answer(),
