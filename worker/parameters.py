@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from lora.engine.stack import LoraUse
 from lora.fetch.sources import Reference
-from schemas import IMAGE_REQUEST, SCHEDULERS, ImageRequest
+from schemas import IMAGE_REQUEST, SCHEDULERS, ImageRequest, parse_job
 from worker.tags import taken
 
 NEGATIVE, PICTURE = "Negative prompt: ", "Source picture"
@@ -114,10 +114,9 @@ def write(
     if request.negative_prompt:
         lines.append(f"{NEGATIVE}{request.negative_prompt}")
     text = "\n".join([*lines, _joined(pairs)])
-    found = read(text).input
-    rules = IMAGE_REQUEST["properties"]
-    for name in rules:
-        value, default = wanted.get(name), rules[name]["default"]
+    found, plain = read(text).input, parse_job({"input": {"prompt": "-"}})
+    for name in IMAGE_REQUEST["properties"]:
+        value, default = wanted.get(name), getattr(plain, name)
         if name in (wanted.keys() | found.keys()) and found.get(name, default) != value:
             pairs[name] = _quoted(json.dumps(value))
     return "\n".join([*lines, _joined(pairs)])
