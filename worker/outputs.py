@@ -16,9 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
 from lora.fetch.web import Web
-from schemas import ImageRequest
 from settings import Settings
 from validation import InvalidInput
+from worker.embedded import JPEG_LIMIT, PNG_KEY, exif_of
 from worker.endpoints import ADDRESSING, Place, check_names, place_of
 from worker.store import S3_CONFIG, Bucket
 
@@ -42,49 +42,26 @@ class Encoded:
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
+def has_room(file_format: str, parameters: str) -> bool:
+    """Whether a file of this format can hold the parameters: a JPEG has room for 64 kB."""
+    return file_format != "jpeg" or len(exif_of(parameters)) <= JPEG_LIMIT
+
+
 def encode(picture: Image.Image, file_format: str, quality: int, parameters: str) -> Encoded:
-    """The picture as png (with the generation parameters as text), jpeg or webp."""
+    """The picture as png, jpeg or webp, with the generation parameters as a text inside of it.
+
+    It has none where there is no room for them (`has_room`).
+    """
     buffer = io.BytesIO()
     if file_format == "png":
         text = PngInfo()
-        text.add_text("parameters", parameters)
+        text.add_text(PNG_KEY, parameters)
         picture.save(buffer, "PNG", pnginfo=text)
     else:
-        picture.save(buffer, file_format.upper(), quality=quality)
+        room = parameters and has_room(file_format, parameters)
+        exif = exif_of(parameters) if room else b""
+        picture.save(buffer, file_format.upper(), quality=quality, exif=exif)
     return Encoded(buffer.getvalue(), f"image/{file_format}")
-
-
-def parameters_text(
-    request: ImageRequest,
-    model: str,
-    size: tuple[int, int],
-    loras: Sequence[tuple[str, float, str]],
-) -> str:
-    """The generation parameters in the form that common web UIs write and read.
-
-    Its lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
-    `loras` are (name, scale, sha256); `size` is (width, height).
-    """
-    tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale, _ in loras)
-    negative = request.negative_prompt
-    pairs = {
-        "Steps": request.num_inference_steps,
-        "Sampler": request.scheduler,
-        "CFG scale": f"{request.guidance_scale:g}",
-        "Seed": request.seed,
-        "Size": f"{size[0]}x{size[1]}",
-        "Model": model,
-    }
-    if loras:
-        hashes = ", ".join(f"{name}: {sha256[:12]}" for name, _, sha256 in loras)
-        pairs["Lora hashes"] = json.dumps(hashes)
-    return "\n".join(
-        [
-            f"{request.prompt}{tags}",
-            *([f"Negative prompt: {negative}"] if negative else []),
-            ", ".join(f"{key}: {value}" for key, value in pairs.items()),
-        ]
-    )
 
 
 def open_bucket(settings: Settings) -> Bucket | None:

@@ -36,8 +36,9 @@ HEADERS = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
 
 
 def quiet_libraries() -> None:
-    """Silences other libraries' logs of requests: whole URLs stand there, with tokens and signatures."""
-    for library in ("botocore", "httpx2"):
+    """Silences other libraries' logs of requests, where whole URLs stand with tokens and signatures, and of
+    the texts inside of pictures."""
+    for library in ("botocore", "httpx2", "PIL"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # urllib3's children by name, too: runpod, once it is imported, sets the level of urllib3 itself.
     for library in ("urllib3", "urllib3.connection", "urllib3.connectionpool"):

@@ -12,7 +12,6 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from lora.fetch.web import Web
-from schemas import parse_job
 from settings import Settings
 from tests.server import LOOPBACK
 from validation import InvalidInput
@@ -23,7 +22,6 @@ from worker.outputs import (
     encode,
     guard_size,
     open_bucket,
-    parameters_text,
     requested_bucket,
     sendable,
 )
@@ -48,19 +46,6 @@ def test_quality_makes_smaller_files() -> None:
         low, high = (encode(picture, kind, quality, "") for quality in (10, 95))
         assert len(low.data) < len(high.data)
         assert low.media_type == f"image/{kind}"
-
-
-def test_parameters_text_without_and_with_loras() -> None:
-    pairs = "Steps: 20, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 64x32, Model: demo"
-    values = {"prompt": "a cat", "num_inference_steps": 20, "seed": 3}
-    plain, negative = (
-        parse_job({"input": {**values, "negative_prompt": text}}) for text in (None, "dog")
-    )
-    assert parameters_text(plain, "demo", (64, 32), []) == f"a cat\n{pairs}"
-    text = parameters_text(negative, "demo", (64, 32), [("x", 0.5, "ab" * 32)])
-    assert text == (
-        f'a cat <lora:x:0.5>\nNegative prompt: dog\n{pairs}, Lora hashes: "x: abababababab"'
-    )
 
 
 def test_no_bucket_without_an_endpoint() -> None:
