@@ -12,6 +12,7 @@ from unittest.mock import Mock
 import pytest
 
 import handler
+from demo.inpainting import INPAINTED
 from docs.generate import HUB, files, leaves
 from handler import Worker
 from lora import errors
@@ -153,7 +154,9 @@ def test_the_hubs_page_shows_valid_requests_and_an_answer_that_a_worker_gives(
     assert named - {leaf.code for leaf in leaves(CodedError)} <= known
 
 
-@pytest.mark.parametrize("page", ["CHANGELOG.md", "SECURITY.md", ".runpod/README.md"])
+@pytest.mark.parametrize(
+    "page", ["CHANGELOG.md", "SECURITY.md", ".runpod/README.md", "docs/pictures.md"]
+)
 def test_every_file_that_the_page_names_exists(page: str) -> None:
     text = (ROOT / page).read_text()
     links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
@@ -162,3 +165,12 @@ def test_every_file_that_the_page_names_exists(page: str) -> None:
     assert paths
     for path in paths:
         assert path.exists(), path
+
+
+def test_the_inpainting_page_shows_the_request_that_drew_its_pictures() -> None:
+    page = (ROOT / "docs" / "pictures.md").read_text()
+    (job,) = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    shown = job["input"]
+    assert parse_job(job).warnings == ()
+    urls = {name: shown[name] for name in ("image_url", "mask_url")}
+    assert shown == {**INPAINTED, **urls}
