@@ -251,9 +251,18 @@ def parse_job(job: object) -> ImageRequest:
             "prompt": chosen["prompt"] or "",
             "seed": secrets.randbits(32) if seed in (None, -1) else seed % 2**64,
             "loras": loras.uses,
-            "warnings": (*renames, *loras.warnings),
+            "warnings": (*renames, *_idle(values), *loras.warnings),
         }
     )
+
+
+def _idle(values: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each field that has nothing to do in this request."""
+    if values.get("mask_blur") and not values.get("mask_url"):
+        yield "mask_blur does nothing without mask_url"
+    sized = values.get("width") or values.get("height")
+    if "resize_mode" in values and not (sized and values.get("image_url")):
+        yield "resize_mode does nothing without image_url and one of width and height"
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:

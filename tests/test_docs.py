@@ -14,7 +14,12 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 
 import handler
+<<<<<<< HEAD
 from docs.generate import DOCS, HUB, files, kind_of, leaves
+=======
+from demo.inpainting import INPAINTED
+from docs.generate import HUB, files, leaves
+>>>>>>> pictures14
 from handler import Worker
 from lora import errors
 from lora.errors import CodedError
@@ -225,7 +230,30 @@ def test_the_hubs_page_shows_valid_requests_and_an_answer_that_a_worker_gives(
     assert named - {leaf.code for leaf in leaves(CodedError)} <= known
 
 
+<<<<<<< HEAD
 def test_the_tests_that_the_security_policy_names_exist() -> None:
     named = re.findall(r"`(tests/\S+)`", (ROOT / "SECURITY.md").read_text())
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+=======
+@pytest.mark.parametrize(
+    "page", ["CHANGELOG.md", "SECURITY.md", ".runpod/README.md", "docs/pictures.md"]
+)
+def test_every_file_that_the_page_names_exists(page: str) -> None:
+    text = (ROOT / page).read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    paths = [(ROOT / page).parent / link for link in links]
+    paths += [ROOT / name for name in re.findall(r"`(tests/\S+)`", text)]
+    assert paths
+    for path in paths:
+        assert path.exists(), path
+
+
+def test_the_inpainting_page_shows_the_request_that_drew_its_pictures() -> None:
+    page = (ROOT / "docs" / "pictures.md").read_text()
+    (job,) = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    shown = job["input"]
+    assert parse_job(job).warnings == ()
+    urls = {name: shown[name] for name in ("image_url", "mask_url")}
+    assert shown == {**INPAINTED, **urls}
+>>>>>>> pictures14

@@ -352,3 +352,10 @@ def test_what_worker_sdxl_takes_is_taken_with_its_meaning() -> None:
             else:
                 assert getattr(request, name) == meant, sent
         assert request.warnings == ()
+
+
+def test_a_field_that_has_nothing_to_do_is_warned_of() -> None:
+    assert parse(mask_blur=3).warnings == ("mask_blur does nothing without mask_url",)
+    (sentence,) = parse(image_url="https://h/x", resize_mode="contain").warnings
+    assert "resize_mode does nothing" in sentence
+    assert parse(image_url="https://h/x", resize_mode="contain", width=64).warnings == ()
