@@ -47,12 +47,15 @@ IMAGE_REQUEST: dict[str, Any] = {
             "integer|null",
             None,
             (0, 2**64 - 1),
-            "Same seed, same picture; null draws one, and the answer tells it",
+            "The same seed gives the same picture; null chooses one at random, and the answer has it",
         ),
         "scheduler": field("string", "DDIM", "The base model's sampler", enum=list(SCHEDULERS)),
         "num_inference_steps": number("integer", 25, (1, 500), "Denoising steps of the base model"),
         "refiner_inference_steps": number(
-            "integer", 50, (1, 500), "Denoising steps of the refiner, of which `strength` are done"
+            "integer",
+            50,
+            (1, 500),
+            "Denoising steps of the refiner; it does the share `strength` of them",
         ),
         "guidance_scale": number(
             "number", 7.5, (0, 100), "How strictly the base model follows the prompt"
@@ -76,29 +79,29 @@ IMAGE_REQUEST: dict[str, Any] = {
         "refiner_mode": field(
             "string",
             "img2img",
-            "`img2img` as worker-sdxl refines; `ensemble` splits one denoising between "
+            "`img2img` refines as worker-sdxl does; `ensemble` splits one denoising between "
             "base and refiner at `high_noise_frac` (0.8 if null); `none` leaves the refiner out",
             enum=["img2img", "ensemble", "none"],
         ),
         "loras": field(
             "array|null",
             None,
-            "LoRAs to apply, in this order: each a source, or an object with `path`",
+            "LoRAs to apply; each is a source, or an object with `path`",
             maxItems=MAX_LORAS,
         ),
         "lora_selection": field(
             "string|array|null",
             None,
-            "Presets of this volume, whose LoRAs come before `loras`: a name or a list of "
-            "names; `none` for none, not even the worker's default",
+            "A preset's name, or a list of names; their LoRAs are applied with those of `loras`. "
+            "`none` turns off the worker's default preset, too",
             items={"type": "string"},
             maxItems=MAX_LORAS,
         ),
         "strict_loras": field(
             "boolean",
             False,
-            "Fail on an entry of `loras` that names no LoRA, instead of skipping it, and on a "
-            "LoRA with tensors that cannot be used, instead of warning",
+            "`true` fails the job, instead of going on with a warning, if an entry of `loras` names "
+            "no LoRA, or a LoRA has tensors that cannot be used",
         ),
         "lora_mode": field(
             "string|null",
@@ -113,13 +116,13 @@ IMAGE_REQUEST: dict[str, Any] = {
         "output_fallback": field(
             "string|null",
             None,
-            "File format to take where the answer would be too large for the platform",
+            "File format that is used instead if the answer would be too large for the platform",
             enum=["webp", "jpeg", None],
         ),
         "preview": field(
             "boolean",
             False,
-            "Send a small picture of how far it is with the progress, every few steps",
+            "`true` adds a small picture of the current state to the progress, every few steps",
         ),
     },
 }
@@ -131,12 +134,12 @@ LORA_ENTRY: dict[str, Any] = {
     "additionalProperties": False,
     "required": ["path"],
     "properties": {
-        "path": {"type": "string", "minLength": 1, "description": "The source"},
+        "path": {"type": "string", "minLength": 1, "description": "The LoRA's source"},
         "scale": field(
             "number|object",
             1.0,
-            "How strongly; 1 as trained, 0 not at all, negative the reverse. An object "
-            "gives each component its own: `unet`, `text_encoder`, `text_encoder_2` (1 where not named)",
+            "How strongly the LoRA acts: 1 as it was trained, 0 not at all, below 0 in reverse. An "
+            "object scales each component: `unet`, `text_encoder`, `text_encoder_2` (1 if left out)",
             **_SCALES,
             propertyNames={"enum": list(LORA_COMPONENTS)},
             additionalProperties={"type": "number", **_SCALES},
@@ -144,31 +147,33 @@ LORA_ENTRY: dict[str, Any] = {
         "blocks": field(
             "array|string|object|null",
             None,
-            "A further factor per block of the UNet: 12 or 20 values as in web UIs, as a list "
+            "A further factor for each block of the UNet: 12 or 20 values as in web UIs, as a list "
             "or as text, or an object of names (`BASE`, `IN04`, `MID`, `OUT01`, `IN`, `OUT`)",
         ),
         "start": number(
             "number",
             0.0,
             (0, 1),
-            "When it begins, as a fraction of the base model's denoising; to text encoders it "
-            "always applies",
+            "Fraction of the base model's denoising at which the LoRA begins to act on the UNet; on "
+            "text encoders it always acts",
         ),
-        "end": number("number", 1.0, (0, 1), "When it ends"),
-        "weight_name": field("string|null", None, "Which file of a Hugging Face repo"),
-        "revision": field(
-            "string|null", None, "Which branch, tag or commit of a Hugging Face repo"
+        "end": number("number", 1.0, (0, 1), "Fraction at which it stops acting on the UNet"),
+        "weight_name": field(
+            "string|null",
+            None,
+            "Name of the file, if a Hugging Face repo or a Civitai version has several",
         ),
+        "revision": field("string|null", None, "Branch, tag or commit of a Hugging Face repo"),
         "sha256": field(
             "string|null",
             None,
-            "The file's hash, if it must be this one",
+            "SHA-256 that the file must have; a file with another one is refused",
             pattern=validation.SHA256,
         ),
         "refresh": field(
             "boolean",
             False,
-            "Ask the source whether it has another version, whatever the cache knows",
+            "`true` asks the source now whether it has a newer file; see `LORA_TTL_HOURS`",
         ),
     },
 }

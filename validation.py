@@ -37,7 +37,7 @@ class InvalidInput(CodedError):
     def of(cls, faults: Sequence[str]) -> InvalidInput:
         """The error that lists these faults, of which there is at least one."""
         count = "" if len(faults) == 1 else f"{len(faults)} faults: "
-        return cls(count + "; ".join(faults), "See the README's table of parameters.")
+        return cls(count + "; ".join(faults), "docs/requests.md lists the fields.")
 
 
 def field(types: str, default: Any, description: str, **limits: Any) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def _check_steps(request: ImageRequest, route: Route) -> None:
     """
     if route is Route.ENSEMBLE and request.high_noise_frac in (0, 1):
         raise InvalidInput.of(
-            ["high_noise_frac: an ensemble is split between 0 and 1, not at them"]
+            ["high_noise_frac: with refiner_mode ensemble it must be over 0 and below 1"]
         )
     by_route = {
         Route.REFINED: ("refiner_inference_steps", request.refiner_inference_steps),

@@ -113,7 +113,7 @@ def _settings() -> Settings:
     try:
         return read_settings(os.environ)
     except SettingsError as error:
-        raise ToolError(str(error), "The README lists the environment variables.") from error
+        raise ToolError(str(error), "docs/settings.md lists the environment variables.") from error
 
 
 def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from validation import InvalidInput, faults_of, field, filled
 NONE = "none"
 """A job selects this to have no preset, not even the worker's default."""
 
-UNLESS_THERE = "unless it stands there already"
+UNLESS_THERE = "unless it is there already"
 
 
 PRESET: dict[str, Any] = {
@@ -27,20 +27,20 @@ PRESET: dict[str, Any] = {
         "loras": field(
             "array",
             [],
-            "LoRAs as in a job: sources, or objects with `path`",
+            "LoRAs as in a job; each is a source, or an object with `path`",
             maxItems=MAX_LORAS,
         ),
-        "prompt_prefix": field("string|null", None, f"Stands before the prompt, {UNLESS_THERE}"),
+        "prompt_prefix": field("string|null", None, f"Text before the prompt, {UNLESS_THERE}"),
         "prompt_suffix": field(
-            "string|null", None, f"Stands behind the prompt and a comma, {UNLESS_THERE}"
+            "string|null", None, f"Text behind the prompt and a comma, {UNLESS_THERE}"
         ),
         "trigger_words": field(
             "array",
             [],
-            f"Each is added to the prompt, behind a comma, {UNLESS_THERE}",
+            f"Words that are added to the prompt, each behind a comma, {UNLESS_THERE}",
             items={"type": "string"},
         ),
-        "description": field("string|null", None, "For people"),
+        "description": field("string|null", None, "A note for people; it changes no picture"),
     },
 }
 
@@ -73,7 +73,7 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
         sentence = f"preset {name!r}: {'; '.join(faults)}"
-        raise InvalidInput(sentence, "presets.set writes a preset anew.")
+        raise InvalidInput(sentence, "Correct it in presets.json, or replace it with presets.set.")
     return checked
 
 

@@ -136,14 +136,14 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Locat
     # Anything but a plain name may be a misspelt URL with a token in it, so the error does not repeat it.
     plain = path.isprintable() and not set(path) & set("?#:\\") and len(path.encode()) <= 240
     if not path or not plain or path.startswith("//"):
-        raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
+        raise SourceInvalid("the LoRA's source is neither a URL nor a plain name", GRAMMAR_HINT)
     parts = PurePosixPath(path).parts
     if path.startswith(("/", "~")) or ".." in parts:
         raise SourceInvalid(f"{path!r} leads out of the LoRA cache", GRAMMAR_HINT)
     if hub_file := _hub_name(path, reference, whole=False):
         return hub_file
     if "@" in path:
-        raise SourceInvalid("a LoRA is named by neither a URL nor a plain name", GRAMMAR_HINT)
+        raise SourceInvalid("the LoRA's source is neither a URL nor a plain name", GRAMMAR_HINT)
     _only_for_repos(reference, reference.weight_name, reference.revision)
     return CachedName(path, reference.sha256)
 
@@ -168,7 +168,7 @@ def _only_for_repos(reference: Reference, *values: str | None) -> None:
     """Raises: SourceInvalid if one of these fields is set, where it has no meaning."""
     if any(values):
         raise SourceInvalid(
-            f"weight_name and revision say nothing of {reference.shown}",
+            f"weight_name and revision do not apply to {reference.shown}",
             "They choose a file and a version of a Hugging Face repo (user/repo).",
         )
 

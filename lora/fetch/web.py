@@ -104,7 +104,9 @@ class Web:
             prepared = str(request.url)
             origin = origin_of(prepared)
         except (requests.RequestException, ValueError):
-            raise SourceInvalid("what is named, or redirected to, is no http(s) URL") from None
+            raise SourceInvalid(
+                "the address, or the one that it redirects to, is not an http(s) URL"
+            ) from None
         token = self.rules.tokens.get(origin)
         return prepared, dict([token]) if token else {}
 

@@ -218,7 +218,7 @@ def refuse_other_models(
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
             f"({bound[0].key[:MAX_SHOWN]}: {bound[0].reason})",
-            "The README lists the algorithms that are read.",
+            "docs/formats.md lists the algorithms that are read.",
         )
     raise LoraIncompatible(
         f"{made_for}, and none of its {len(unused)} tensors fits this model "

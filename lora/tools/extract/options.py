@@ -61,12 +61,14 @@ class ExtractOptions:
         if not 0 <= self.min_diff < float("inf"):
             raise ToolError(f"min_diff is {self.min_diff}", "It is 0 or more.")
         if self.clamp_quantile is not None and not 0 < self.clamp_quantile <= 1:
-            raise ToolError(f"clamp_quantile is {self.clamp_quantile}", "It is over 0, at most 1.")
+            raise ToolError(
+                f"clamp_quantile is {self.clamp_quantile}", "It must be over 0 and at most 1."
+            )
         if self.components is not None and not self.components:
             raise ToolError("no component is chosen")
         if self.diff_only and self.policy.max_bytes is not None:
             hint = "Leave out max_bytes."
-            raise ToolError("exact differences have the size that they have", hint)
+            raise ToolError("max_bytes does not apply to exact differences", hint)
         if self.diff_only and not self.holds_differences:
             hint = "Take kohya or original."
             raise ToolError(f"the naming {self.naming} has no names for differences", hint)

@@ -133,7 +133,7 @@ def test_what_cannot_be_meant_is_refused(path: str) -> None:
 def test_weight_name_goes_with_a_repo_alone(path: str) -> None:
     with pytest.raises(SourceInvalid) as caught:
         parse(Reference(path, weight_name="w.safetensors"))
-    assert "weight_name and revision say nothing of" in str(caught.value)
+    assert "weight_name and revision do not apply to" in str(caught.value)
 
 
 def test_redacted_urls_keep_host_port_and_path_alone() -> None:
