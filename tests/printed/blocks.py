@@ -2,8 +2,8 @@
 
 A fenced block is one of these:
 
-- `sh`: commands, run as in a terminal that a reader opens in the clone; one for the whole page. `console`: the
-  same with `$ ` before each command, and its output after it.
+- `sh`: commands, run in a terminal that a reader opens in the clone, one for the whole page.
+- `console`: the same with `$ ` before each command, and its output after it.
 - `python`: one session for the whole page. `js`: one program for each block.
 - `json`: a request; or what the block above answers; or a preset, an update of progress, a config file.
 - `text`: what the block above prints; or names of files. `mermaid`: names of packages.

@@ -1,7 +1,7 @@
 """Compares what a page says with what comes out.
 
-`…` is any text, and `…` alone on a line any lines; seconds, times of day and ids may differ, and numbers with a
-fraction, or of six digits and more, by 2%.
+In the page, an ellipsis is any text, and alone on a line any lines. Seconds, times of day and ids may differ;
+numbers with a fraction, or of six digits and more, may by 2%.
 """
 
 from __future__ import annotations

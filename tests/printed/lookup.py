@@ -21,9 +21,7 @@ from settings import Settings
 from tests.conftest import ROOT
 from tests.printed.blocks import Wrong
 
-FOREIGN_PROGRAMS = {
-    *("cd", "curl", "export", "git", "node", "pip", "pre-commit"),
-}
+FOREIGN_PROGRAMS = {"cd", "curl", "export", "git", "node", "pip", "pre-commit"}
 FOREIGN_FLAGS = {"--build-arg", "--help", "--platform", "--secret"}
 """Of Docker, which is not everywhere, and of every program."""
 FOREIGN_VARIABLES = {"HF_HOME"}
@@ -36,7 +34,7 @@ _VARIABLE = re.compile(r"\b(?:LORA|WORKER|HF|CIVITAI|BUCKET)_[A-Z][A-Z_]*[A-Z]\b
 
 
 def look_up_block(text: str, *, run: bool) -> None:
-    """Looks up every command of a shell block. Raises: Wrong, also for a program that nobody knows, unless it is run."""
+    """Looks up every command of a shell block; if it is `run`, other programs may be there. Raises: Wrong."""
     for words in map(_without_assignments, _commands(text)):
         if words and not look_up(words) and not run:
             raise Wrong(f"{words[0]} is no program that is known here")
@@ -44,7 +42,7 @@ def look_up_block(text: str, *, run: bool) -> None:
 
 def look_up_span(code: str) -> None:
     """Looks up a piece of code within a sentence, if it is a command, a flag or a variable. Raises: Wrong."""
-    if code.startswith("--"):
+    if re.match("--[a-z]", code):
         _known_flag(re.split(r"[ =|]", code)[0])
         return
     try:

@@ -34,6 +34,8 @@ class Page:
         self.blocks = blocks(name, text)
         self.came_out: dict[int, Any] = {}
         """What each block printed or answered, by its number, after its check."""
+        self.printed: dict[str, str] = {}
+        """What each command of a console printed."""
         self._faults: dict[int, Wrong | None] = {}
         self._folder, self._world = folder, world
         self._clone = Clone(folder, world)
@@ -90,7 +92,7 @@ class Page:
             code, printed = self._clone.shell(command)
             if bool(code) != said.startswith("error: "):
                 raise Wrong(f"exit code {code} of {command}:\n{printed}")
-            self.came_out[number] = self.came_out.get(number, "") + f"$ {command}\n{printed}"
+            self.printed[command] = printed
             compare_text(said, printed)
 
     def _python(self, number: int, block: Block) -> None:
