@@ -77,8 +77,8 @@ class Settings:
         "LoRAs that are fetched and parsed when the worker starts, in the background: sources, "
         "separated by commas, or a JSON list of them", secret=True)
     lora_training_dir: str = _setting("LORA_TRAINING_DIR", "",
-        "Folder that trainers write adapters to, in sub-folders too; `library.activate` publishes "
-        "them in the cache")
+        "Folder that trainers write adapters to, in sub-folders too; `library.activate` copies an adapter "
+        "from there into the cache")
     lora_default_preset: str = _setting("LORA_DEFAULT_PRESET", "",
         "Preset that applies to each job without `loras` and `lora_selection`")
     lora_config: str = _setting("LORA_CONFIG", "",

@@ -35,6 +35,11 @@ TITLES = {
 }
 """What the hub's form shows at once; everything else is under its advanced settings."""
 
+SPELT = {"LORA": "LoRA", "HF": "Hugging Face", "URLS": "URLs", "CIVITAI": "Civitai"} | {
+    word: word for word in ("VAE", "GB", "MB", "TTL", "URL", "ID")
+}
+"""Words of variables that a title does not write in small letters."""
+
 KINDS = {"string": "text", "integer": "whole number", "boolean": "true or false", "array": "list"}
 """JSON Schema's types in words, where they differ."""
 
@@ -144,11 +149,16 @@ def _with_table(text: str, title: str, rows: Rows) -> str:
     return text.replace(section, made)
 
 
+def _title(env: str) -> str:
+    words = " ".join(SPELT.get(word, word.lower()) for word in env.split("_"))
+    return words[:1].upper() + words[1:]
+
+
 def _env_input(setting: Any) -> dict[str, Any]:
     about, default = setting.metadata, setting.default
     env = about["env"]
     shown: dict[str, Any] = {
-        "name": TITLES.get(env, env.replace("_", " ").capitalize()),
+        "name": TITLES.get(env, _title(env)),
         "description": about["description"],
         "required": False,
         "advanced": env not in TITLES,
@@ -167,8 +177,8 @@ def _env_input(setting: Any) -> dict[str, Any]:
 def _hub_json() -> dict[str, Any]:
     return {
         "title": "SDXL with any LoRA",
-        "description": "SDXL that applies any LoRA on any request: by URL, Hugging Face repo or cached "
-        "name, in milliseconds, and gone without a trace afterwards",
+        "description": "Draws with SDXL and applies the LoRAs that a request names, by URL, Hugging Face "
+        "repo, Civitai model or file name. No restart, and no trace of them in the next request",
         "type": "serverless",
         "category": "image",
         "iconUrl": "",

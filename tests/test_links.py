@@ -102,6 +102,20 @@ def statements(page: Path) -> set[str]:
     return {piece for piece in plain if len(piece) >= 50}
 
 
+def test_a_sentence_is_recognised_wherever_its_lines_break_and_its_links_lead(
+    tmp_path: Path,
+) -> None:
+    one, other = tmp_path / "one.md", tmp_path / "other.md"
+    one.write_text(
+        "Short. The worker removes those\nthat were used least recently, as [here](a.md) is said."
+    )
+    other.write_text(
+        "| cell | The worker removes those that were *used* least recently, as here is said |"
+    )
+    said = "the worker removes those that were used least recently as here is said"
+    assert statements(one) == statements(other) == {said}
+
+
 def test_no_sentence_stands_in_two_documents() -> None:
     """Where a fact changes, one page must change."""
     where: dict[str, list[str]] = defaultdict(list)

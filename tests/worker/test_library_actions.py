@@ -133,7 +133,7 @@ def test_no_path_of_this_machine_is_answered(actions: Actions, root: Path, tmp_p
         ("library.activate", {"name": 5}, "name: 5 is not a string"),
         ("library.scan", {"x": 1}, "x is not a field"),
         ("presets.set", {"name": "a", "loras": "x", "words": 1}, "words is not a field"),
-        ("presets.set", {"name": "none", "loras": ["x"]}, "none is how a job says"),
+        ("presets.set", {"name": "none", "loras": ["x"]}, "none means no preset"),
         ("presets.set", {"name": " a", "loras": ["x"]}, "blanks at its ends"),
         ("presets.set", {"name": "a" * 101, "loras": ["x"]}, "100 printable characters"),
         ("presets.set", {"name": "a"}, "loras is empty"),
