@@ -59,7 +59,7 @@ def _opened(folder: Path | None) -> VolumeCache:
     try:
         return open_cache(folder)
     except ValueError as error:
-        hint = "docs/settings.md lists the environment variables."
+        hint = "The README lists the environment variables."
         raise ToolError(f"the environment cannot be used: {error}", hint) from None
 
 
@@ -119,7 +119,7 @@ def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
 
     budget = cache.limits.total_bytes if options.to is None else options.to
     if budget is None:
-        raise ToolError("no limit is given", "Give --to, or set LORA_CACHE_MAX_GB.")
+        raise ToolError("nothing says how much may stay", "Give --to, or set LORA_CACHE_MAX_GB.")
     before = {path: path.stat().st_size for path in cache.shelf.files()}
     for root in cache.shelf.roots:
         if root.is_dir():

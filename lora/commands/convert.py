@@ -46,7 +46,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
     policy = rank_policy(options)
     if policy is not None and options.algorithm is None:
         hint = "Add --algorithm lora; `lora resize` shrinks a LoRA."
-        raise ToolError("a rank is given, but this conversion does not use one", hint)
+        raise ToolError("a rank is chosen, and nothing is to be cut to it", hint)
     chosen = ConvertOptions(
         write=write_options(options),
         algorithm=Goal(options.algorithm) if options.algorithm else None,

@@ -33,7 +33,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
     policy = rank_policy(options)
     if policy is None:
         hint = "Give --rank, --energy or --max-bytes."
-        raise ToolError("no rank or size is given", hint)
+        raise ToolError("nothing says how far to shrink it", hint)
     chosen = ResizeOptions(policy, write_options(options), options.allow_unused)
     with progress() as on_progress:
         report = resize(

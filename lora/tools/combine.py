@@ -76,7 +76,7 @@ class CombineOptions:
             hint = "Give --rank."
             raise ToolError(f"{self.method} makes whole matrices, and no rank is chosen", hint)
         if not 0 < self.density <= 1:
-            raise ToolError(f"density is {self.density}", "It must be over 0 and at most 1.")
+            raise ToolError(f"density is {self.density}", "It is a share: over 0, at most 1.")
 
 
 def combine(
@@ -102,9 +102,7 @@ def combine(
     if any(not math.isfinite(source.scale) for source in sources):
         raise ToolError("a scale is not a number")
     if any(source != LoraUse(source.lora, source.scale) for source in sources):
-        raise ToolError(
-            "combine takes scales only, no factors for components or blocks, no start and no end"
-        )
+        raise ToolError("only scales are combined, and no other factors, starts or ends")
     refuse_overwriting(output, [source.lora for source in sources])
     adapters = _read_all(sources, key_map, options)
     combined, changes = _combined(adapters, [s.scale for s in sources], options, on_progress)
@@ -240,7 +238,7 @@ def _words(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
         for key, vectors in adapter.words.items():
             first = words.setdefault(key, vectors)
             if first.shape != vectors.shape or not torch.equal(first.float(), vectors.float()):
-                raise ToolError(f"two of the files define the word {key[:200]}, and they differ")
+                raise ToolError(f"two of the files teach the word {key[:200]}, differently")
     return words
 
 

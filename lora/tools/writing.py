@@ -259,7 +259,7 @@ def refuse_misnamed(output: Path, written: Format) -> None:
     """Raises: ToolError if the ending of the file's name is that of the other format."""
     endings = WEIGHTS[:1] if written is Format.PYTORCH else WEIGHTS[1:]
     if output.suffix in endings:
-        raise ToolError(f"{output.name} is no name for a {written} file", "Choose another name.")
+        raise ToolError(f"{output.name} is no name for a {written} file", "Name it otherwise.")
 
 
 @contextmanager

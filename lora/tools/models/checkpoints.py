@@ -153,7 +153,7 @@ class Checkpoint:
             return KeyMap(modules)
         except ValueError as error:
             raise ToolError(
-                f"{self.path.name} has several modules with the same name ({error})"
+                f"{self.path.name} has modules that no name tells apart ({error})"
             ) from error
 
     @cached_property

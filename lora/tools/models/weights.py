@@ -209,7 +209,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
     except pickle.UnpicklingError as error:
         raise ToolError(
             f"{path.name} is a pickle that holds more than tensors, and pickles are never run",
-            "If you trust it, convert it to .safetensors on your own machine.",
+            "Convert it to .safetensors where you trust it.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         # In a file that is cut off torch seeks before the beginning (EINVAL); others are the system's errors.
