@@ -29,8 +29,10 @@ COMMANDS: Mapping[str, Command] = {
     "cache": cache,
 }
 
-GENERATE = "draw pictures with LoRAs, as the worker does, into a folder"
+GENERATE = "draw pictures with LoRAs into a folder, as the worker does"
 """The summary of `generate`: the one command that belongs to the worker and not to the library."""
+
+PROGRAM = "python -m lora"
 
 MAX_ERROR = 4000
 
@@ -77,13 +79,21 @@ def _generate() -> Command:
 
 def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="lora", description="Tools for LoRAs and the models that they change."
+        prog=PROGRAM,
+        description="Tools for LoRAs and the models that they change.",
+        epilog=f"`{PROGRAM} COMMAND --help` tells more of a command.",
     )
     parser.set_defaults(json=False)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
         summary = GENERATE if name == "generate" else command.SUMMARY
-        subparser = parsers.add_parser(name, help=summary, description=summary)
+        subparser = parsers.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            epilog=f"example:\n  {PROGRAM} {command.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_arguments(subparser)
         add_json(subparser)
     if "generate" not in commands:

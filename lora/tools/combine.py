@@ -33,7 +33,7 @@ from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, ModuleToCut, 
 from lora.tools.factors.lowrank import FACTOR_SLOTS, Product, product_of, side_by_side
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import layer_seed
-from lora.tools.writing import refuse_overwriting
+from lora.tools.overwriting import parts_of, refuse_overwriting
 
 FACTORS = FACTOR_SLOTS - {"alpha"}
 ADDED = ("diff", "diff_b", "diff_m")
@@ -98,15 +98,16 @@ def combine(
     and as `read_adapter` and `write_adapter` do.
     """
     if len(sources) < 2:
-        raise ToolError("there are not two adapters to combine")
+        raise ToolError("combining takes two adapters or more", "Name another one.")
     if any(not math.isfinite(source.scale) for source in sources):
         raise ToolError("a scale is not a number")
     if any(source != LoraUse(source.lora, source.scale) for source in sources):
         raise ToolError("only scales are combined, and no other factors, starts or ends")
-    refuse_overwriting(output, [source.lora for source in sources])
+    parts = [part for source in sources for part in parts_of(source.lora)]
+    refuse_overwriting(output, options.write.overwrite, parts)
     adapters = _read_all(sources, key_map, options)
     combined, changes = _combined(adapters, [s.scale for s in sources], options, on_progress)
-    metadata = {"merged_from": ", ".join(f"{s.lora.stem}:{s.scale:g}" for s in sources)}
+    metadata = {"merged_from": ", ".join(f"{s.lora.name}:{s.scale:g}" for s in sources)}
     combined = replace(combined, metadata={**combined.metadata, **metadata})
     naming = options.write.naming or (adapters[0].naming if combined.key_map else None)
     write_adapter(output, combined, replace(options.write, naming=naming))

@@ -107,6 +107,15 @@ class Folders:
             if adapter.weights
         ]
 
+    def names(self, *, own: bool = False) -> list[str]:
+        """The names that `existing` finds, without their endings; those in the folder behind unless `own`."""
+        return [
+            str(PurePosixPath(adapter.weights).with_suffix(""))
+            for root in (self.roots if own else self._readable)
+            for adapter in adapters_in(root)
+            if adapter.weights
+        ]
+
     def files(self) -> list[Path]:
         """The files of `adapters`."""
         return [adapter.root / str(adapter.weights) for adapter in self.adapters()]

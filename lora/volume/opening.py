@@ -15,18 +15,25 @@ from lora.fetch.sources import CIVITAI, HUB
 from lora.fetch.web import Web
 from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
 
+NUMBERS: Mapping[str, tuple[float, float]] = {
+    "LORA_CACHE_MAX_GB": (0.0, 0.0),
+    "LORA_MAX_FILE_MB": (2048.0, 1.0),
+    "LORA_DOWNLOAD_TIMEOUT": (300.0, 1.0),
+    "LORA_TTL_HOURS": (24.0, 0.0),
+}
+"""Variable -> its default and its least value: those of the worker's settings, to which a test holds them."""
+
 VARIABLES = (
     *("HF_TOKEN", "HF_ENDPOINT", "CIVITAI_TOKEN", "CIVITAI_ENDPOINT"),
-    *(
-        "LORA_CACHE_DIR",
-        "LORA_CACHE_MAX_GB",
-        "LORA_MAX_FILE_MB",
-        "LORA_DOWNLOAD_TIMEOUT",
-        "LORA_TTL_HOURS",
-    ),
-    *("LORA_AUTH_HEADERS", "LORA_ALLOWED_HOSTS", "LORA_ALLOW_PRIVATE_URLS"),
+    *("LORA_CACHE_DIR", "LORA_AUTH_HEADERS", "LORA_ALLOWED_HOSTS", "LORA_ALLOW_PRIVATE_URLS"),
+    *NUMBERS,
 )
 """The environment variables that say how a cache is opened; they mean here what they mean to the worker."""
+
+OWN_PREFIX = "LORA_"
+"""Of the variables that are refused as misspelt; others' names may be as near to ours as they like."""
+
+BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 FOLDER = "/models/loras"
 """The cache's folder where LORA_CACHE_DIR is not set."""
@@ -43,42 +50,50 @@ def open_cache(
     `VARIABLES` of the environment say how. Raises: ValueError that names a variable that cannot be used, or
     is misspelt, and repeats nothing of its text.
     """
-    given = os.environ if environ is None else environ
-    values = {name: text.strip() for name, text in given.items()}
-    for name in set(values) - set(VARIABLES):
-        if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
-            raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")
-
-    def text(name: str) -> str:
-        return values.get(name, "")
-
-    def number(name: str, default: float) -> float:
-        try:
-            value = float(text(name) or default)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is not a number of at least 0")
-        return value
-
+    values = _values(os.environ if environ is None else environ)
+    numbers = {name: _number(name, values[name]) for name in NUMBERS}
+    private = values["LORA_ALLOW_PRIVATE_URLS"].lower()
+    if private not in BOOLEANS:
+        raise ValueError("LORA_ALLOW_PRIVATE_URLS is none of 0, 1, false, true")
     try:
-        headers = auth_headers(text("LORA_AUTH_HEADERS"))
+        headers = auth_headers(values["LORA_AUTH_HEADERS"])
     except ValueError as error:
         raise ValueError(f"LORA_AUTH_HEADERS: {error}") from None
     return make_cache(
-        Path(folder or text("LORA_CACHE_DIR") or FOLDER),
+        Path(folder or values["LORA_CACHE_DIR"] or FOLDER),
         Limits(
-            file_bytes=int(number("LORA_MAX_FILE_MB", 2048) * 1e6),
-            total_bytes=int(number("LORA_CACHE_MAX_GB", 0) * 1e9) or None,
-            timeout=number("LORA_DOWNLOAD_TIMEOUT", 300),
-            ttl=number("LORA_TTL_HOURS", 24) * 3600,
+            file_bytes=int(numbers["LORA_MAX_FILE_MB"] * 1e6),
+            total_bytes=int(numbers["LORA_CACHE_MAX_GB"] * 1e9) or None,
+            timeout=numbers["LORA_DOWNLOAD_TIMEOUT"],
+            ttl=numbers["LORA_TTL_HOURS"] * 3600,
         ),
-        hub=(text("HF_ENDPOINT"), text("HF_TOKEN")),
-        civitai=(text("CIVITAI_ENDPOINT"), text("CIVITAI_TOKEN")),
+        hub=(values["HF_ENDPOINT"], values["HF_TOKEN"]),
+        civitai=(values["CIVITAI_ENDPOINT"], values["CIVITAI_TOKEN"]),
         headers=headers,
-        allowed_hosts=tuple(text("LORA_ALLOWED_HOSTS").replace(",", " ").split()),
-        allow_private=text("LORA_ALLOW_PRIVATE_URLS") in ("1", "true"),
+        allowed_hosts=tuple(values["LORA_ALLOWED_HOSTS"].replace(",", " ").split()),
+        allow_private=BOOLEANS[private],
     )
+
+
+def _values(environ: Mapping[str, str]) -> dict[str, str]:
+    """The texts of `VARIABLES`, empty for one that is not set. Raises: ValueError for a misspelt name."""
+    for name in environ:
+        if not name.startswith(OWN_PREFIX) or name in VARIABLES:
+            continue
+        if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
+            raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")
+    return {name: environ.get(name, "").strip() for name in VARIABLES}
+
+
+def _number(name: str, text: str) -> float:
+    default, least = NUMBERS[name]
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} is not a number of at least {least:g}")
+    return value
 
 
 def make_cache(

@@ -57,11 +57,24 @@ def test_the_demo_models_loras_are_found_behind_the_cache_and_left_alone(tmp_pat
     assert (entry.name, entry.path, entry.downloaded) == (name, DEMO_LORAS / name, False)
     assert cache.shelf.describe() == []
     for change in (cache.pin, cache.unpin, cache.delete):
-        with pytest.raises(LoraNotFound):
+        with pytest.raises(LoraNotFound) as caught:
             change("demo-stripes")
+        assert caught.value.hint == "The cache holds 0 files."
     assert (list(tmp_path.iterdir()), listing()) == ([], before)
     (tmp_path / name).write_bytes((DEMO_LORAS / "demo-night.safetensors").read_bytes())
     assert cache.get(resolved).path == tmp_path / name
+
+
+def test_a_name_near_one_of_the_demos_loras_is_answered_with_it(tmp_path: Path) -> None:
+    (tmp_path / "demo-stripe.safetensors").touch()
+    cache = open_cache(Settings(model="demo", lora_cache_dir=tmp_path))
+    for name in ("demo-nigt", "demo-nite.safetensors"):
+        with pytest.raises(LoraNotFound) as caught:
+            cache.find(CachedName(name))
+        assert caught.value.hint.startswith("Did you mean demo-night"), name
+    with pytest.raises(LoraNotFound) as caught:
+        cache.pin("demo-strip")
+    assert caught.value.hint == "Did you mean demo-stripe?"
 
 
 def test_other_models_do_not_find_the_demos_loras(tmp_path: Path) -> None:

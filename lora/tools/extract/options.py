@@ -53,6 +53,8 @@ class ExtractOptions:
     seed: int = 0
     verify: bool = False
     """Read the result, merge it into the source, and measure the distance to the target."""
+    overwrite: bool = False
+    """Whether what is at the output is replaced, once the new adapter is whole: see `refuse_overwriting`."""
 
     def __post_init__(self) -> None:
         if self.dtype not in OUTPUT_DTYPES:
@@ -83,7 +85,7 @@ class ExtractOptions:
         lines = []
         for name in (option.name for option in fields(self)):
             value = getattr(self, name)
-            if name not in ("verify", "format"):
+            if name not in ("verify", "format", "overwrite"):
                 lines.append(f"{name}={sorted(value) if isinstance(value, frozenset) else value}")
         return hashlib.sha256("\n".join([*lines, *sources]).encode()).hexdigest()
 
