@@ -72,6 +72,13 @@ def test_every_command_and_variable_in_a_sentence_is_there(page: str) -> None:
         look_up_span(code)
 
 
+def test_the_pictures_of_library_use_are_others(pages: Pages) -> None:
+    page = pages.of("docs/library-use.md")
+    page.check(len(page.blocks) - 1)
+    pictures = "{one.tobytes() for one in (plain, striped, merged, both, dark, styled)}"
+    assert page.clone.python(f"print(len({pictures}))", "here") == (True, "6\n")
+
+
 # --- what is not run --------------------------------------------------------------------------------
 
 

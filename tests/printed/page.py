@@ -38,7 +38,7 @@ class Page:
         """What each command of a console printed."""
         self._faults: dict[int, Wrong | None] = {}
         self._folder, self._world = folder, world
-        self._clone = Clone(folder, world)
+        self.clone = Clone(folder, world)
         self._checks: dict[str, Callable[[int, Block], None]] = {
             "sh": self._shell,
             "console": self._console,
@@ -62,7 +62,7 @@ class Page:
             raise fault
 
     def close(self) -> None:
-        self._clone.close()
+        self.clone.close()
 
     def _check(self, number: int) -> None:
         block = self.blocks[number]
@@ -71,7 +71,7 @@ class Page:
         if block.language == "sh":
             look_up_block(block.text, run=not block.reason)
         if not block.reason:
-            written = self._clone.root / block.writes if block.writes else None
+            written = self.clone.root / block.writes if block.writes else None
             if written:
                 written.unlink(missing_ok=True)
             self._checks[block.language](number, block)
@@ -82,25 +82,25 @@ class Page:
 
     def _shell(self, number: int, block: Block) -> None:
         if SERVES.search(block.text):
-            self._clone.serve(block.text)
+            self.clone.serve(block.text)
         else:
-            self._ended(number, *self._clone.shell(block.text))
+            self._ended(number, *self.clone.shell(block.text))
 
     def _console(self, number: int, block: Block) -> None:
         for command, said in console(block.text):
             look_up_block(command, run=True)
-            code, printed = self._clone.shell(command)
+            code, printed = self.clone.shell(command)
             if bool(code) != said.startswith("error: "):
                 raise Wrong(f"exit code {code} of {command}:\n{printed}")
             self.printed[command] = printed
             compare_text(said, printed)
 
     def _python(self, number: int, block: Block) -> None:
-        well, printed = self._clone.python(block.text, str(block))
+        well, printed = self.clone.python(block.text, str(block))
         self._ended(number, int(not well), printed)
 
     def _node(self, number: int, block: Block) -> None:
-        self._ended(number, *self._clone.node(block.text))
+        self._ended(number, *self.clone.node(block.text))
 
     def _ended(self, number: int, code: int, printed: str) -> None:
         self.came_out[number] = printed
@@ -144,7 +144,7 @@ class Page:
 
     def _json(self, number: int, block: Block) -> None:
         value = parsed(block.text)
-        given = parsed(replaced(block.text, self._clone.stand_ins(block.text)))
+        given = parsed(replaced(block.text, self.clone.stand_ins(block.text)))
         above = self.came_out.get(number - 1)
         if not isinstance(value, dict):
             raise Wrong("a block of JSON is an object")
