@@ -49,9 +49,9 @@ class Page:
             "mermaid": self._names,
         }
 
-    def check(self, number: int) -> None:
-        """Checks a block, and before it those above that were not checked yet. Raises: Wrong."""
-        for above in range(number + 1):
+    def check(self, number: int, first: int = 0) -> None:
+        """Checks a block, and before it those from `first` on that were not checked yet. Raises: Wrong."""
+        for above in range(first, number + 1):
             if above not in self._faults:
                 try:
                     self._check(above)
