@@ -277,7 +277,7 @@ def _refuse_unused(loaded: list[Loaded]) -> None:
             raise LoraUnsupported(
                 f"{lora.reference.shown}: {_share_of_unused(lora)} cannot be used "
                 f"({unused[0].key[:200]}: {unused[0].reason})",
-                "Leave out strict_loras to use the others.",
+                "Without strict_loras the other tensors are used.",
             )
 
 

@@ -38,7 +38,7 @@ def load_picture(url: str, web: Web) -> Image.Image:
         upright = ImageOps.exif_transpose(picture).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # Pillow raises SyntaxError for broken PNG chunks and EXIF.
-        raise InvalidInput("image_url: what is there is not a whole picture") from error
+        raise InvalidInput("image_url: the file is not a whole picture") from error
     if min(upright.size) < MIN_SIDE:
         raise InvalidInput(f"image_url: the picture is smaller than {MIN_SIDE} pixels on a side")
     return upright

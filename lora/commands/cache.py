@@ -78,7 +78,7 @@ def _opened(folder: Path | None) -> VolumeCache:
     try:
         return open_cache(folder)
     except ValueError as error:
-        hint = "The README lists the environment variables."
+        hint = "docs/settings.md lists the environment variables."
         raise ToolError(f"the environment cannot be used: {error}", hint) from None
 
 

@@ -76,7 +76,7 @@ class CombineOptions:
             hint = "Give --rank."
             raise ToolError(f"{self.method} makes whole matrices, and no rank is chosen", hint)
         if not 0 < self.density <= 1:
-            raise ToolError(f"density is {self.density}", "It is a share: over 0, at most 1.")
+            raise ToolError(f"density is {self.density}", "It must be over 0 and at most 1.")
 
 
 def combine(
@@ -102,7 +102,9 @@ def combine(
     if any(not math.isfinite(source.scale) for source in sources):
         raise ToolError("a scale is not a number")
     if any(source != LoraUse(source.lora, source.scale) for source in sources):
-        raise ToolError("only scales are combined, and no other factors, starts or ends")
+        raise ToolError(
+            "combine takes scales only, no factors for components or blocks, no start and no end"
+        )
     parts = [part for source in sources for part in parts_of(source.lora)]
     refuse_overwriting(output, options.write.overwrite, parts)
     adapters = _read_all(sources, key_map, options)
@@ -239,7 +241,7 @@ def _words(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
         for key, vectors in adapter.words.items():
             first = words.setdefault(key, vectors)
             if first.shape != vectors.shape or not torch.equal(first.float(), vectors.float()):
-                raise ToolError(f"two of the files teach the word {key[:200]}, differently")
+                raise ToolError(f"two of the files define the word {key[:200]}, and they differ")
     return words
 
 

@@ -158,7 +158,7 @@ class Checkpoint:
             return KeyMap(modules)
         except ValueError as error:
             raise ToolError(
-                f"{self.path} has modules that no name tells apart ({error})"
+                f"{self.path} has several modules with the same name ({error})"
             ) from error
 
     @cached_property

@@ -209,7 +209,7 @@ def _load(path: Path) -> Mapping[Any, Any]:
     except pickle.UnpicklingError as error:
         raise ToolError(
             f"{path} is a pickle that holds more than tensors, and pickles are never run",
-            "Convert it to .safetensors where you trust it.",
+            "If you trust it, convert it to .safetensors on your own machine.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         # In a file that is cut off torch seeks before the beginning (EINVAL); others are the system's errors.
