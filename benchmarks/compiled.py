@@ -9,20 +9,18 @@ each change (0 is the aim), and the steps per second after it. Writes
 
 from __future__ import annotations
 
-import argparse
 import logging
 import time
 import warnings
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
 
 from benchmarks.full_size import make_step, write_lora
-from benchmarks.lora_engine import Bench, new_bench
+from benchmarks.lora_engine import Bench, new_bench, new_parser
 from benchmarks.lora_steps import ours, theirs
 from benchmarks.page import keep
 from lora.engine.stack import Mode
@@ -62,11 +60,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)  # peft's
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda")
+    parser = new_parser(__doc__)
+    parser.set_defaults(device="cuda")
     parser.add_argument("--side", type=int, default=128, help="the latent's; 128 is 1024 pixels")
-    parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     bench = new_bench(options.device, tiny=options.tiny)
     options.folder.mkdir(parents=True, exist_ok=True)

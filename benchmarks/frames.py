@@ -10,20 +10,17 @@ a LoRA, with one, with four, and while every frame has another stack. Writes
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
 
 from benchmarks.full_size import make_step, write_lora
-from benchmarks.lora_engine import Bench, new_bench
+from benchmarks.lora_engine import Bench, new_bench, new_parser
 from benchmarks.page import keep
 from lora.engine.engine import GB, Budgets, LoraEngine
 from lora.engine.stack import LoraUse, Mode
@@ -57,16 +54,6 @@ def seconds_of(bench: Bench, frame: Callable[[], Any], count: int) -> float:
     return statistics.median(times)
 
 
-@contextmanager
-def timed(bench: Bench, into: list[float]) -> Iterator[None]:
-    """Adds the block's milliseconds, with the device's work."""
-    bench.wait()
-    begun = time.perf_counter()
-    yield
-    bench.wait()
-    into.append(1e3 * (time.perf_counter() - begun))
-
-
 def switches(
     bench: Bench,
     frame: Callable[[], Any],
@@ -75,36 +62,28 @@ def switches(
     count: int,
 ) -> dict[str, float]:
     """Milliseconds to enter and to leave a stack when every frame has another, and such a frame's in all."""
-    enter: list[float] = []
-    leave: list[float] = []
-    whole: list[float] = []
+    seconds = bench.seconds["switches"]
     for number in range(count + len(stacks)):
         if number == len(stacks):  # each was prepared once
-            for times in (enter, leave, whole):
-                times.clear()
-        with timed(bench, whole):
+            seconds.clear()
+        with bench.timed("switches", "frame"):
             block = bench.engine.applied(stacks[number % len(stacks)], mode)
-            with timed(bench, enter):
+            with bench.timed("switches", "enter"):
                 block.__enter__()
             frame()
-            with timed(bench, leave):
+            with bench.timed("switches", "leave"):
                 block.__exit__(None, None, None)
-    return {
-        "enter_ms": round(statistics.median(enter), 3),
-        "leave_ms": round(statistics.median(leave), 3),
-        "frame_ms": round(statistics.median(whole), 2),
-    }
+    medians = {part: 1e3 * statistics.median(times) for part, times in seconds.items()}
+    seconds.clear()
+    return {f"{part}_ms": round(medians[part], 3) for part in ("enter", "leave", "frame")}
 
 
 def main() -> None:
     """Measures, and writes the result."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser(__doc__)
     parser.add_argument("--pixels", type=int, default=512)
     parser.add_argument("--frames", type=int, default=60)
-    parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
     bench = new_bench(options.device, tiny=options.tiny)

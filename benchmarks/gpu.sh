@@ -1,5 +1,5 @@
 #!/bin/sh
-# What a GPU has to measure, in at most eight minutes: sh benchmarks/gpu.sh [FOLDER]
+# What a GPU has to measure, in at most ten minutes: sh benchmarks/gpu.sh [FOLDER]
 # Each part writes its result by itself, under benchmarks/results/gpu_*.json and into FOLDER, so that a part
 # that fails or is cut off takes no other with it. PYTHON names the interpreter that has the packages.
 out=${1:-build/gpu}

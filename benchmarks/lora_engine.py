@@ -218,6 +218,15 @@ def medians(bench: Bench) -> dict[str, dict[str, float]]:
     return found
 
 
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that all benchmarks of the engine have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
+    return parser
+
+
 def main() -> None:
     """Makes what is missing, measures, writes the results."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -225,11 +234,8 @@ def main() -> None:
     warnings.filterwarnings(
         "ignore", category=UserWarning
     )  # peft's, of adapters that it meets again
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
     bench = new_bench(options.device, tiny=options.tiny)

@@ -9,7 +9,6 @@ docs/benchmarks.md; on CUDA `gpu_lora_steps.json`.
 
 from __future__ import annotations
 
-import argparse
 import logging
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.full_size import make_step, write_lora
-from benchmarks.lora_engine import Bench, new_bench
+from benchmarks.lora_engine import Bench, new_bench, new_parser
 from benchmarks.page import keep
 from lora.engine.stack import LoraUse, Mode
 from lora.formats.adapter import load
@@ -60,12 +59,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning)  # peft's
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = new_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--side", type=int, help="the latent's side; 128 is 1024 pixels")
-    parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
     side = options.side or (128 if cuda else 32)

@@ -125,7 +125,7 @@ def _bytes_of(name: str, url: str, web: Web) -> bytes:
 def _decoded(name: str, text: str) -> bytes:
     """Base64 in either alphabet, with or without its padding, wrapped, or quoted as in a URL."""
     if len(text) * 3 // 4 > MAX_BYTES * 1.1:  # a tenth for line ends
-        raise InvalidInput(f"{name}: the picture is over {MAX_BYTES // 10**6} MB")
+        raise _too_large(name)
     body = "".join((unquote(text) if "%" in text else text).split())
     body = body.rstrip("=").replace("-", "+").replace("_", "/")
     try:
@@ -135,8 +135,12 @@ def _decoded(name: str, text: str) -> bytes:
             f"{name}: what it holds is not valid base64", "data:image/png;base64,…"
         ) from error
     if len(data) > MAX_BYTES:
-        raise InvalidInput(f"{name}: the picture is over {MAX_BYTES // 10**6} MB")
+        raise _too_large(name)
     return data
+
+
+def _too_large(name: str) -> InvalidInput:
+    return InvalidInput(f"{name}: the picture is over {MAX_BYTES // 10**6} MB")
 
 
 def _download(name: str, url: str, web: Web) -> bytes:
@@ -151,4 +155,4 @@ def _download(name: str, url: str, web: Web) -> bytes:
     except requests.RequestException as error:
         raise InvalidInput(f"{name}: {shown} could not be fetched") from error
     except ValueError as error:
-        raise InvalidInput(f"{name}: the picture is over {MAX_BYTES / 1e6:g} MB") from error
+        raise _too_large(name) from error
