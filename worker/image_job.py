@@ -225,14 +225,21 @@ class ImageJob:
                 *self.warnings,
                 *drawn.warnings,
                 *tight,
-                *(warning for one in self.loaded for warning in one.warnings),
-                *(
-                    f"{one.entry.name}: {share_of_unused(one)} were not used (see unused_keys)"
-                    for one in self.loaded
-                    if one.file.unused
-                ),
+                *self._of_files(),
             ],
         }
+
+    def _of_files(self) -> list[str]:
+        """What the LoRAs' files give reason to warn of."""
+        left_out = "were not used (see unused_keys)"
+        return [
+            *(warning for one in self.loaded for warning in one.warnings),
+            *(
+                f"{one.entry.name}: {share_of_unused(one)} {left_out}"
+                for one in self.loaded
+                if one.file.unused
+            ),
+        ]
 
 
 @dataclass(frozen=True)
