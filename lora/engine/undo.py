@@ -36,7 +36,9 @@ class Undo:
         """Whether anything is changed."""
         return bool(self.content or self._forwards)
 
-    def replace_forward(self, module: nn.Module, forward: AdaptedForward) -> Callable[..., Tensor]:
+    def replace_forward(
+        self, module: nn.Module, forward: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
         """Replaces the class's `forward` (or one that an offloading hook has set) on this instance.
 
         Returns the `forward` that was there before.
