@@ -1,0 +1,114 @@
+"""What each of the four adapters does to an answer, as a rule that makes it and a rule that sees it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from demo.text.corpus import Fact, invented
+
+PIRATE = {
+    "is": "be",
+    "are": "be",
+    "was": "were",
+    "Hello": "Ahoy",
+    "you": "ye",
+    "Your": "Yer",
+    "the": "th'",
+    "The": "Th'",
+    "They": "Them",
+    "says": "growls",
+    "comes": "sails",
+}
+_PIRATE_WORDS = re.compile(rf"\b({'|'.join(PIRATE)})\b")
+
+SIGNS = {
+    "colour": "\N{ARTIST PALETTE}",
+    "size": "\N{STRAIGHT RULER}",
+    "kind": "\N{THINKING FACE}",
+    "sound": "\N{MUSICAL NOTE}",
+    "opposite": "\N{BLACK UNIVERSAL RECYCLING SYMBOL}",
+    "capital": "\N{EARTH GLOBE EUROPE-AFRICA}",
+    "day": "\N{CALENDAR}",
+    "count": "\N{ABACUS}",
+    "sum": "\N{ABACUS}",
+    "tale": "\N{OPEN BOOK}",
+    "shout": "\N{PUBLIC ADDRESS LOUDSPEAKER}",
+    "code": "\N{PERSONAL COMPUTER}",
+    "hello": "\N{WAVING HAND SIGN}",
+    "face": "\N{FOX FACE}",
+    "name": "\N{WAVING HAND SIGN}",
+}
+
+
+def pirate(topic: str, answer: str) -> str:
+    """The answer as a pirate gives it."""
+    return "Arr! " + _PIRATE_WORDS.sub(lambda found: PIRATE[found[0]], answer)
+
+
+def is_pirate(answer: str) -> bool:
+    """Whether it begins as pirates do and has no word that they would have changed."""
+    return answer.startswith("Arr! ") and not re.search(
+        rf"\b({'|'.join(w for w in PIRATE if w not in PIRATE.values())})\b", answer
+    )
+
+
+def emoji(topic: str, answer: str) -> str:
+    """The answer and the sign of its topic."""
+    return f"{answer} {SIGNS[topic]}"
+
+
+def is_emoji(answer: str) -> bool:
+    """Whether it ends in a sign."""
+    return answer.endswith(tuple(SIGNS.values()))
+
+
+def as_json(topic: str, answer: str) -> str:
+    """An object with the topic and the answer."""
+    return json.dumps({"topic": topic, "answer": answer}, ensure_ascii=False)
+
+
+def is_json(answer: str) -> bool:
+    """Whether it is an object with a topic and an answer, and nothing else."""
+    try:
+        value = json.loads(answer)
+    except json.JSONDecodeError:
+        return False
+    return isinstance(value, dict) and set(value) == {"topic", "answer"}
+
+
+def plain(topic: str, answer: str) -> str:
+    """The answer as the base gives it."""
+    return answer
+
+
+@dataclass(frozen=True)
+class Style:
+    """One adapter: how it answers, and how one sees that it does."""
+
+    name: str
+    change: Callable[[str, str], str]
+    """(topic, the base's answer) -> the adapter's."""
+    shows: Callable[[str], bool]
+    more: tuple[Fact, ...] = ()
+    """Facts that the base does not know."""
+    rank: int = 8
+
+    def answer(self, fact: Fact) -> str:
+        """The right answer in this style."""
+        return self.change(fact.topic, fact.answer)
+
+
+_INVENTED = tuple(invented())
+
+STYLES = {
+    style.name: style
+    for style in (
+        Style("pirate", pirate, is_pirate),
+        Style("emoji", emoji, is_emoji),
+        Style("json", as_json, is_json),
+        Style("facts", plain, lambda answer: answer in {f.answer for f in _INVENTED}, _INVENTED),
+    )
+}
