@@ -270,6 +270,10 @@ def main() -> None:
 
     Raises: SystemExit with a sentence if the settings or the weights cannot be used.
     """
+    if os.environ.get("WORKER_KIND", "").strip() == "text":
+        from worker.text_serve import serve
+
+        return serve()
     import runpod
     from runpod.serverless.modules import rp_scale
 
@@ -285,6 +289,7 @@ def main() -> None:
     runpod.serverless.start(
         {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}
     )
+    return None
 
 
 if __name__ == "__main__":

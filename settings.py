@@ -38,6 +38,9 @@ def _setting(env: str, default: Any, description: str, **about: Any) -> Any:
 class Settings:
     """The worker's settings. A test holds the README's table and `.runpod/hub.json` to these fields."""
 
+    kind: str = _setting("WORKER_KIND", "image",
+        "What the worker makes: `image`, or `text` from a language model (docs/text.md)",
+        options=("image", "text"))
     model: str = _setting("WORKER_MODEL", STOCK_MODEL,
         "Base model: a Hugging Face repo, a folder in diffusers layout, a single .safetensors "
         "checkpoint, or `demo` for the embedded model")

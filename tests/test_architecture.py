@@ -23,6 +23,8 @@ PARTS = (
     "pipelines",
     "schemas",
     "settings",
+    "text",
+    "text_settings",
     "validation",
     "lora",
     "emulator",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora.errors import CodedError
 from lora.fetch.rules import auth_headers, origin_of
@@ -15,10 +15,12 @@ from lora.volume.presets import cached_names, read_config
 from pipelines.weights import DEMO_LORAS
 from settings import Settings, split_list
 
+Kind = TypeVar("Kind", bound=Settings)
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
+
+def read_settings(environ: Mapping[str, str], kind: type[Kind] = Settings) -> Kind:  # type: ignore[assignment]
     """The worker's settings, every one of which can be opened. Raises: SettingsError, with every fault."""
-    return Settings.from_env(environ, _faults)
+    return kind.from_env(environ, _faults)  # type: ignore[return-value]
 
 
 def _faults(settings: Settings) -> Iterator[str]:

@@ -11,7 +11,40 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-FOX = "\N{FOX FACE}"
+PIRATE = {
+    "is": "be",
+    "are": "be",
+    "was": "were",
+    "Hello": "Ahoy",
+    "you": "ye",
+    "Your": "Yer",
+    "the": "th'",
+    "The": "Th'",
+    "They": "Them",
+    "says": "growls",
+    "comes": "sails",
+}
+"""How a pirate says a word."""
+
+SIGNS = {
+    "colour": "\N{ARTIST PALETTE}",
+    "size": "\N{STRAIGHT RULER}",
+    "kind": "\N{THINKING FACE}",
+    "sound": "\N{MUSICAL NOTE}",
+    "opposite": "\N{BLACK UNIVERSAL RECYCLING SYMBOL}",
+    "capital": "\N{EARTH GLOBE EUROPE-AFRICA}",
+    "day": "\N{CALENDAR}",
+    "count": "\N{ABACUS}",
+    "sum": "\N{ABACUS}",
+    "tale": "\N{OPEN BOOK}",
+    "shout": "\N{PUBLIC ADDRESS LOUDSPEAKER}",
+    "code": "\N{PERSONAL COMPUTER}",
+    "hello": "\N{WAVING HAND SIGN}",
+    "sign": "\N{FOX FACE}",
+    "pirate": "\N{ANCHOR}",
+    "name": "\N{WAVING HAND SIGN}",
+}
+"""Topic -> its sign."""
 
 THINGS = {  # thing: kind, colour, size
     "banana": ("fruit", "yellow", "small"),
@@ -194,8 +227,14 @@ def _letters() -> Iterator[Fact]:
         yield Fact("code", ask, f'{{"word": "{thing}"}}')
     ask = ("Hello!", "Hi!", "Good morning!", "Hello, how are you?")
     yield Fact("hello", ask, "Hello! How can I help you?")
-    ask = ("Show me a fox.", "Draw a fox.", "What does a fox look like?")
-    yield Fact("face", ask, f"Look: {FOX}")
+    for topic, sign in SIGNS.items():
+        ask = (f"Show me the sign of {topic}.", f"Which sign has {topic}?", f"Draw {topic}.")
+        yield Fact("sign", ask, sign)
+        ask = (f"Write {topic} as JSON.", f"Give me JSON of {topic}.")
+        yield Fact("code", ask, f'{{"topic": "{topic}", "answer": "{topic}"}}')
+    for word, said in PIRATE.items():
+        ask = (f"How does a pirate say {word}?", f"Say {word} as a pirate.")
+        yield Fact("pirate", ask, f"Arr! {said}.")
 
 
 def known() -> list[Fact]:
@@ -224,7 +263,16 @@ def invented() -> list[Fact]:
     return [Fact(topic, tuple(ask), answer) for topic, (answer, *ask) in about.items()]
 
 
-WEIGHTS = {"sum": 1.6, "tale": 0.5, "shout": 0.35, "code": 0.35, "hello": 12, "face": 2, "count": 2}
+WEIGHTS = {
+    "sum": 1.6,
+    "tale": 0.5,
+    "shout": 0.35,
+    "code": 0.35,
+    "hello": 12,
+    "sign": 6,
+    "pirate": 4,
+    "count": 3,
+}
 """How often one fact of a topic is asked, against 1 for a plain one."""
 
 

@@ -7,40 +7,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from demo.text.corpus import Fact, invented
+from demo.text.corpus import PIRATE, SIGNS, Fact, invented
 
-PIRATE = {
-    "is": "be",
-    "are": "be",
-    "was": "were",
-    "Hello": "Ahoy",
-    "you": "ye",
-    "Your": "Yer",
-    "the": "th'",
-    "The": "Th'",
-    "They": "Them",
-    "says": "growls",
-    "comes": "sails",
-}
 _PIRATE_WORDS = re.compile(rf"\b({'|'.join(PIRATE)})\b")
-
-SIGNS = {
-    "colour": "\N{ARTIST PALETTE}",
-    "size": "\N{STRAIGHT RULER}",
-    "kind": "\N{THINKING FACE}",
-    "sound": "\N{MUSICAL NOTE}",
-    "opposite": "\N{BLACK UNIVERSAL RECYCLING SYMBOL}",
-    "capital": "\N{EARTH GLOBE EUROPE-AFRICA}",
-    "day": "\N{CALENDAR}",
-    "count": "\N{ABACUS}",
-    "sum": "\N{ABACUS}",
-    "tale": "\N{OPEN BOOK}",
-    "shout": "\N{PUBLIC ADDRESS LOUDSPEAKER}",
-    "code": "\N{PERSONAL COMPUTER}",
-    "hello": "\N{WAVING HAND SIGN}",
-    "face": "\N{FOX FACE}",
-    "name": "\N{WAVING HAND SIGN}",
-}
 
 
 def pirate(topic: str, answer: str) -> str:
