@@ -41,7 +41,7 @@ evaluate: $(VENV)/ready
 same: $(VENV)/ready
 	$(RUN) -m benchmarks.commits $(BEFORE)
 
-bench-lora: $(VENV)/ready
+bench-lora: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.lora_engine
 	$(RUN) -m benchmarks.lora_steps
 

@@ -36,7 +36,7 @@ def _setting(env: str, default: Any, description: str, **about: Any) -> Any:
 # fmt: off
 @dataclass(frozen=True)
 class Settings:
-    """The worker's settings. A test holds the README's table and `.runpod/hub.json` to these fields."""
+    """The worker's settings. A test holds docs/settings.md and `.runpod/hub.json` to these fields."""
 
     kind: str = _setting("WORKER_KIND", "image",
         "What the worker makes: `image`, or `text` from a language model (docs/text.md)",
@@ -58,69 +58,84 @@ class Settings:
         "Largest answer in MB; a larger one fails with OUTPUT_TOO_LARGE (RunPod carries 10 for /run, "
         "20 for /runsync)", minimum=0.001)
     concurrency: int = _setting("WORKER_CONCURRENCY", 2,
-        "Jobs that the worker takes at once: one draws, the others fetch and parse their LoRAs",
+        "Jobs that the worker has at most: one draws, the others fetch and parse their LoRAs. Another "
+        "is taken only when the drawing is nearly done, or all jobs are fetching; until then it waits "
+        "in the endpoint's queue, where an idle worker can take it",
         minimum=1)
     deadline: float = _setting("WORKER_DEADLINE", 0.0,
-        "Seconds after which a job ends with DEADLINE_EXCEEDED; 0 for no limit but the job's own "
-        "executionTimeout, which counts in any case", minimum=0)
+        "Seconds of its own fetching and drawing after which a job ends with DEADLINE_EXCEEDED, unless "
+        "its own executionTimeout comes first; 0 sets no limit of the worker's own. Waiting for another "
+        "job's drawing does not count", minimum=0)
     lora_cache_dir: Path = _setting("LORA_CACHE_DIR", Path("/models/loras"),
         "Folder of the LoRA cache; on RunPod a folder of the network volume, such as "
-        "/runpod-volume/loras")
+        "/runpod-volume/loras. Without a volume there, every answer warns that LoRAs are lost when the "
+        "worker stops")
     lora_cache_max_gb: float = _setting("LORA_CACHE_MAX_GB", 0.0,
-        "Budget of the cache in GB; what was used least recently goes first; 0 for no limit",
-        minimum=0)
+        "Most GB that downloaded LoRAs may take; those used least recently are removed first; 0 sets no "
+        "limit", minimum=0)
     lora_max_file_mb: float = _setting("LORA_MAX_FILE_MB", 2048.0,
-        "Largest LoRA file in MB that is downloaded", minimum=1)
+        "Largest LoRA file, in MB, that is downloaded", minimum=1)
     lora_download_timeout: float = _setting("LORA_DOWNLOAD_TIMEOUT", 300.0,
         "Seconds that one download may take", minimum=1)
     lora_ttl_hours: float = _setting("LORA_TTL_HOURS", 24.0,
-        "Hours for which a repo's branch, the newest version on Civitai and a URL's content are taken "
-        "as known; then they are asked for again", minimum=0)
+        "Hours until the worker asks again which commit a repo's branch has, which version is the newest "
+        "on Civitai, and whether a URL's file has changed", minimum=0)
     lora_preload: str = _setting("LORA_PRELOAD", "",
         "LoRAs that are fetched and parsed when the worker starts, in the background: sources, "
         "separated by commas, or a JSON list of them", secret=True)
     lora_training_dir: str = _setting("LORA_TRAINING_DIR", "",
-        "Folder that trainers write adapters to, in sub-folders too; `library.activate` publishes "
-        "them in the cache")
+        "Folder that trainers write adapters to, in sub-folders too; `library.activate` copies an adapter "
+        "from there into the cache")
     lora_default_preset: str = _setting("LORA_DEFAULT_PRESET", "",
-        "Preset of a job that has neither `loras` nor `lora_selection`")
+        "Preset that applies to each job without `loras` and `lora_selection`")
     lora_config: str = _setting("LORA_CONFIG", "",
-        "A config file of LightX2V's form, whose LoRAs are those of a job that has neither `loras` nor "
+        "Config file in LightX2V's form; its LoRAs apply to each job without `loras` and "
         "`lora_selection`")
     lora_allowed_hosts: str = _setting("LORA_ALLOWED_HOSTS", "",
-        "If set, the only hosts that URLs may name or redirect to, separated by commas; "
-        "`*.example.com` for all below example.com")
+        "Hosts that URLs may name or redirect to, separated by commas; all others are refused. "
+        "`*.example.com` means every host below example.com. Empty allows all public hosts")
     lora_allow_private_urls: bool = _setting("LORA_ALLOW_PRIVATE_URLS", False,
-        "`1` lets URLs name hosts within the own network; without it they are refused")
+        "`1` allows URLs with hosts in the worker's own network, which are refused otherwise")
     lora_auth_headers: str = _setting("LORA_AUTH_HEADERS", "",
         'Tokens for other hosts, as JSON: `{"models.example.com": "Authorization: Bearer …"}`; each is '
         "sent to its own host alone, over https unless the key says `http://…`", secret=True)
     lora_mode: str = _setting("LORA_MODE", "auto",
-        "How LoRAs are applied: `dynamic` adds them in each layer's forward, ready in milliseconds; "
-        "`merged` writes them into the weights, no cost per step; `auto` merges where steps and memory "
-        "make it pay", options=("auto", "dynamic", "merged"))
+        "How LoRAs are applied: `dynamic` adds them in each layer's forward and is ready in milliseconds; "
+        "`merged` writes them into the weights and slows no step down; `auto` merges where steps and "
+        "memory make it pay", options=("auto", "dynamic", "merged"))
     lora_warm_gb: float = _setting("LORA_WARM_GB", 2.0,
-        "Memory in GB for parsed LoRA files of earlier jobs", minimum=0)
+        "Memory in GB that keeps the LoRA files of earlier jobs read, so that they need not be read again",
+        minimum=0)
     lora_prepared_gb: float = _setting("LORA_PREPARED_GB", 2.0,
-        "Memory in GB, on the device, for stacks of earlier jobs that are kept ready: coming back to "
-        "one rebuilds nothing (merged, one that covers all of SDXL takes 4.4)", minimum=0)
+        "Memory in GB, on the device, that keeps LoRA stacks of earlier jobs ready, so that using one "
+        "again builds nothing (a merged stack over all of SDXL takes 4.4)", minimum=0)
     lora_originals_gb: float = _setting("LORA_ORIGINALS_GB", 5.0,
-        "Memory in GB, on the device, for the originals of merged weights between jobs (4.4 for all of "
-        "SDXL); beyond it they are copied anew", minimum=0)
+        "Memory in GB, on the device, that keeps the original values of merged weights between jobs (4.4 "
+        "for all of SDXL); what does not fit is copied again in each job", minimum=0)
     hf_token: str = _setting("HF_TOKEN", "", "Hugging Face token for gated and private repos",
         secret=True, token=True)
-    hf_endpoint: str = _setting("HF_ENDPOINT", "", "Another hub that speaks like Hugging Face's")
-    civitai_token: str = _setting("CIVITAI_TOKEN", "", "Civitai token for models that need a login",
+    hf_endpoint: str = _setting("HF_ENDPOINT", "", "Address of another hub with Hugging Face's API")
+    civitai_token: str = _setting("CIVITAI_TOKEN", "",
+        "Civitai token for models that need a login; the `token` in a request's own link comes first",
         secret=True, token=True)
     civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", "",
-        "Another server that speaks like Civitai's")
+        "Address of another server with Civitai's API")
     bucket_endpoint_url: str = _setting("BUCKET_ENDPOINT_URL", "",
-        "S3 endpoint; if set, pictures are uploaded and answered as URLs")
+        "S3 endpoint, in any of the forms in which its store writes it; if it is set, pictures are uploaded "
+        "there and the answer has their URLs, which are valid for a week")
     bucket_name: str = _setting("BUCKET_NAME", "",
-        "S3 bucket for the pictures; if empty, the month as the SDK names it: `11-26`")
+        "S3 bucket for the pictures; if it is empty, the one that the endpoint names, else the bucket that "
+        "is named for the month, such as `11-26`")
     bucket_access_key_id: str = _setting("BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True)
     bucket_secret_access_key: str = _setting("BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key",
         secret=True)
+    bucket_region: str = _setting("BUCKET_REGION", "",
+        "The bucket's region; if empty, as the endpoint says, and then as the store says")
+    bucket_prefix: str = _setting("BUCKET_PREFIX", "",
+        "What each picture's key begins with, such as `pictures/2026`")
+    bucket_addressing: str = _setting("BUCKET_ADDRESSING", "auto",
+        "Where the bucket stands in URLs: `path` after the host, `virtual` in the host's name; `auto` as the "
+        "endpoint shows it, or as its store wants it", options=("auto", "path", "virtual"))
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -188,7 +203,7 @@ class Settings:
             return split_list(text)
         sources = _parse_json(text)
         if not all(isinstance(source, str) for source in sources):
-            raise ValueError("it is no JSON list of sources")
+            raise ValueError("it is not a JSON list of sources")
         return tuple(sources)
 
     def _companion(self, value: str, stock: str) -> str | None:

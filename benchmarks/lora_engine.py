@@ -2,8 +2,8 @@
 
 A UNet of SDXL's full size with random weights, and LoRAs of rank 16, 64 and 128 over the 722 linear layers
 of its attention blocks. Both engines take turns in one process on the same model and files, for several
-rounds; what counts is the median, and above all the ratio. Writes `benchmarks/results/lora_engine.json` (or
-`lora_engine_cuda.json`), docs/benchmarks.md's table and its plot.
+rounds; what counts is the median, and above all the ratio. Writes `benchmarks/results/lora_engine.json`,
+docs/benchmarks.md's table and its plot; on CUDA `gpu_lora_engine.json`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 
-from benchmarks.full_size import CONFIG, linear_layers, make_step, write_lora
+from benchmarks.full_size import CONFIG, linear_layers, write_lora
 from benchmarks.page import keep
 from demo.networks import TOPOLOGY, new_unet
 from lora.engine.engine import GB, Budgets, LoraEngine
@@ -195,33 +195,15 @@ def measure_exactness(bench: Bench, path: Path) -> dict[str, int]:
     return {"of": sum(w.numel() for w in weights.values()), "ours": ours, "theirs": theirs}
 
 
-def measure_compiled(bench: Bench, path: Path, side: int, steps: int) -> dict[str, float]:
-    """CUDA only: images per second of `steps` UNet steps, eager and compiled, by engine and mode."""
-    rates: dict[str, float] = {}
-    file = load(path, bench.engine.key_map, path.stem, mapped=True)
-    step = make_step(bench.unet, side)
-    for kind in ("eager", "compiled"):
-        if kind == "compiled":
-            bench.unet.compile()
-        rates[f"{kind}: no LoRA"] = _rate(bench, step, steps)
-        for mode in (Mode.MERGED, Mode.DYNAMIC):
-            with bench.engine.applied([LoraUse(file, 0.3)], mode):
-                rates[f"{kind}: ours, {mode}"] = _rate(bench, step, steps)
-        bench.pipeline.load_lora_weights(str(path), adapter_name="one")
-        rates[f"{kind}: diffusers + peft"] = _rate(bench, step, steps)
-        bench.pipeline.unload_lora_weights()
-    return rates
-
-
-def _rate(bench: Bench, step: Callable[[], Any], steps: int) -> float:
-    step()
-    step()
-    bench.wait()
-    begun = time.perf_counter()
-    for _ in range(steps):
-        step()
-    bench.wait()
-    return round(1 / (time.perf_counter() - begun), 3)
+def copy_rate(bench: Bench) -> float:
+    """GB/s of the device's memory in a copy of 4 GB, counting what is read and what is written."""
+    source = torch.empty(2_000_000_000, dtype=torch.float16, device=bench.device).normal_()
+    target = torch.empty_like(source)
+    target.copy_(source)
+    for _ in range(5):
+        with bench.timed("copy", "ours"):
+            target.copy_(source)
+    return round(8 / statistics.median(bench.seconds.pop("copy")["ours"]), 1)
 
 
 def medians(bench: Bench) -> dict[str, dict[str, float]]:
@@ -246,20 +228,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--side", type=int, default=128, help="CUDA: the latent's side; 128 is 1024 pixels"
-    )
     parser.add_argument("--tiny", action="store_true", help="a miniature, to see that it runs")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"))
     options = parser.parse_args()
     cuda = options.device == "cuda"
     bench = new_bench(options.device, tiny=options.tiny)
     options.folder.mkdir(parents=True, exist_ok=True)
-    own = "float16" if cuda else "bfloat16"
+    own, other = ("float16", "bfloat16") if cuda else ("bfloat16", "float16")
     files = {
         (rank, dtype): write_lora(bench.unet, options.folder, rank, dtype)
         for rank in RANKS
-        for dtype in ({own, "float16"} if rank in CAST_RANKS else {own})
+        for dtype in ((own, other) if rank in CAST_RANKS else (own,))
     }
     for number in range(options.rounds):
         for (rank, dtype), path in files.items():
@@ -279,9 +258,7 @@ def main() -> None:
         "median_seconds": medians(bench),
     }
     if cuda:
-        figures["unet_only_images_per_second_30_steps"] = measure_compiled(
-            bench, files[16, own], options.side, 30
-        )
+        figures["copy_gb_per_second"] = copy_rate(bench)
     log.info("written to %s", keep("lora_engine", figures, cuda=cuda, tiny=options.tiny))
 
 

@@ -69,7 +69,7 @@ STEP_TARGETS = {1: 3.0, 4: 10.0}
 
 def keep(name: str, figures: dict[str, Any], *, cuda: bool, tiny: bool) -> Path:
     """Writes a result, and brings the page up to date where it is one that the page shows."""
-    path = write_result(f"{name}{'_cuda' if cuda else ''}{'_tiny' if tiny else ''}", figures)
+    path = write_result(f"{'gpu_' if cuda else ''}{name}{'_tiny' if tiny else ''}", figures)
     if not tiny and not cuda:
         write_page()
     return path

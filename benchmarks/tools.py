@@ -200,7 +200,7 @@ def do_merge(folders: Folders) -> dict[str, Any]:
 def do_resize(folders: Folders, lora: Path) -> dict[str, Any]:
     """From rank 128 to 32."""
     output = folders.root / "resized.safetensors"
-    resize(lora, output, ResizeOptions(RankPolicy(rank=RANK), WriteOptions()))
+    resize(lora, output, ResizeOptions(RankPolicy(rank=RANK), WriteOptions(overwrite=True)))
     return {"mb": round(output.stat().st_size / 1e6, 1)}
 
 

@@ -1,24 +1,32 @@
 """Writes what the documents repeat of the code: `make docs`. A test compares it with what is there.
 
-That is the README's tables of parameters, environment variables and errors, and `.runpod/hub.json`.
+That is the tables of fields, settings and errors, and `.runpod/hub.json`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import handler  # noqa: F401 - with it, every class of error is there
+from entries import LORA_ENTRY
 from lora.errors import CodedError
-from schemas import IMAGE_REQUEST, LORA_ENTRY
+from schemas import IMAGE_REQUEST
 from settings import Settings
+from validation import PATTERNS
+from worker.actions import Actions
+from worker.parts import Parts
+from worker.selection import PRESET
 
 ROOT = Path(__file__).resolve().parent.parent
-README, HUB = ROOT / "README.md", ROOT / ".runpod" / "hub.json"
+DOCS, HUB = ROOT / "docs", ROOT / ".runpod" / "hub.json"
+
+Rows = Iterable[Sequence[str]]
 
 TITLES = {
     "WORKER_MODEL": "Base model",
@@ -28,18 +36,35 @@ TITLES = {
 }
 """What the hub's form shows at once; everything else is under its advanced settings."""
 
+SPELT = {"LORA": "LoRA", "HF": "Hugging Face", "URLS": "URLs", "CIVITAI": "Civitai"} | {
+    word: word for word in ("VAE", "GB", "MB", "TTL", "URL", "ID")
+}
+"""Words of variables that a title does not write in small letters."""
+
+KINDS = {"string": "text", "integer": "whole number", "boolean": "true or false", "array": "list"}
+"""JSON Schema's types in words, where they differ."""
+
 
 def files() -> dict[Path, str]:
     """Each generated file's whole text, as it should be."""
-    text = README.read_text()
-    for title, rows in (
-        ("Parameters", _parameters(IMAGE_REQUEST)),
-        ("LoRA entries", _parameters(LORA_ENTRY)),
-        ("Environment variables", _environment()),
-        ("Errors", _errors(text)),
-    ):
-        text = _with_table(text, title, rows)
-    return {README: text, HUB: json.dumps(_hub_json(), indent=2) + "\n"}
+    errors = (DOCS / "errors.md").read_text()
+    tables: Mapping[str, Mapping[str, Rows]] = {
+        "requests.md": {
+            "Fields": _fields(IMAGE_REQUEST["properties"]),
+            "LoRA entries": _fields(LORA_ENTRY["properties"]),
+            "Fields of actions": _action_fields(),
+        },
+        "library.md": {"Presets": _fields(PRESET["properties"])},
+        "settings.md": {"Settings": _settings()},
+        "errors.md": {"Codes": _errors(errors)},
+    }
+    made = {HUB: json.dumps(_hub_json(), indent=2) + "\n"}
+    for name, rows_of in tables.items():
+        text = (DOCS / name).read_text()
+        for title, rows in rows_of.items():
+            text = _with_table(text, title, rows)
+        made[DOCS / name] = text
+    return made
 
 
 def leaves(error: type[CodedError]) -> list[type[CodedError]]:
@@ -48,47 +73,93 @@ def leaves(error: type[CodedError]) -> list[type[CodedError]]:
     return [leaf for child in below for leaf in leaves(child)] if below else [error]
 
 
-def _parameters(schema: dict[str, Any]) -> Iterable[Sequence[str]]:
-    for name, rule in schema["properties"].items():
+def _fields(properties: Mapping[str, dict[str, Any]]) -> Rows:
+    """Name, type with limits, default, meaning."""
+    for name, rule in properties.items():
         default = rule.get("default")
-        yield name, "" if default is None else f"`{json.dumps(default)}`", rule["description"]
+        shown = "" if default in (None, []) else f"`{json.dumps(default)}`"
+        yield f"`{name}`", kind_of(rule), shown, rule["description"]
 
 
-def _environment() -> Iterable[Sequence[str]]:
+def kind_of(rule: Mapping[str, Any]) -> str:
+    """What a value may be, in words: `whole number, 1 to 500`."""
+    types = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
+    kinds = [KINDS.get(kind, kind) for kind in types if kind != "null"]
+    if "enum" in rule:
+        return ", ".join(f"`{value}`" for value in rule["enum"] if value is not None)
+    words = [" or ".join(kinds)]
+    if "minimum" in rule:
+        words.append(f"{rule['minimum']} to {rule['maximum']}")
+    if "multipleOf" in rule:
+        words.append(f"a multiple of {rule['multipleOf']}")
+    if "pattern" in rule:
+        words.append(PATTERNS[rule["pattern"]])
+    if "maxItems" in rule:
+        words.append(f"at most {rule['maxItems']} entries")
+    return ", ".join(words)
+
+
+def _action_fields() -> Rows:
+    """The fields that only actions have; those of entries and presets stand in their own tables."""
+    shared = [*LORA_ENTRY["properties"].values(), *PRESET["properties"].values()]
+    nothing = SimpleNamespace(catalog=None, library=SimpleNamespace(cache=None))
+    for name, action in Actions(cast(Parts, nothing), {}).table.items():
+        own = {field: rule for field, rule in action.fields.items() if rule not in shared}
+        for row in _fields(own):
+            yield f"`{name}`", *row
+
+
+def _settings() -> Rows:
     for setting in fields(Settings):
         default = int(setting.default) if isinstance(setting.default, bool) else setting.default
         shown = f"`{default}`" if str(default) else ""
-        yield setting.metadata["env"], shown, setting.metadata["description"]
+        about = setting.metadata
+        yield f"`{about['env']}`", _kind_of_setting(setting), shown, about["description"]
 
 
-def _errors(readme: str) -> Iterable[Sequence[str]]:
-    """Every code, in the README's own order and words; a new one comes last, with its docstring."""
-    written = dict(re.findall(r"^\| `([A-Z_]+)` \| (.*) \|$", _section(readme, "Errors"), re.M))
-    codes = {leaf.code: str(leaf.__doc__).splitlines()[0] for leaf in leaves(CodedError)}
-    return {
-        code: written.get(code, codes[code]) for code in (*written, *codes) if code in codes
-    }.items()
+def _kind_of_setting(setting: Any) -> str:
+    if "options" in setting.metadata:
+        return ", ".join(f"`{option}`" for option in setting.metadata["options"])
+    kinds = {bool: "`0` or `1`", int: "whole number", float: "number", str: "text"}
+    kind = kinds.get(type(setting.default), "folder")
+    least = setting.metadata.get("minimum")
+    return kind if least is None else f"{kind}, at least {least}"
+
+
+def _errors(page: str) -> Rows:
+    """Every code, in the page's own order and words; a new one comes last, with its docstring."""
+    rows = re.findall(r"^\| `([A-Z_]+)` \| (.*) \| (.*) \|$", _section(page, "Codes"), re.M)
+    written = {code: words for code, *words in rows}
+    codes = {leaf.code: [str(leaf.__doc__).splitlines()[0], ""] for leaf in leaves(CodedError)}
+    for code in (*written, *(code for code in codes if code not in written)):
+        if code in codes:
+            yield f"`{code}`", *written.get(code, codes[code])
 
 
 def _section(text: str, title: str) -> str:
     return text.split(f"\n## {title}\n")[1].split("\n## ", maxsplit=1)[0]
 
 
-def _with_table(text: str, title: str, rows: Iterable[Sequence[str]]) -> str:
+def _with_table(text: str, title: str, rows: Rows) -> str:
     """The text with these rows in the first table of a section; the table's head stays."""
     section = _section(text, title)
-    body = "\n".join(f"| `{name}` | {' | '.join(cells)} |" for name, *cells in rows)
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     made = re.sub(
         r"(?<=\n)(\| --- .*\n)(?:\|.*\n)*", lambda head: f"{head[1]}{body}\n", section, count=1
     )
     return text.replace(section, made)
 
 
+def _title(env: str) -> str:
+    words = " ".join(SPELT.get(word, word.lower()) for word in env.split("_"))
+    return words[:1].upper() + words[1:]
+
+
 def _env_input(setting: Any) -> dict[str, Any]:
     about, default = setting.metadata, setting.default
     env = about["env"]
     shown: dict[str, Any] = {
-        "name": TITLES.get(env, env.replace("_", " ").capitalize()),
+        "name": TITLES.get(env, _title(env)),
         "description": about["description"],
         "required": False,
         "advanced": env not in TITLES,
@@ -107,8 +178,8 @@ def _env_input(setting: Any) -> dict[str, Any]:
 def _hub_json() -> dict[str, Any]:
     return {
         "title": "SDXL with any LoRA",
-        "description": "SDXL that applies any LoRA on any request: by URL, Hugging Face repo or cached "
-        "name, in milliseconds, and gone without a trace afterwards",
+        "description": "Draws with SDXL and applies the LoRAs that a request names, by URL, Hugging Face "
+        "repo, Civitai model or file name. No restart, and no trace of them in the next request",
         "type": "serverless",
         "category": "image",
         "iconUrl": "",

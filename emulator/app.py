@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hmac
+from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import HTMLResponse
@@ -60,12 +61,23 @@ def new_app(
 
     prefix, bearer = f"/v2/{endpoint}", api_key and f"Bearer {api_key}"
     client_key, own_key = Depends(_Key(bearer)), Depends(_Key(worker_key))
+    clients = ClientApi(queue, pool, webhook_pause=webhook_pause).router
+    workers = WorkerApi(queue, pool).router
+    app.include_router(_views(queue, pool, client_key))
+    app.include_router(clients, prefix=prefix, dependencies=[client_key])
+    app.include_router(workers, prefix=prefix, dependencies=[own_key])
+    return app
 
-    @app.get("/", response_class=HTMLResponse)
+
+def _views(queue: JobQueue, pool: WorkerPool, client_key: Any) -> APIRouter:
+    """The page, and the states that it and the tests look at."""
+    views = APIRouter()
+
+    @views.get("/", response_class=HTMLResponse)
     async def page() -> str:
         return PAGE
 
-    @app.get("/state")
+    @views.get("/state")
     async def state() -> Json:
         """The counts and the last 50 jobs, as the page shows them."""
         jobs = sorted(queue, key=lambda job: job.created, reverse=True)[:50]
@@ -76,7 +88,7 @@ def new_app(
             }
         )
 
-    @app.get("/state/{job_id}", dependencies=[client_key])
+    @views.get("/state/{job_id}", dependencies=[client_key])
     async def story(job_id: str) -> Json:
         """What a job's worker posted, and when."""
         job = queue.find(job_id)
@@ -85,11 +97,7 @@ def new_app(
         names = ("updates", "late", "answers", "created", "started", "ended", "let_go")
         return Json({name: getattr(job, name) for name in names})
 
-    clients = ClientApi(queue, pool, webhook_pause=webhook_pause).router
-    workers = WorkerApi(queue, pool).router
-    app.include_router(clients, prefix=prefix, dependencies=[client_key])
-    app.include_router(workers, prefix=prefix, dependencies=[own_key])
-    return app
+    return views
 
 
 class _Key:

@@ -27,11 +27,13 @@ RESTART_PAUSE = 1.0
 """Seconds before another worker is started after one that ended before it asked for a job."""
 
 MAX_STILLBORN, LAST_LINES = 3, 20
-"""Workers in a row that may end before they asked for a job; the lines of the last one that are shown."""
+"""Deaths after which a command that never had a worker ask for a job is given up; the lines of the last one
+that are shown.
+"""
 
 
 class NoWorkerStarts(RuntimeError):
-    """Workers in a row died before they asked for a job; the text ends with what the last one printed."""
+    """No worker ever asked for a job, and several died; the text ends with what the last one printed."""
 
 
 @dataclass
@@ -100,8 +102,10 @@ class WorkerPool:
         self.workers: dict[str, Worker] = {}
         self.deaths = 0
         """How many workers ended without having been asked to."""
+        self._proven = False
+        """Whether a worker ever asked for a job; then the command works, and no number of deaths ends it."""
         self._stillborn: list[Worker] = []
-        """Those that ended before any worker asked for a job again."""
+        """Those that died before any had asked for a job."""
         self._number = 0
         self._not_before = 0.0
         self._ends: set[asyncio.Task[None]] = set()
@@ -113,7 +117,7 @@ class WorkerPool:
         Raises: OSError if the command cannot be started; NoWorkerStarts.
         """
         try:
-            while not over.is_set() and len(self._stillborn) < MAX_STILLBORN:
+            while not over.is_set() and not self._hopeless:
                 self._bury()
                 self._queue.tick()
                 while self._wants_another() and not over.is_set():
@@ -123,16 +127,24 @@ class WorkerPool:
                     await asyncio.wait_for(over.wait(), POLL)
         finally:
             await self._end_all()
-        if len(self._stillborn) >= MAX_STILLBORN:
+        if self._hopeless:
             last = "\n".join(self._stillborn[-1].lines) or "(nothing)"
-            count = f"{len(self._stillborn)} workers in a row died before they asked for a job"
+            count = f"{len(self._stillborn)} workers died, and none ever asked for a job"
             raise NoWorkerStarts(f"{count}; the last one printed:\n{last}")
+
+    @property
+    def _doubtful(self) -> bool:
+        """Whether so many died that no more are started unless one that still starts asks for a job."""
+        return not self._proven and len(self._stillborn) >= MAX_STILLBORN
+
+    @property
+    def _hopeless(self) -> bool:
+        return self._doubtful and not self.workers
 
     def heard_of(self, name: str) -> None:
         """Notes that a worker asked for a job: it has started."""
         if worker := self.workers.get(name):
-            worker.ready = True
-            self._stillborn.clear()
+            worker.ready = self._proven = True
 
     def takes(self, name: str) -> bool:
         """Whether a worker gets jobs."""
@@ -195,13 +207,13 @@ class WorkerPool:
             log.warning("%s died (exit %s)", worker.id, worker.process.returncode)
             if not worker.ready:
                 self._not_before = time.monotonic() + RESTART_PAUSE
-                if not any(other.ready for other in self.workers.values()):
+                if not self._proven:
                     self._stillborn.append(worker)
 
     def _wants_another(self) -> bool:
         """Whether to start a worker. A worker that is ending counts: it still has the device's memory."""
         count, scale = len(self.workers), self._scale
-        if count >= scale.most or time.monotonic() < self._not_before:
+        if count >= scale.most or self._doubtful or time.monotonic() < self._not_before:
             return False
         if count < scale.least:
             return True

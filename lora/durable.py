@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,6 +61,29 @@ def replace_durably(part: Path, target: Path) -> None:
         os.close(handle)
     part.replace(target)
     sync_folder(target.parent)
+
+
+def rename_folder(part: Path, target: Path, *, overwrite: bool = False) -> None:
+    """Renames a folder to `target`, which is nothing or an empty folder.
+
+    With `overwrite`, a folder or link that is there is moved away before, and removed afterwards; between
+    the two moves nothing is there. Raises: OSError; then what was there is there.
+    """
+    try:
+        part.rename(target)
+    except OSError as error:
+        if not overwrite or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    else:
+        return
+    with part_file(target.parent, target.name) as old:  # removed here if it is a link
+        target.rename(old)
+        try:
+            part.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

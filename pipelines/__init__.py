@@ -1,1 +1,7 @@
-"""What generates: pipelines of diffusers, loaded from baked weights and called the way a request asks."""
+"""What generates pictures: it loads the models, reads prompts, draws, and previews."""
+
+import logging
+
+# transformers advises to install torchvision, which nothing here needs, when diffusers is imported: two long
+# lines before the worker's own first sentence.
+logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)

@@ -22,6 +22,7 @@ PARTS = (
     "worker",
     "pipelines",
     "schemas",
+    "entries",
     "settings",
     "text",
     "text_settings",

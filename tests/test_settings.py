@@ -55,7 +55,7 @@ def test_every_fault_is_told_at_once() -> None:
         ("LORA_ALLOW_PRIVATE_URLS", "2", "'2' is none of 0, 1, false, true"),
         ("WORKER_DTYPE", "float64", "'float64' is none of auto, float16, bfloat16, float32"),
         ("LORA_MODE", "MERGED", "'MERGED' is none of auto, dynamic, merged"),
-        ("LORA_PRELOAD", "[1]", "it is no JSON list of sources"),
+        ("LORA_PRELOAD", "[1]", "it is not a JSON list of sources"),
     ],
 )
 def test_a_value_of_another_kind_is_refused(env: str, text: str, fault: str) -> None:

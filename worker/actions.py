@@ -13,23 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from entries import LORA_ENTRY, NAMES_NO_LORA, as_entry
 from lora.errors import CodedError
 from lora.fetch.sources import Reference, parse, redact_url
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
-from schemas import LORA_ENTRY
 from validation import (
-    NAMES_NO_LORA,
     InvalidInput,
-    as_entry,
     faults_of,
     field,
     filled,
     number,
     renamed,
 )
-from worker.image_job import about, unused_keys
 from worker.parts import Answer, Parts
+from worker.reports import about, unused_keys
 from worker.selection import NONE, PRESET, ready
 
 MAX_NAME = 100
@@ -43,9 +41,9 @@ def _name(description: str) -> Fields:
     return {"name": {"type": "string", "minLength": 1, "description": description}}
 
 
-_FILE = _name("A file in the cache")
+_FILE = _name("Name of a file in the cache")
 
-_PINNED = field("boolean", True, "false takes the pin away")
+_PINNED = field("boolean", True, "`false` removes the pin")
 
 _ENTRY: Fields = {
     name: LORA_ENTRY["properties"][name]
@@ -61,21 +59,25 @@ _SOURCES: Fields = {
     }
 }
 
-_LORA = _name("A LoRA's name, as library.list has it")
+_LORA = _name("Name of the LoRA in `library.list`")
 
-_PRESET_NAME = _name("What a job selects it by")
+_PRESET_NAME = _name("Name by which a job selects the preset")
 
 
 _QUERY: Fields = {
     "state": field(
-        "string|null", None, "discovered, active or failed", enum=[*map(str, Standing), None]
+        "string|null", None, "State of the adapters to list", enum=[*map(str, Standing), None]
     ),
-    "base": field("string|null", None, "The family of models, such as SDXL"),
-    "algorithm": field("string|null", None, "lora, loha, lokr and so on"),
-    "word": field("string|null", None, "A trigger word"),
-    "text": field("string|null", None, "Anywhere in the name, the source or the trigger words"),
-    "page": number("integer", 1, (1, 1_000_000), "Which page"),
-    "per_page": number("integer", 100, (1, 1000), "How many on each"),
+    "base": field("string|null", None, "Family of the base model, such as `SDXL`"),
+    "algorithm": field("string|null", None, "Algorithm, such as `lora`, `loha` or `lokr`"),
+    "word": field("string|null", None, "Trigger word that the adapters have"),
+    "text": field(
+        "string|null",
+        None,
+        "Text that stands anywhere in the name, the source or the trigger words",
+    ),
+    "page": number("integer", 1, (1, 1_000_000), "Number of the page"),
+    "per_page": number("integer", 100, (1, 1000), "Adapters on each page"),
 }
 
 
@@ -143,14 +145,16 @@ class Actions:
         given, table = dict(job["input"]), self.table
         name = given.pop("action")
         if not isinstance(name, str) or name not in table:
-            raise InvalidInput("action is none of " + ", ".join(table))
+            raise InvalidInput("action must be one of " + ", ".join(table))
         action, schema = table[name], _schema(table[name].fields)
         values, renames, faults = renamed(schema, given, "")
         faults += faults_of(schema, values, "")
         if action.required and action.required not in values:
             faults.append(f"{action.required} is required")
         if faults:
-            raise InvalidInput("; ".join(faults), "See the README's table of actions.")
+            raise InvalidInput(
+                "; ".join(faults), "docs/requests.md lists the actions and their fields."
+            )
         return _warned(action.answer(filled(schema, values)), renames)
 
     def _health(self, _: Mapping[str, Any]) -> Answer:
@@ -173,7 +177,7 @@ class Actions:
                 "files": len(sizes),
                 "gb": round(sum(sizes) / 1e9, 3),
                 "free_gb": free_disk,
-                "trouble": cache.shelf.trouble,
+                "trouble": parts.volume_trouble,
             },
             "stacks": len(parts.engine.prepared),
             "stacks_gb": round(parts.engine.prepared.size / 1e9, 3),
@@ -245,10 +249,10 @@ class Actions:
         preset = {key: value for key, value in values.items() if key != "name" and value}
         if name != name.strip() or not name.isprintable() or len(name) > MAX_NAME:
             raise InvalidInput(
-                f"name: it is not up to {MAX_NAME} printable characters, or has blanks at its ends"
+                f"name: it must have at most {MAX_NAME} printable characters, and no blanks at its ends"
             )
         if name.lower() == NONE:
-            raise InvalidInput(f"name: {NONE} is how a job says that it wants no preset")
+            raise InvalidInput(f"name: {NONE} means no preset, and cannot be the name of one")
         checked = ready(name, preset)
         for use in checked.loras:
             parse(use.lora)  # a source that means nothing is refused now, not in the first job

@@ -19,6 +19,11 @@ from worker.opening import open_cache, read_settings
 if TYPE_CHECKING:
     from lora.tools import OnProgress
 
+EXAMPLE = (
+    "generate --model demo --prompt 'a red circle' --lora demo/loras/demo-stripes.safetensors:0.8 "
+    "--out pictures"
+)
+
 FIELDS: Mapping[str, tuple[type, str]] = {
     "negative_prompt": (str, "what not to draw"),
     "seed": (int, "same seed, same picture; drawn if it is not given"),
@@ -35,14 +40,14 @@ FIELDS: Mapping[str, tuple[type, str]] = {
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     add = parser.add_argument
-    add("--prompt", required=True, help="what to draw")
+    add("--prompt", required=True, metavar="TEXT", help="what to draw")
     add(
         "--lora",
         nargs="+",
         action="extend",
         default=[],
         metavar="LORA[:SCALE]",
-        help="a file or PEFT folder, or whatever a job may name; may be repeated",
+        help="a file or a folder that PEFT saved, or whatever a job may name; may be repeated",
     )
     add(
         "--config_json",
@@ -51,8 +56,17 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="FILE",
         help="LoRAs in LightX2V's form: lora_path and strength_model, or lora_configs",
     )
-    add("--out", type=Path, required=True, metavar="DIR", help="where pictures go")
-    add("--model", help="as WORKER_MODEL: a repo, a folder, a checkpoint or `demo`")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where the pictures go; none there is overwritten",
+    )
+    add(
+        "--model",
+        help="the model: a repo, a folder, a checkpoint or `demo`; by default WORKER_MODEL",
+    )
     add("--steps", type=int, dest="num_inference_steps", help="denoising steps")
     for name, (kind, words) in FIELDS.items():
         add(f"--{name.replace('_', '-')}", type=kind, help=words)
@@ -113,7 +127,7 @@ def _settings() -> Settings:
     try:
         return read_settings(os.environ)
     except SettingsError as error:
-        raise ToolError(str(error), "The README lists the environment variables.") from error
+        raise ToolError(str(error), "docs/settings.md lists the environment variables.") from error
 
 
 def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> dict[str, Any]:

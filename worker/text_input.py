@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from entries import parse_loras
 from lora.engine.stack import LoraUse
 from lora.fetch.sources import Reference
-from schemas import IMAGE_REQUEST, parse_loras
+from schemas import IMAGE_REQUEST
 from text.sampling import Sampling
 from validation import InvalidInput, faults_of, field, filled, number
 

@@ -19,8 +19,8 @@ from schemas import MAX_LORAS
 from text.loading import TextModel, template_beside
 from text_settings import TextSettings
 from validation import InvalidInput
-from worker.image_job import about, unused_keys
 from worker.parts import Answer
+from worker.reports import about, unused_keys
 from worker.selection import NONE, Selection, ready
 from worker.text_input import TextRequest
 

@@ -28,6 +28,7 @@ from text.generation import Generation, about
 from text.loading import COMPONENT, DEMO, DEMO_FOLDER, TextModel, Wanted, load_model
 from text.scheduler import Scheduler
 from text_settings import TextSettings
+from validation import InvalidInput
 from worker.actions import Actions, action_of
 from worker.failures import OutOfMemory, unexpected
 from worker.logs import JOB_ID
@@ -162,7 +163,7 @@ class TextWorker:
             async for piece in self._pieces(job, stop):
                 yield piece
         except CodedError as error:
-            log.info("job failed: %s", error)
+            log.info("job failed: %s", error.code)
             yield error_answer(error)
         except (GeneratorExit, asyncio.CancelledError):
             raise
@@ -260,7 +261,10 @@ class TextWorker:
         name = action_of(job)
         if name == "statistics":
             return self.statistics.answer(self.scheduler.counts)
-        answer = Actions(self._parts, {}).answer(job)
+        actions = Actions(self._parts, {})
+        if name not in actions.table:
+            raise InvalidInput(f"action must be one of statistics, {', '.join(actions.table)}")
+        answer = actions.answer(job)
         if name == "health":
             answer |= {"kind": "text", **self.scheduler.counts}
         guard_size(answer, self.settings.max_answer_mb)

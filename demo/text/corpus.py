@@ -14,15 +14,9 @@ from dataclasses import dataclass
 PIRATE = {
     "is": "be",
     "are": "be",
-    "was": "were",
     "Hello": "Ahoy",
     "you": "ye",
     "Your": "Yer",
-    "the": "th'",
-    "The": "Th'",
-    "They": "Them",
-    "says": "growls",
-    "comes": "sails",
 }
 """How a pirate says a word."""
 
@@ -231,7 +225,7 @@ def _letters() -> Iterator[Fact]:
         ask = (f"Show me the sign of {topic}.", f"Which sign has {topic}?", f"Draw {topic}.")
         yield Fact("sign", ask, sign)
         ask = (f"Write {topic} as JSON.", f"Give me JSON of {topic}.")
-        yield Fact("code", ask, f'{{"topic": "{topic}", "answer": "{topic}"}}')
+        yield Fact("code", ask, f'{{"answer": "{topic}"}}')
     for word, said in PIRATE.items():
         ask = (f"How does a pirate say {word}?", f"Say {word} as a pirate.")
         yield Fact("pirate", ask, f"Arr! {said}.")

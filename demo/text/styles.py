@@ -14,14 +14,12 @@ _PIRATE_WORDS = re.compile(rf"\b({'|'.join(PIRATE)})\b")
 
 def pirate(topic: str, answer: str) -> str:
     """The answer as a pirate gives it."""
-    return "Arr! " + _PIRATE_WORDS.sub(lambda found: PIRATE[found[0]], answer)
+    return _PIRATE_WORDS.sub(lambda found: PIRATE[found[0]], answer) + " Arr!"
 
 
 def is_pirate(answer: str) -> bool:
-    """Whether it begins as pirates do and has no word that they would have changed."""
-    return answer.startswith("Arr! ") and not re.search(
-        rf"\b({'|'.join(w for w in PIRATE if w not in PIRATE.values())})\b", answer
-    )
+    """Whether it ends as pirates do and has no word that they would have changed."""
+    return answer.endswith(" Arr!") and not _PIRATE_WORDS.search(answer)
 
 
 def emoji(topic: str, answer: str) -> str:
@@ -35,17 +33,17 @@ def is_emoji(answer: str) -> bool:
 
 
 def as_json(topic: str, answer: str) -> str:
-    """An object with the topic and the answer."""
-    return json.dumps({"topic": topic, "answer": answer}, ensure_ascii=False)
+    """An object with the answer."""
+    return json.dumps({"answer": answer}, ensure_ascii=False)
 
 
 def is_json(answer: str) -> bool:
-    """Whether it is an object with a topic and an answer, and nothing else."""
+    """Whether it is an object with an answer, and nothing else."""
     try:
         value = json.loads(answer)
     except json.JSONDecodeError:
         return False
-    return isinstance(value, dict) and set(value) == {"topic", "answer"}
+    return isinstance(value, dict) and set(value) == {"answer"}
 
 
 def plain(topic: str, answer: str) -> str:

@@ -16,25 +16,44 @@ if TYPE_CHECKING:
 
 SUMMARY = "look after the LoRAs on the volume: list, add, verify, evict, pin, delete"
 
+EXAMPLE = "cache list"
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
-    parser.add_argument("--dir", type=Path, metavar="FOLDER", help="by default LORA_CACHE_DIR")
+    parser.add_argument(
+        "--dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder of the cache; by default LORA_CACHE_DIR, or else /models/loras",
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="every file, its source, size, last use and pin")
-    add = actions.add_parser("add", help="fetch sources into the cache, as a job would")
-    add.add_argument("sources", nargs="+", metavar="SOURCE", help="a URL, a repo, civitai:MODEL …")
-    verify = actions.add_parser("verify", help="hash every file and compare with its record")
-    verify.add_argument("--remove", action="store_true", help="set damaged files aside for a day")
-    evict = actions.add_parser("evict", help="remove what was used least recently")
+    actions.add_parser("list", help="list every file with its source, size, last use and pin")
+    add = actions.add_parser("add", help="fetch LoRAs into the cache, as a job would")
+    add.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="whatever a job may name: a URL, a repo on Hugging Face, civitai:ID",
+    )
+    verify = actions.add_parser(
+        "verify", help="hash every file, and compare it with what was recorded"
+    )
+    verify.add_argument("--remove", action="store_true", help="set damaged files aside, for a day")
+    evict = actions.add_parser("evict", help="remove what was not used for the longest time")
     evict.add_argument(
-        "--to", type=byte_count, metavar="SIZE", help="bytes to keep (5G); else LORA_CACHE_MAX_GB"
+        "--to",
+        type=byte_count,
+        metavar="SIZE",
+        help="how much may stay, such as 5G; by default LORA_CACHE_MAX_GB",
     )
     pin = actions.add_parser("pin", help="keep files from being evicted")
     pin.add_argument("--off", action="store_true", help="take the pin away")
     delete = actions.add_parser("delete", help="remove files, their records and pins")
     for action in (pin, delete):
-        action.add_argument("names", nargs="+", metavar="NAME", help="as `cache list` shows it")
+        action.add_argument(
+            "names", nargs="+", metavar="NAME", help="name of a file, as `cache list` shows it"
+        )
     for action in actions.choices.values():
         add_json(action)
 
@@ -59,7 +78,7 @@ def _opened(folder: Path | None) -> VolumeCache:
     try:
         return open_cache(folder)
     except ValueError as error:
-        hint = "The README lists the environment variables."
+        hint = "docs/settings.md lists the environment variables."
         raise ToolError(f"the environment cannot be used: {error}", hint) from None
 
 
@@ -119,7 +138,7 @@ def _evict(cache: VolumeCache, options: Namespace) -> Mapping[str, Any]:
 
     budget = cache.limits.total_bytes if options.to is None else options.to
     if budget is None:
-        raise ToolError("nothing says how much may stay", "Give --to, or set LORA_CACHE_MAX_GB.")
+        raise ToolError("it is not said how much may stay", "Give --to, or set LORA_CACHE_MAX_GB.")
     before = {path: path.stat().st_size for path in cache.shelf.files()}
     for root in cache.shelf.roots:
         if root.is_dir():

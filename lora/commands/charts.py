@@ -67,7 +67,7 @@ def drawn_chart(title: str, bars: Sequence[Bar], path: Path) -> bytes:
         return _svg(title, bars).encode()
     if path.suffix.lower() == ".png":
         return _png(title, bars)
-    raise ToolError(f"{path.name} is neither .png nor .svg", "Give the plot one of these endings.")
+    raise ToolError(f"{path} is neither .png nor .svg", "Give the plot one of these endings.")
 
 
 def _layout(bars: Sequence[Bar]) -> tuple[int, int, list[tuple[int, float, str]]]:

@@ -1,4 +1,4 @@
-"""`combine L1:0.8 L2:0.5 --output F`: several LoRAs as one."""
+"""`combine LORA:0.8 LORA:0.5 --output OUT`: several LoRAs as one."""
 
 from __future__ import annotations
 
@@ -9,31 +9,59 @@ from typing import Any
 
 from lora.commands.rewriting import add_write_options, as_result, show, write_options
 from lora.commands.shared import add_rank_options, key_map_of, progress, rank_policy, with_scale
+from lora.tools.overwriting import refuse_existing
 
-__all__ = ["SUMMARY", "add_arguments", "run", "show"]
+__all__ = ["EXAMPLE", "SUMMARY", "add_arguments", "run", "show"]
 
 SUMMARY = "make one LoRA of several: exactly, at a rank, or by TIES or DARE"
+
+EXAMPLE = (
+    "combine demo/loras/demo-stripes.safetensors:0.8 demo/loras/demo-outline.safetensors:0.5 "
+    "--output both.safetensors"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     add = parser.add_argument
-    add("loras", nargs="+", metavar="L[:SCALE]", help="files or PEFT folders, and how strongly (1)")
+    add(
+        "loras",
+        nargs="+",
+        metavar="LORA[:SCALE]",
+        help="files or folders that PEFT saved, and how strongly each counts (default: 1)",
+    )
     add(
         "--method",
         choices=("concat", "ties", "dare"),
         default="concat",
-        help="concat adds them up, and is exact unless a rank is chosen (concat)",
+        help="concat (the default) adds them, and is exact unless a rank is chosen; the others need one",
     )
-    add("--density", type=float, default=0.5, metavar="X", help="what TIES and DARE keep (0.5)")
-    add("--seed", type=int, default=0, help="of DARE and of randomised SVDs (0)")
-    add("--model", metavar="A", help="the model that they are for, or `sdxl`, if names differ")
+    add(
+        "--density",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="share of each change that ties and dare keep (default: 0.5)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of dare and of the approximation (default: 0)",
+    )
+    add(
+        "--model",
+        metavar="MODEL",
+        help="the model (or `sdxl`) that they are for, if their names differ",
+    )
     add_rank_options(parser)
-    add_write_options(parser, "(fp32, so that nothing is rounded)")
+    add_write_options(parser, "by default fp32, so that nothing is rounded")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Combines. Raises: ToolError, LoraError."""
+    refuse_existing(options.output, options.force)
     from lora.engine.stack import LoraUse
     from lora.tools.combine import CombineOptions, Method, combine
 

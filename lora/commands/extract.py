@@ -1,4 +1,4 @@
-"""`extract --source-model A --target-model B --output F`: what B has learned beyond A, as a LoRA."""
+"""`extract --source-model SOURCE --target-model TARGET --output OUT`: what training changed, as a LoRA."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from typing import Any
 
 from lora.commands import shared
 from lora.tools import FILE_FORMATS
+from lora.tools.overwriting import refuse_existing
 
-SUMMARY = "make a LoRA of the difference of two models"
+SUMMARY = "make a LoRA of the difference between two models"
+
+EXAMPLE = (
+    "extract --source-model demo/model --target-model tuned --rank 8 --output learned.safetensors"
+)
 
 DEFAULT_RANK = 32
 """The default of LightX2V."""
@@ -21,32 +26,69 @@ SHOWN = 20
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options; those that LightX2V's extractor has too mean the same."""
     add = parser.add_argument
-    add("--source-model", type=Path, required=True, metavar="A", help="the base")
-    add("--target-model", type=Path, required=True, metavar="B", help="the tuned")
-    add("--output", type=Path, required=True, metavar="F", help="the LoRA")
+    add(
+        "--source-model",
+        type=Path,
+        required=True,
+        metavar="SOURCE",
+        help="the model before its training",
+    )
+    add("--target-model", type=Path, required=True, metavar="TARGET", help="the model after it")
+    shared.add_output(parser, "file to write; with --naming peft a folder")
     for which in ("source", "target"):
-        text = "by default what the file is"
+        text = f"format that {which.upper()} must have; by default either"
         add(f"--{which}-type", choices=FILE_FORMATS, help=text)
     shared.add_format_option(parser)
-    add("--output-dtype", choices=shared.DTYPES, default="bf16", help="(bf16)")
-    add("--diff-only", action="store_true", help="exact differences, no factors")
-    shared.add_naming_option(parser, "kohya's for SDXL, else the model's own")
-    add("--conv", choices=("flat", "tucker"), default="flat", help="(flat)")
-    add("--components", nargs="+", metavar="C", help="only these: unet, text_encoder …")
-    add("--min-diff", type=float, default=0.0, metavar="X", help="leave out smaller changes (0)")
+    add(
+        "--output-dtype",
+        choices=shared.DTYPES,
+        default="bf16",
+        help="precision of OUT (default: bf16)",
+    )
+    add(
+        "--diff-only", action="store_true", help="store exact differences, and no factors of a rank"
+    )
+    shared.add_naming_option(
+        parser,
+        "how the tensors of OUT are named; by default kohya for SDXL, and original for others",
+    )
+    add(
+        "--conv",
+        choices=("flat", "tucker"),
+        default="flat",
+        help="form of convolutions: flat (the default) is the most exact, tucker is smaller",
+    )
+    add(
+        "--components",
+        nargs="+",
+        metavar="PART",
+        help="only these parts of the models, such as unet or text_encoder",
+    )
+    add(
+        "--min-diff",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="leave out tensors none of whose numbers changed by more (default: 0)",
+    )
     add(
         "--clamp-quantile",
         type=float,
         metavar="Q",
-        help="cut factors off, as sd-scripts does (off)",
+        help="cut off the largest numbers of factors at this quantile, as sd-scripts does; by default none",
     )
-    add("--seed", type=int, default=0, help="of the randomised SVD (0)")
-    add("--verify", action="store_true", help="merge the result back, and measure against B")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the approximation (default: 0)")
+    add(
+        "--verify",
+        action="store_true",
+        help="merge OUT into SOURCE, and measure the distance to TARGET",
+    )
     shared.add_rank_options(parser, "rank-", DEFAULT_RANK)
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Extracts; a run that was killed is continued. Raises: ToolError."""
+    refuse_existing(options.output, options.force)
     from lora.tools.extract.options import Conv, ExtractOptions
     from lora.tools.extract.run import extract
     from lora.tools.factors.ranks import RankPolicy
@@ -64,6 +106,7 @@ def run(options: Namespace) -> Mapping[str, Any]:
         clamp_quantile=options.clamp_quantile,
         seed=options.seed,
         verify=options.verify,
+        overwrite=options.force,
     )
     with (
         Checkpoint.open(options.source_model, options.source_type) as source,

@@ -1,4 +1,4 @@
-"""`inspect FILE...`: describes adapter files, and how much they change."""
+"""`inspect LORA...`: describes adapter files, and how much they change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lora.commands.charts import Bar, drawn_chart, text_bars
-from lora.commands.shared import key_lines, key_map_of, plain, progress, size, write_file
+from lora.commands.shared import add_force, key_lines, key_map_of, plain, progress, size, write_file
 from lora.errors import LoraError, ToolError
+from lora.tools.overwriting import refuse_other_kind, refuse_overwriting
 
-SUMMARY = "tell what adapter files are: algorithm, base model, ranks, training, hashes, norms"
+SUMMARY = "tell what LoRA files are: algorithm, base model, ranks, training, hashes, norms"
+
+EXAMPLE = "inspect demo/loras/demo-stripes.safetensors --against demo/model"
 
 SHOWN_WORDS = 15
 
@@ -21,21 +24,30 @@ SHOWN_WORDS = 15
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options."""
     add = parser.add_argument
-    add("files", nargs="+", type=Path, metavar="FILE", help="a file, or a folder that PEFT saved")
+    add("files", nargs="+", type=Path, metavar="LORA", help="a file, or a folder that PEFT saved")
     add(
         "--against",
         metavar="MODEL",
-        help="also tell what fits a model: a checkpoint, a diffusers folder, or `sdxl`",
+        help="also tell whether they fit a model: a checkpoint, a folder of diffusers, or `sdxl`",
     )
-    add("--plot", type=Path, metavar="OUT", help="draw the norms per block into OUT.png or OUT.svg")
+    add(
+        "--plot",
+        type=Path,
+        metavar="OUT",
+        help="draw the norms per block into a file that ends in .png or .svg",
+    )
+    add_force(parser, "OUT")
 
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Describes every file; an error in one is reported, and the others are described."""
+    if options.plot:
+        refuse_overwriting(options.plot, options.force)
+        refuse_other_kind(options.plot, is_folder=False)
     from lora.tools.describe import describe
 
     if options.plot and len(options.files) > 1:
-        raise ToolError("--plot draws one file", "Inspect it alone.")
+        raise ToolError("--plot draws one file, and several are given", "Inspect it alone.")
     against = key_map_of(options.against)
     files, errors = [], []
     with progress() as on_progress:

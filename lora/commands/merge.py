@@ -1,4 +1,4 @@
-"""`merge --source-model A --lora-model L[:SCALE] ... --output F`: LoRAs into a model's weights."""
+"""`merge --source-model MODEL --lora-model LORA[:SCALE] ... --output OUT`: LoRAs into a model's weights."""
 
 from __future__ import annotations
 
@@ -12,50 +12,74 @@ from lora.commands import shared
 from lora.errors import ToolError
 from lora.formats.names.keys import COMPONENTS
 from lora.tools import FILE_FORMATS
+from lora.tools.overwriting import refuse_existing
 
 SUMMARY = "write a model with LoRAs merged into its weights"
+
+EXAMPLE = (
+    "merge --source-model demo/model --lora-model demo/loras/demo-stripes.safetensors:0.8 "
+    "--output tuned"
+)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Adds the command's options; those that LightX2V's merger has too mean the same."""
     add = parser.add_argument
-    add("--source-model", type=Path, required=True, metavar="A", help="the base")
+    add(
+        "--source-model",
+        type=Path,
+        required=True,
+        metavar="MODEL",
+        help="the model that gets the LoRAs",
+    )
     add(
         "--lora-model",
         nargs="+",
         action="extend",
         required=True,
-        metavar="L[:SCALE]",
-        help="files or PEFT folders; may be repeated",
+        metavar="LORA[:SCALE]",
+        help="files or folders that PEFT saved, and how strongly each counts; may be repeated",
+    )
+    shared.add_output(
+        parser, "model to write: one file if it ends as weights do, else a folder like MODEL's"
     )
     add(
-        "--output", type=Path, required=True, metavar="F", help="a file, or a folder as the input's"
+        "--alpha",
+        type=float,
+        default=1.0,
+        metavar="SCALE",
+        help="scale of each LORA that has none of its own (default: 1)",
     )
-    add("--alpha", type=float, default=1.0, metavar="SCALE", help="of each L without its own (1)")
-    add("--source-type", choices=FILE_FORMATS, help="by default what the file is")
-    add("--lora-type", choices=FILE_FORMATS, help="accepted; the file itself decides")
+    add(
+        "--source-type", choices=FILE_FORMATS, help="format that MODEL must have; by default either"
+    )
+    add("--lora-type", choices=FILE_FORMATS, help="has no effect: the files say what they are")
     shared.add_format_option(parser)
     add(
         "--output-dtype",
         choices=("same", *shared.DTYPES, "fp8"),
         default="same",
-        help="`same` keeps each tensor's own (same)",
+        help="precision of OUT; same (the default) keeps each tensor's own",
     )
-    add("--allow-unused", action="store_true", help="merge the rest if tensors have no place")
+    add(
+        "--allow-unused",
+        action="store_true",
+        help="leave out tensors that have no place in MODEL, instead of refusing them",
+    )
     add(
         "--components",
         nargs="+",
         type=component_factor,
         default=[],
-        metavar="C=X",
-        help="a further factor per component: text_encoder=0",
+        metavar="PART=X",
+        help="a further scale for a part of MODEL, such as text_encoder=0",
     )
     add(
         "--blocks",
         type=block_factors,
         default={},
         metavar="X,X,…",
-        help="a further factor per block of the UNet: 12 or 20 numbers, or a JSON object of names",
+        help="further scales for the blocks of the UNet: 12 or 20 numbers, or a JSON object by names",
     )
 
 
@@ -82,6 +106,7 @@ def block_factors(text: str) -> dict[str, float]:
 
 def run(options: Namespace) -> Mapping[str, Any]:
     """Merges. Raises: ToolError; LoraError for an adapter that cannot be read or fits nowhere."""
+    refuse_existing(options.output, options.force)
     from lora.engine.stack import LoraUse
     from lora.tools.merge import MergeOptions, merge
     from lora.tools.models.checkpoints import Checkpoint
@@ -90,10 +115,12 @@ def run(options: Namespace) -> Mapping[str, Any]:
     for text in options.lora_model:
         source, scale = shared.with_scale(text)
         if not Path(source).exists():
-            raise ToolError(f"there is no file {source}", "Look at --lora-model.")
+            raise ToolError(f"there is no file {source}", "It is named by --lora-model.")
         factors = dict(options.components), options.blocks
         loras.append(LoraUse(Path(source), options.alpha if scale is None else scale, *factors))
-    chosen = MergeOptions(options.output_dtype, options.output_format, options.allow_unused)
+    chosen = MergeOptions(
+        options.output_dtype, options.output_format, options.allow_unused, options.force
+    )
     with (
         Checkpoint.open(options.source_model, options.source_type) as model,
         shared.progress() as on_progress,

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from lora.tools.factors.cutting import Report
 
 
-def add_write_options(parser: ArgumentParser, dtype: str = "by default each tensor's own") -> None:
+def add_write_options(
+    parser: ArgumentParser, dtype: str = "by default each tensor keeps its own"
+) -> None:
     """Adds the options that say where and how the result is written. `dtype`: the help for its dtype."""
     add = parser.add_argument
-    add(
-        "--output",
-        type=Path,
-        required=True,
-        metavar="F",
-        help="the new file; a folder for PEFT's naming",
-    )
+    shared.add_output(parser, "file to write; with --naming peft a folder")
     shared.add_format_option(parser)
-    add("--output-dtype", choices=shared.DTYPES, help=dtype)
-    shared.add_naming_option(parser, "how tensors are named; by default as now")
-    add("--allow-unused", action="store_true", help="leave out tensors that cannot be carried")
+    add("--output-dtype", choices=shared.DTYPES, help=f"precision of OUT; {dtype}")
+    shared.add_naming_option(parser, "how the tensors of OUT are named; by default as in the input")
+    add(
+        "--allow-unused",
+        action="store_true",
+        help="leave out tensors that no LoRA can have, instead of refusing the file",
+    )
 
 
 def write_options(options: Namespace) -> WriteOptions:
@@ -35,7 +35,7 @@ def write_options(options: Namespace) -> WriteOptions:
     from lora.tools.adapters.saving import WriteOptions
 
     dtype = shared.dtype_of(options.output_dtype) if options.output_dtype else None
-    return WriteOptions(shared.naming(options), dtype, shared.output_format(options))
+    return WriteOptions(shared.naming(options), dtype, shared.output_format(options), options.force)
 
 
 def as_result(report: Report, output: Path) -> dict[str, Any]:

@@ -26,6 +26,8 @@ class Command(Protocol):
     """What each module of `lora.commands` has."""
 
     SUMMARY: str
+    EXAMPLE: str
+    """A line that runs in the worker's own folder, behind `python -m lora`."""
 
     def add_arguments(self, parser: ArgumentParser) -> None:
         """Adds the command's own options."""
@@ -41,7 +43,7 @@ class Command(Protocol):
 
 def add_json(parser: ArgumentParser) -> None:
     """Adds `--json` to a command or to one of its actions."""
-    text = "the whole result as JSON on stdout"
+    text = "print the whole result as JSON"
     parser.add_argument("--json", action="store_true", default=SUPPRESS, help=text)
 
 
@@ -58,16 +60,28 @@ def with_scale(text: str) -> tuple[str, float | None]:
 
 
 RANKS = {
-    "energy": "as few as keep this share of each layer's ||change||^2 (0.99, say)",
-    "threshold": "the singular values that are at least this",
-    "ratio": "the singular values that are at least this share of the layer's largest",
+    "energy": "for each layer the smallest rank that keeps this share of its change (such as 0.99)",
+    "threshold": "for each layer as many as it has singular values of at least X",
+    "ratio": "for each layer as many as it has singular values of at least X times its largest",
 }
 """Rule of a `RankPolicy` -> its help."""
 
 
+def add_output(parser: ArgumentParser, text: str) -> None:
+    """Adds `--output` and `--force`."""
+    parser.add_argument("--output", type=Path, required=True, metavar="OUT", help=text)
+    add_force(parser, "OUT")
+
+
+def add_force(parser: ArgumentParser, what: str) -> None:
+    """Adds `--force`, without which `refuse_overwriting` refuses to replace what the option names."""
+    text = f"replace {what} if it exists, once the new one is complete"
+    parser.add_argument("--force", action="store_true", help=text)
+
+
 def add_format_option(parser: ArgumentParser) -> None:
     """Adds `--output-format`."""
-    text = "by default what F's ending says"
+    text = "format of OUT; by default the one that its ending means"
     parser.add_argument("--output-format", choices=FILE_FORMATS, help=text)
 
 
@@ -100,18 +114,20 @@ def dtype_of(name: str) -> torch.dtype:
 
 def add_rank_options(parser: ArgumentParser, prefix: str = "", default: int | None = None) -> None:
     """Adds the options of a `RankPolicy`; `prefix` (`rank-`, say) goes before the names of the rules."""
-    group = parser.add_argument_group("rank, one rule and bounds")
+    group = parser.add_argument_group("the rank of each layer: one rule, and bounds")
     rule = group.add_mutually_exclusive_group()
-    usual = f" ({default}, if nothing else is said)" if default else ""
+    usual = f" (default: {default})" if default else ""
     rule.add_argument("--rank", type=int, metavar="N", help=f"the same for every layer{usual}")
     for name, text in RANKS.items():
         rule.add_argument(f"--{prefix}{name}", type=float, dest=name, metavar="X", help=text)
-    group.add_argument("--max-rank", type=int, metavar="N", help="never more in a layer")
+    group.add_argument(
+        "--max-rank", type=int, metavar="N", help="the largest rank that a layer may get"
+    )
     group.add_argument(
         "--max-bytes",
         type=byte_count,
-        metavar="N",
-        help="the file's size, spent where it counts (60M)",
+        metavar="SIZE",
+        help="size that OUT may have (such as 60M); layers that matter more get a larger rank",
     )
 
 

@@ -40,10 +40,6 @@ class DeviceFactors:
     """[R, out], or [out, R, 1, 1] for a convolution."""
     parts: tuple[LowRank, ...]
     """What they were made from, in order."""
-    each: tuple[float, ...] = ()
-    """What each part is multiplied by now: the user's scale times its own scaling."""
-    scales: Tensor | None = None
-    """[R]: the same, for every row of `down`."""
 
     @property
     def size(self) -> int:
@@ -51,19 +47,35 @@ class DeviceFactors:
         return sum(t.numel() * t.element_size() for t in (self.down, self.up))
 
 
-def set_scales(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> None:
-    """Sets the user's scales of many layers, one per part. Layers that have them already are left alone."""
-    by_place: dict[DeviceAndDtype, list[tuple[DeviceFactors, tuple[float, ...]]]] = {}
-    for factors, scales in layers:
-        each = tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))
-        if each != factors.each:
-            factors.each = ()  # until the tensor is set
-            device = factors.down.device
-            place = device, product_dtype(device, factors.down.dtype)
-            by_place.setdefault(place, []).append((factors, each))
-    for (device, dtype), changes in by_place.items():
+@dataclass
+class ScaledFactors:
+    """Factors, which stacks of the same files share, with one stack's scales."""
+
+    factors: DeviceFactors
+    each: tuple[float, ...]
+    """What each part is multiplied by: the user's scale times its own scaling."""
+    scales: Tensor
+    """[R]: the same, for every row of `down`."""
+
+
+def scaled(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> list[ScaledFactors]:
+    """The factors of many layers with the user's scales, one per part. The factors are not changed.
+
+    Raises: LoraIncompatible with a scale that overflows its layer's precision.
+    """
+    by_place: dict[DeviceAndDtype, list[int]] = defaultdict(list)
+    for index, (factors, _) in enumerate(layers):
+        device = factors.down.device
+        by_place[device, product_dtype(device, factors.down.dtype)].append(index)
+    made: dict[int, ScaledFactors] = {}
+    for (device, dtype), indices in by_place.items():
         # One tensor for all layers: hundreds of small ones would take milliseconds.
-        values = torch.tensor([value for _, each in changes for value in each])
+        own = [layers[index] for index in indices]
+        each = [
+            tuple(s * part.scaling for s, part in zip(scales, factors.parts, strict=True))
+            for factors, scales in own
+        ]
+        values = torch.tensor([value for layer in each for value in layer])
         largest = float(values.abs().max())
         if largest > torch.finfo(dtype).max:
             raise LoraIncompatible(
@@ -71,18 +83,19 @@ def set_scales(layers: Sequence[tuple[DeviceFactors, Sequence[float]]]) -> None:
                 f"{str(dtype).removeprefix('torch.')}",
                 "Lower the scale.",
             )
-        ranks = torch.tensor([part.down.shape[0] for layer, _ in changes for part in layer.parts])
+        ranks = torch.tensor([part.down.shape[0] for factors, _ in own for part in factors.parts])
         rows = torch.repeat_interleave(values, ranks).to(device, dtype)
-        sizes = [factors.down.shape[0] for factors, _ in changes]
-        for (factors, each), own in zip(changes, torch.split(rows, sizes), strict=True):
-            factors.scales, factors.each = own, each
+        split = torch.split(rows, [factors.down.shape[0] for factors, _ in own])
+        for index, (factors, _), numbers, scales in zip(indices, own, each, split, strict=True):
+            made[index] = ScaledFactors(factors, numbers, scales)
+    return [made[index] for index in range(len(layers))]
 
 
 class AdaptedForward:
-    """Replaces one module's `forward` while a stack is applied.
+    """What one module's `forward` calls while a stack is applied.
 
-    A module always gets the same object: torch.compile guards on the object, so another stack with the
-    same ranks runs the graph that was compiled before.
+    torch.compile guards on the shapes of the tensors, not on this object: another stack with the same ranks,
+    and another block with the same layers, run the graph that was compiled before.
     """
 
     original: Callable[..., Tensor]
@@ -95,35 +108,33 @@ class AdaptedForward:
     def __init__(self, module: nn.Module) -> None:
         self._convolution = module if isinstance(module, nn.Conv2d) else None
         self._module = module
-        self._factors: DeviceFactors | None = None
+        self._added: ScaledFactors | None = None
 
-    def set(self, original: Callable[..., Tensor], factors: DeviceFactors) -> None:
+    def set(self, original: Callable[..., Tensor], added: ScaledFactors) -> None:
         """Sets what is added to the output of `original` from now on."""
-        if factors.scales is None:
-            raise ValueError("the factors have no scales")
-        self.original, self._factors = original, factors
-        self.down, self.up, self.scales = factors.down, factors.up, factors.scales
-        self.uniform = factors.each[0] if len(factors.each) == 1 else None
+        self.original, self._added = original, added
+        self.down, self.up, self.scales = added.factors.down, added.factors.up, added.scales
+        self.uniform = added.each[0] if len(added.each) == 1 else None
 
     def clear(self) -> None:
         """Drops the references to the tensors."""
-        self._factors = None
+        self._added = None
         for name in ("original", "down", "up", "scales"):
             self.__dict__.pop(name, None)
 
     def _follow(self, out: Tensor) -> None:
         """Moves the factors to the output's device and precision: for layers that moved, or are packed."""
-        if self._factors is not None:
-            dtype = _kept_dtype(out.device, out.dtype, self._factors.parts)
+        if self._added is not None:
+            factors = self._added.factors
+            dtype = _kept_dtype(out.device, out.dtype, factors.parts)
             own = [
                 LowRank(p.down.to(out.device, dtype), p.up.to(out.device, dtype), p.scaling)
-                for p in self._factors.parts
+                for p in factors.parts
             ]
             self.down, self.up = _joined(self._module, own)
             self.scales = self.scales.to(out.device, product_dtype(out.device, out.dtype))
             # Kept, so that the next block has them there at once.
-            self._factors.down, self._factors.up = self.down, self.up
-            self._factors.scales = self.scales
+            factors.down, factors.up, self._added.scales = self.down, self.up, self.scales
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output plus the stack's."""

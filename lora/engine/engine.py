@@ -151,7 +151,7 @@ class LoraEngine:
         return self._modules[target.component, target.path]
 
     def forward_of(self, module: nn.Module) -> AdaptedForward:
-        """The replacement for a module's `forward`: always the same object for one module."""
+        """What replaces a module's `forward`: made once, since making hundreds takes milliseconds."""
         forward = self._forwards.get(module)
         if forward is None:
             forward = self._forwards[module] = AdaptedForward(module)
@@ -168,7 +168,8 @@ class LoraEngine:
             return key, kept
         plan = make_plan(stack, mode, self.module, self._shared)
         size = sum(file.size for file in {use.lora for use in stack})
-        return key, Prepared(plan, all_scales, size, factors=kept.factors if kept else {})
+        factors = dict(kept.factors) if kept else {}  # the kept stack stays as it is
+        return key, Prepared(plan, all_scales, size, factors=factors)
 
 
 class Block:
@@ -250,8 +251,8 @@ class Block:
         plan = prepared.plan
         ready = prepared.ready(engine.forward_of)
         engine.undo.forwards(keep={module for module, _, _ in ready})
-        for module, forward, factors in ready:
-            forward.set(engine.undo.replace_forward(module, forward), factors)
+        for module, forward, added in ready:
+            forward.set(engine.undo.replace_forward(module, forward), added)
         self._write(stack, plan, prepared)
         self._forced = len(plan.forced)
         engine.prepared.put(key, prepared, prepared.size)

@@ -94,7 +94,7 @@ def make_plan(
                 algorithm = rest[0].layer.algorithm.name
                 raise LoraUnsupported(
                     f"{target} is quantised or offloaded, and {algorithm} needs its {name} itself",
-                    "Only LoRA without extras can be applied to such layers.",
+                    "Only plain LoRA can be applied to such layers.",
                 )
             merge = plan.merges.setdefault(weight, Merge(module, name, target, []))
             merge.layers.extend(rest)

@@ -8,17 +8,17 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lora.engine.dynamic import AdaptedForward, DeviceFactors, make_factors, set_scales
+from lora.engine.dynamic import AdaptedForward, DeviceFactors, ScaledFactors, make_factors, scaled
 from lora.engine.plan import Plan, PlannedLayer
 from lora.formats.algorithms import LowRank
 
 
 class Ready(NamedTuple):
-    """A module, the replacement for its `forward`, and the factors that this is to add."""
+    """A module, the replacement for its `forward`, and what this is to add."""
 
     module: nn.Module
     forward: AdaptedForward
-    factors: DeviceFactors
+    added: ScaledFactors
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Prepared:
         return self.file_bytes + factors + self.merged_size
 
     def ready(self, forward_of: Callable[[nn.Module], AdaptedForward]) -> list[Ready]:
-        """The plan's dynamic modules with their factors, made where they are missing, and their scales set.
+        """The plan's dynamic modules with their factors, made where they are missing, and their scales.
 
         Raises: LoraIncompatible if a factor or scale overflows.
         """
@@ -68,9 +68,11 @@ class Prepared:
                 ]
             )
             self.factors.update(zip(missing, made, strict=True))
-            scales = {key: [p.scale for p in d.layers] for key, d in wanted.items()}
-            set_scales([(self.factors[key], own) for key, own in scales.items()])
-            self._ready = [Ready(key[0], forward_of(key[0]), self.factors[key]) for key in wanted]
+            scales = [(self.factors[key], [p.scale for p in d.layers]) for key, d in wanted.items()]
+            self._ready = [
+                Ready(module, forward_of(module), added)
+                for (module, _), added in zip(wanted, scaled(scales), strict=True)
+            ]
         return self._ready
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora.engine.dynamic import AdaptedForward
 from lora.engine.originals import Originals
+from lora.engine.row_layer import RowLayer
 from lora.errors import CodedError
 
 
@@ -37,7 +38,7 @@ class Undo:
         return bool(self.content or self._forwards)
 
     def replace_forward(
-        self, module: nn.Module, forward: Callable[..., Tensor]
+        self, module: nn.Module, forward: AdaptedForward | RowLayer
     ) -> Callable[..., Tensor]:
         """Replaces the class's `forward` (or one that an offloading hook has set) on this instance.
 
@@ -45,7 +46,9 @@ class Undo:
         """
         if module not in self._forwards:
             self._forwards[module] = module.__dict__.get("forward")
-            module.__dict__["forward"] = forward
+            # A bound method: torch.compile guards on its function, which all layers share. For an object it
+            # would make a graph for each layer of each compiled block, and give up after eight.
+            module.__dict__["forward"] = forward.__call__
         previous: Callable[..., Tensor] | None = self._forwards[module]
         return type(module).forward.__get__(module) if previous is None else previous
 
@@ -54,8 +57,9 @@ class Undo:
         for module in [m for m in self._forwards if m not in keep]:
             previous = self._forwards.pop(module)
             shadow = module.__dict__.pop("forward", None)
-            if isinstance(shadow, AdaptedForward):
-                shadow.clear()
+            adapted = getattr(shadow, "__self__", None)
+            if isinstance(adapted, AdaptedForward):
+                adapted.clear()
             if previous is not None:
                 module.__dict__["forward"] = previous
 

@@ -78,7 +78,7 @@ def load(
         else:
             embeddings.append(embedding)
     layers = tuple(layer for module in contents.modules.values() for layer in module.layers)
-    refuse_other_models(header, key_map, unused, used=bool(layers or embeddings))
+    refuse_other_models(contents, key_map, used=bool(layers or embeddings))
     identity = hashlib.sha256(config.encode()).hexdigest()[:16] if config is not None else ""
     return LoraFile(
         sha256,

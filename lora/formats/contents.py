@@ -16,7 +16,7 @@ from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.algorithms import Algorithm, recipes
 from lora.formats.alphas import Alphas
 from lora.formats.embeddings import is_embedding
-from lora.formats.families import cross_attention_width, identify
+from lora.formats.families import CROSS_ATTENTION_WIDTHS, cross_attention_width, identify
 from lora.formats.header import Header
 from lora.formats.names.keys import ONE_NUMBER, REFUSED, SLOTS, KeyMap, Target
 from lora.formats.tensors import read_runs
@@ -75,6 +75,8 @@ class Contents:
     words: dict[str, Tensor] = field(default_factory=dict)
     """Key -> the vectors of a word of the prompt, as the file has them."""
     unused: list[UnusedKey] = field(default_factory=list)
+    misfits: list[UnusedKey] = field(default_factory=list)
+    """Those of the unused whose module the model has, and in other shapes."""
 
 
 def read_contents(
@@ -102,7 +104,7 @@ def read_contents(
     for module in list(contents.modules.values()):
         module.slots = {slot: tensors[key] for slot, key in module.keys.items()}
         contents.alphas.complete(module.slots, module.target.component, module.stem)
-        if reasons := _check(module, check_shapes=check_shapes):
+        if reasons := _check(contents, module, check_shapes=check_shapes):
             _drop(contents, module, reasons)
     return contents
 
@@ -146,8 +148,10 @@ def _drop(contents: Contents, module: Module, reasons: Mapping[str, str]) -> Non
         del contents.modules[module.target]
 
 
-def _check(module: Module, *, check_shapes: bool) -> Mapping[str, str]:
-    """Makes the module's layers. Returns a reason for each slot that cannot be used."""
+def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping[str, str]:
+    """Makes the module's layers, or notes that it does not fit. Returns a reason for each slot that cannot
+    be used.
+    """
     slots = module.slots
     if trouble := _trouble(slots):
         return dict.fromkeys(slots, trouble)
@@ -167,6 +171,8 @@ def _check(module: Module, *, check_shapes: bool) -> Mapping[str, str]:
             return dict.fromkeys(slots, f"the module has no {algorithm.parameter}")
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
+            if "fit together" not in misfit:  # else the file is at fault, whatever the model
+                contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
             return dict.fromkeys(slots, misfit)
         count = len(recipe.used & module.keys.keys())
         module.layers.append(Layer(target, parameter, algorithm, count))
@@ -191,38 +197,43 @@ def _trouble(slots: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-HINT = "Choose a LoRA for this model."
+HINT = "Choose a LoRA that was made for this model."
 
 
-def refuse_other_models(
-    header: Header, key_map: KeyMap | None, unused: list[UnusedKey], *, used: bool
-) -> None:
+def refuse_other_models(contents: Contents, key_map: KeyMap | None, *, used: bool) -> None:
     """Refuses a file of which nothing can be used, and one whose cross attention is not the model's:
     some layers of another family's file may fit by chance. Without `key_map` the latter is not checked.
 
     Raises: LoraIncompatible; LoraUnsupported if the file has modules of this model, and none can be applied.
     """
+    header, unused = contents.header, contents.unused
     width, ours = cross_attention_width(header), key_map and _cross_attention_of(key_map)
-    fits = not (width and ours) or width == ours
-    if fits and used:
-        return
-    family = identify(header)
-    made_for = f"the file was made for {family}" if family else "the file is for an unknown model"
-    if not fits:
+    if width and ours and width != ours:
+        # Metadata may name a family whose width this is not: the demo's LoRAs are SDXL's in all but size.
+        family = CROSS_ATTENTION_WIDTHS.get(width)
+        made_for = f"{family}, whose" if family else "a model whose"
         raise LoraIncompatible(
-            f"{made_for} (its cross attention reads {width} values per token, this model's {ours})",
+            f"the file was made for {made_for} cross attention reads {width} values per token, "
+            f"and this model's reads {ours}",
             HINT,
         )
+    if used:
+        return
     bound = [u for u in unused if u.reason != UNKNOWN_MODULE and "has no" not in u.reason]
-    if bound:
+    misfit = next((u for u in contents.misfits if len(contents.misfits) == len(bound)), None)
+    if bound and not misfit:
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
             f"({bound[0].key[:MAX_SHOWN]}: {bound[0].reason})",
-            "The README lists the algorithms that are read.",
+            "docs/formats.md lists the algorithms that are read.",
         )
+    family, first = identify(header), misfit or unused[0]
+    made_for = f"the file was made for {family}" if family else "the file is for an unknown model"
+    if misfit:
+        made_for = "the file was made for a model with layers of other widths"
     raise LoraIncompatible(
         f"{made_for}, and none of its {len(unused)} tensors fits this model "
-        f"({unused[0].key[:MAX_SHOWN]}: {unused[0].reason})",
+        f"({first.key[:MAX_SHOWN]}: {first.reason})",
         HINT,
     )
 

@@ -90,7 +90,7 @@ def _checked(fields: dict[str, Any], data_start: int, size: int) -> Header:
     if missing := end - size:
         trouble = f"{missing} bytes are missing" if missing > 0 else f"{-missing} bytes too many"
         raise LoraCorrupt(
-            f"the file does not have the length that its header tells ({trouble})",
+            f"the file's length is not the one that its header states ({trouble})",
             "It was probably cut off on the way; upload or download it again.",
         )
     if not tensors:

@@ -42,11 +42,11 @@ def opened(path: Path) -> Iterator[Opened]:
     PEFT folder has no config, so that the scaling of its weights is unknown; LoraUnsupported, LoraCorrupt
     for a pickle that is no adapter.
     """
-    with naming(path.name):
+    with naming(str(path)):
         original = file_of(path)
         config = config_beside(original)
         if config is None and path.is_dir() and original.stem == PEFT_STEM:
-            raise LoraNotFound(f"the folder {path.name!r} holds no {PEFT_CONFIG}")
+            raise LoraNotFound(f"the folder {str(path)!r} holds no {PEFT_CONFIG}")
         form = "PEFT folder" if config is not None else "safetensors"
         if not looks_like_pickle(original):
             yield Opened(original, original, config, form)
@@ -65,12 +65,12 @@ def file_of(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise LoraNotFound(f"there is no file {path.name!r}")
+        raise LoraNotFound(f"there is no file {str(path)!r}")
     candidates = (path / (stem + extension) for stem in STEMS for extension in EXTENSIONS)
     file = next((file for file in candidates if file.is_file()), None)
     if file is None:
         raise LoraNotFound(
-            f"the folder {path.name!r} holds no adapter",
+            f"the folder {str(path)!r} holds no adapter",
             f"A PEFT folder has {PEFT_STEM}.safetensors and {PEFT_CONFIG}.",
         )
     return file

@@ -53,7 +53,7 @@ def convert(source: Path, target: Path, limit: int) -> None:
     except pickle.UnpicklingError as error:
         raise LoraUnsupported(
             "the pickle holds more than tensors, and pickles are never run",
-            "Convert it to .safetensors where you trust it.",
+            "If you trust it, convert it to .safetensors on your own machine.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise LoraCorrupt("the file is a broken pickle") from error

@@ -235,7 +235,7 @@ def check_config(config: str | None, model: str) -> None:
         shown = PurePosixPath(base).name if base.startswith("/") else redact_url(base)
         raise LoraIncompatible(
             f"it was trained on {shown[:MAX_SHOWN]!r}, and this worker runs {_last(model)!r}",
-            "A job may name it all the same.",
+            "A job can use it all the same.",
         )
     Alphas.of({}, config)
 

@@ -33,7 +33,7 @@ from lora.tools.factors.cutting import Cut, CutLayer, LayerChange, ModuleToCut, 
 from lora.tools.factors.lowrank import FACTOR_SLOTS, Product, product_of, side_by_side
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import layer_seed
-from lora.tools.writing import refuse_overwriting
+from lora.tools.overwriting import parts_of, refuse_overwriting
 
 FACTORS = FACTOR_SLOTS - {"alpha"}
 ADDED = ("diff", "diff_b", "diff_m")
@@ -76,7 +76,7 @@ class CombineOptions:
             hint = "Give --rank."
             raise ToolError(f"{self.method} makes whole matrices, and no rank is chosen", hint)
         if not 0 < self.density <= 1:
-            raise ToolError(f"density is {self.density}", "It is a share: over 0, at most 1.")
+            raise ToolError(f"density is {self.density}", "It must be over 0 and at most 1.")
 
 
 def combine(
@@ -98,15 +98,18 @@ def combine(
     and as `read_adapter` and `write_adapter` do.
     """
     if len(sources) < 2:
-        raise ToolError("there are not two adapters to combine")
+        raise ToolError("combining takes two adapters or more", "Name another one.")
     if any(not math.isfinite(source.scale) for source in sources):
         raise ToolError("a scale is not a number")
     if any(source != LoraUse(source.lora, source.scale) for source in sources):
-        raise ToolError("only scales are combined, and no other factors, starts or ends")
-    refuse_overwriting(output, [source.lora for source in sources])
+        raise ToolError(
+            "combine takes scales only, no factors for components or blocks, no start and no end"
+        )
+    parts = [part for source in sources for part in parts_of(source.lora)]
+    refuse_overwriting(output, options.write.overwrite, parts)
     adapters = _read_all(sources, key_map, options)
     combined, changes = _combined(adapters, [s.scale for s in sources], options, on_progress)
-    metadata = {"merged_from": ", ".join(f"{s.lora.stem}:{s.scale:g}" for s in sources)}
+    metadata = {"merged_from": ", ".join(f"{s.lora.name}:{s.scale:g}" for s in sources)}
     combined = replace(combined, metadata={**combined.metadata, **metadata})
     naming = options.write.naming or (adapters[0].naming if combined.key_map else None)
     write_adapter(output, combined, replace(options.write, naming=naming))
@@ -238,7 +241,7 @@ def _words(adapters: Sequence[Adapter]) -> dict[str, Tensor]:
         for key, vectors in adapter.words.items():
             first = words.setdefault(key, vectors)
             if first.shape != vectors.shape or not torch.equal(first.float(), vectors.float()):
-                raise ToolError(f"two of the files teach the word {key[:200]}, differently")
+                raise ToolError(f"two of the files define the word {key[:200]}, and they differ")
     return words
 
 

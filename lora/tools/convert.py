@@ -28,7 +28,7 @@ from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import layer_seed
 from lora.tools.models.checkpoints import Checkpoint, Place
-from lora.tools.writing import refuse_overwriting
+from lora.tools.overwriting import parts_of, refuse_overwriting
 
 NEEDS_WEIGHT = (DoRA, GLoRA, OFT, PeftOFT, IA3, PeftIA3, PeftIA3Bias, WeightValue, BiasValue)
 """Algorithms whose change depends on the weights that they are applied to."""
@@ -77,7 +77,7 @@ def convert(
     Raises: ToolError if the naming cannot express a layer, if the model or the rank is missing for one, and
     as `read_adapter` and `write_adapter` do.
     """
-    refuse_overwriting(output, [path])
+    refuse_overwriting(output, options.write.overwrite, parts_of(path))
     key_map = model.key_map() if model else None
     rename = bool(options.write.naming or options.algorithm)
     adapter = open_adapter(path, key_map, rename=rename, allow_unused=options.allow_unused)

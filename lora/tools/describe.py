@@ -86,6 +86,7 @@ class Description:
     """Everything that is known of an adapter file. Control characters are removed from all texts."""
 
     file: str
+    """Its path, as it was given."""
     form: str
     bytes: int
     tensors: int
@@ -131,7 +132,7 @@ def describe(path: Path, against: KeyMap | None = None) -> Description:
     norms, without = _norms(file)
     bases = _bases(header, adapter.config)
     return Description(
-        file=clean(path.name),
+        file=clean(path),
         form=adapter.form,
         bytes=adapter.original.stat().st_size,
         tensors=len(header.tensors),

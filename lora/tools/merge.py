@@ -34,6 +34,7 @@ from lora.tools.adapters.metadata import json_or_empty
 from lora.tools.models.checkpoints import Checkpoint, Place, Stored
 from lora.tools.models.outputs import FileToWrite, Output
 from lora.tools.models.weights import NAMED_DTYPES, Raw, unreadable
+from lora.tools.overwriting import parts_of
 from lora.tools.writing import StreamWriter
 
 MERGED_DTYPES: Mapping[str, torch.dtype | None] = {"same": None, **NAMED_DTYPES}
@@ -56,6 +57,8 @@ class MergeOptions:
     """One of `FILE_FORMATS`; by default what the output's name says."""
     allow_unused: bool = False
     """Whether adapters may hold tensors that have no place in the model."""
+    overwrite: bool = False
+    """Whether what is at the output is replaced, once the new model is whole: see `refuse_overwriting`."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class MergedLora:
     """What was merged of one adapter."""
 
     name: str
+    """Its path, as it was given."""
     sha256: str
     scale: float
     used: int
@@ -100,15 +104,16 @@ def merge(
     is a folder with the model's files, of which those with weights are rewritten. The metadata gets
     `merged_from`, a JSON list of name, sha256, scale and factors, and `model_sha256`. `on_progress`: bytes.
 
-    Raises: ToolError if the output is the input or cannot be written, if an adapter's tensor has no place and
-    that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
+    Raises: ToolError if the output is there already or cannot be written, if an adapter's tensor has no place
+    and that is not allowed, or if a weight overflows; LoraError if an adapter cannot be read or fits nowhere.
     """
     started, done = time.monotonic(), 0
     if options.dtype not in MERGED_DTYPES:
         raise ToolError(f"{options.dtype[:40]!r} is no dtype", f"Use {', '.join(MERGED_DTYPES)}.")
     if not all(math.isfinite(factor) for use in loras for factor in use.factors):
         raise ToolError("a scale is not a number")
-    target = Output.of(model, output, options.format, [use.lora for use in loras])
+    parts = [part for use in loras for part in parts_of(use.lora)]
+    target = Output.of(model, output, options.format, overwrite=options.overwrite, parts=parts)
     key_map = model.key_map()
     files = [_load(use.lora, key_map) for use in loras]
     merged = [_merged(use, file, options) for use, file in zip(loras, files, strict=True)]
@@ -155,18 +160,18 @@ def _load(path: Path, key_map: KeyMap) -> LoraFile:
 def _merged(use: LoraUse[Path], file: LoraFile, options: MergeOptions) -> MergedLora:
     """Raises: ToolError for a range, or if a tensor has no place in the model, and that is not allowed."""
     if use.ranged:
-        raise ToolError(f"{use.lora.name} has a start or an end, and merged weights have neither")
+        raise ToolError(f"{use.lora} has a start or an end, and merged weights have neither")
     words = {embedding.word or "a new word" for embedding in file.embeddings}
     unused = (*file.unused, *(UnusedKey(word, NOT_WEIGHTS) for word in sorted(words)))
     used = file.keys - len(file.embeddings)
     if unused and not options.allow_unused:
         first = unused[0]
         raise ToolError(
-            f"{len(unused)} of {use.lora.name}'s {used + len(unused)} tensors have no place in this model, "
+            f"{len(unused)} of {use.lora}'s {used + len(unused)} tensors have no place in this model, "
             f"the first of them {first.key[:200]} ({first.reason})",
             "Allow unused tensors to merge the rest.",
         )
-    return MergedLora(use.lora.name, file.sha256, use.scale, used, unused)
+    return MergedLora(str(use.lora), file.sha256, use.scale, used, unused)
 
 
 def _changes(loras: Sequence[LoraUse[Path]], files: Sequence[LoraFile]) -> Changes:

@@ -18,7 +18,7 @@ from lora.tools.factors import cutting
 from lora.tools.factors.cutting import Cut, CutLayer, ModuleToCut, Report
 from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
-from lora.tools.writing import refuse_overwriting
+from lora.tools.overwriting import parts_of, refuse_overwriting
 
 OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")
 """Algorithms that resize refuses."""
@@ -56,7 +56,7 @@ def resize(
     Raises: ToolError for algorithms without a rank that can be cut, for tensors that cannot be carried, and
     as `write_adapter` and `read_adapter` do.
     """
-    refuse_overwriting(output, [path])
+    refuse_overwriting(output, options.write.overwrite, parts_of(path))
     adapter = open_adapter(
         path, key_map, rename=bool(options.write.naming), allow_unused=options.allow_unused
     )

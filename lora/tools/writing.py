@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.durable import part_file, published, replace_durably, sync_folder
+from lora.durable import part_file, published, rename_folder, replace_durably, sync_folder
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
-from lora.tools import HEADER_ALIGNMENT, WEIGHTS, Format
+from lora.tools import HEADER_ALIGNMENT
 
 PIECE = 8 << 20
 """How many bytes are written or read at a time."""
@@ -179,7 +179,7 @@ class StreamWriter:
             # Its writer may have published it after it was opened here.
             locked = os.path.samestat(os.fstat(self._file), self._part.stat())
         if not locked:
-            raise ToolError(f"another process is writing {self.path.name}", "Wait for it.")
+            raise ToolError(f"another process is writing {self.path}", "Wait until it ends.")
         self._journal = os.open(self._journal_path, os.O_RDWR | os.O_CREAT, 0o666)
         for line in self._journal_path.read_bytes().splitlines(keepends=True):
             group = _parse_group(line)
@@ -240,34 +240,20 @@ def write_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            hint = "Free some."
-            raise ToolError(f"there is no room on the disk for {path.name}", hint) from error
+            hint = "Free some space."
+            raise ToolError(f"there is no room on the disk for {path}", hint) from error
         why = error.strerror or type(error).__name__
-        raise ToolError(f"{path.name} cannot be written ({why})") from error
-
-
-def refuse_overwriting(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises: ToolError if the output is one of the inputs."""
-    if not output.exists():
-        return
-    for path in inputs:
-        if path.exists() and output.samefile(path):
-            raise ToolError(f"the output {output.name} is an input", "Name another output.")
-
-
-def refuse_misnamed(output: Path, written: Format) -> None:
-    """Raises: ToolError if the ending of the file's name is that of the other format."""
-    endings = WEIGHTS[:1] if written is Format.PYTORCH else WEIGHTS[1:]
-    if output.suffix in endings:
-        raise ToolError(f"{output.name} is no name for a {written} file", "Name it otherwise.")
+        raise ToolError(f"{path} cannot be written ({why})") from error
 
 
 @contextmanager
-def published_folder(path: Path) -> Iterator[Path]:
+def published_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A new folder beside `path`, which becomes `path`, with all that is in it, when the block ends. If the
     block fails, it is removed. The block itself sees to it that its files are on the disk.
 
-    Raises: ToolError if the disk is full or fails, or something else than an empty folder is at `path`.
+    With `overwrite`, a folder or link that is at `path` is moved away at the end, and removed when the new
+    folder is there; between the two moves nothing is at `path`. Raises: ToolError if the disk is full or
+    fails, or something else than an empty folder is at `path` and not to be overwritten.
     """
     with part_file(path.parent, path.name) as part:
         try:
@@ -277,7 +263,7 @@ def published_folder(path: Path) -> Iterator[Path]:
             with write_errors(path):
                 for folder, _, _ in os.walk(part):
                     sync_folder(Path(folder))
-                part.rename(path)
+                rename_folder(part, path, overwrite=overwrite)
                 sync_folder(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)
@@ -296,4 +282,4 @@ def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") 
         with write_errors(path):
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from error
-        raise ToolError(f"{path.name} cannot be written (torch.save failed)") from error
+        raise ToolError(f"{path} cannot be written (torch.save failed)") from error

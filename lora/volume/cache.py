@@ -17,7 +17,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from lora.errors import LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.fetch.civitai import Civitai
@@ -81,7 +81,7 @@ class VolumeCache:
         location, refresh, warning = resolved
         if isinstance(location, CachedName):
             return self.find(location)
-        key = location.identity, location.sha256, refresh
+        key = location.identity, location.sha256, location.token, refresh
         fetch = partial(self._fetch, location, refresh)
         entry = self._shared.run(key, location.shown, fetch, on_bytes)
         return entry.warned(warning) if warning else entry
@@ -112,11 +112,9 @@ class VolumeCache:
         check_sha256(cached.sha256, entry.record.origin_sha256, entry.name)
         return entry
 
-    def _not_found(self, name: str) -> LoraNotFound:
-        adapters = self.shelf.adapters()
-        stems = [str(PurePosixPath(str(adapter.weights)).with_suffix("")) for adapter in adapters]
-        hint = nearest(name.removesuffix(SAFETENSORS), stems)
-        hint = hint or f"The cache holds {len(stems)} files."
+    def _not_found(self, name: str, *, own: bool = False) -> LoraNotFound:
+        hint = nearest(name.removesuffix(SAFETENSORS), self.shelf.names(own=own))
+        hint = hint or f"The cache holds {len(self.shelf.names(own=True))} files."
         return LoraNotFound(f"the cache in {self.shelf.root} has no file {name!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
@@ -130,7 +128,8 @@ class VolumeCache:
         try:
             # If there is an old file, only one job waits for a source in trouble.
             kinds = (LoraError,) if kept else REFUSED
-            with self._refusals.remembered(remote.identity, ask_anyway=refresh, kinds=kinds):
+            key = f"{remote.identity} {remote.token}"  # another token may open it
+            with self._refusals.remembered(key, ask_anyway=refresh, kinds=kinds):
                 return fetch.run(kept)
         except LoraError as error:
             if kept is None or refresh:
@@ -148,10 +147,10 @@ class VolumeCache:
             self._pin(name).unlink(missing_ok=True)
 
     def _pin(self, name: str) -> Path:
-        path = self.find(CachedName(name)).path
-        if not self.shelf.is_own(path):
-            raise self._not_found(name)
-        return pin_path(path)
+        path = self.shelf.existing(name)
+        if path is None or not self.shelf.is_own(path):
+            raise self._not_found(name, own=True)
+        return pin_path(self.find(CachedName(name)).path)
 
     def delete(self, name: str) -> str:
         """Removes an adapter and all that belongs to it, whoever put it there; the full name of its file.
@@ -160,7 +159,7 @@ class VolumeCache:
         """
         adapter = self.shelf.adapter(name)
         if adapter is None:
-            raise self._not_found(name)
+            raise self._not_found(name, own=True)
         with write_errors_as(f"{name} cannot be deleted"):
             delete(adapter)
         return adapter.weights or adapter.path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -15,18 +16,25 @@ from lora.fetch.sources import CIVITAI, HUB
 from lora.fetch.web import Web
 from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
 
+NUMBERS: Mapping[str, tuple[float, float]] = {
+    "LORA_CACHE_MAX_GB": (0.0, 0.0),
+    "LORA_MAX_FILE_MB": (2048.0, 1.0),
+    "LORA_DOWNLOAD_TIMEOUT": (300.0, 1.0),
+    "LORA_TTL_HOURS": (24.0, 0.0),
+}
+"""Variable -> its default and its least value: those of the worker's settings, to which a test holds them."""
+
 VARIABLES = (
     *("HF_TOKEN", "HF_ENDPOINT", "CIVITAI_TOKEN", "CIVITAI_ENDPOINT"),
-    *(
-        "LORA_CACHE_DIR",
-        "LORA_CACHE_MAX_GB",
-        "LORA_MAX_FILE_MB",
-        "LORA_DOWNLOAD_TIMEOUT",
-        "LORA_TTL_HOURS",
-    ),
-    *("LORA_AUTH_HEADERS", "LORA_ALLOWED_HOSTS", "LORA_ALLOW_PRIVATE_URLS"),
+    *("LORA_CACHE_DIR", "LORA_AUTH_HEADERS", "LORA_ALLOWED_HOSTS", "LORA_ALLOW_PRIVATE_URLS"),
+    *NUMBERS,
 )
 """The environment variables that say how a cache is opened; they mean here what they mean to the worker."""
+
+OWN_PREFIX = "LORA_"
+"""Of the variables that are refused as misspelt; others' names may be as near to ours as they like."""
+
+BOOLEANS = {"": False, "0": False, "false": False, "1": True, "true": True}
 
 FOLDER = "/models/loras"
 """The cache's folder where LORA_CACHE_DIR is not set."""
@@ -43,72 +51,81 @@ def open_cache(
     `VARIABLES` of the environment say how. Raises: ValueError that names a variable that cannot be used, or
     is misspelt, and repeats nothing of its text.
     """
-    given = os.environ if environ is None else environ
-    values = {name: text.strip() for name, text in given.items()}
-    for name in set(values) - set(VARIABLES):
-        if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
-            raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")
-
-    def text(name: str) -> str:
-        return values.get(name, "")
-
-    def number(name: str, default: float) -> float:
-        try:
-            value = float(text(name) or default)
-        except ValueError:
-            value = math.nan
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} is not a number of at least 0")
-        return value
-
+    values = _values(os.environ if environ is None else environ)
+    numbers = {name: _number(name, values[name]) for name in NUMBERS}
+    private = values["LORA_ALLOW_PRIVATE_URLS"].lower()
+    if private not in BOOLEANS:
+        raise ValueError("LORA_ALLOW_PRIVATE_URLS is none of 0, 1, false, true")
     try:
-        headers = auth_headers(text("LORA_AUTH_HEADERS"))
+        headers = auth_headers(values["LORA_AUTH_HEADERS"])
     except ValueError as error:
         raise ValueError(f"LORA_AUTH_HEADERS: {error}") from None
     return make_cache(
-        Path(folder or text("LORA_CACHE_DIR") or FOLDER),
+        Path(folder or values["LORA_CACHE_DIR"] or FOLDER),
         Limits(
-            file_bytes=int(number("LORA_MAX_FILE_MB", 2048) * 1e6),
-            total_bytes=int(number("LORA_CACHE_MAX_GB", 0) * 1e9) or None,
-            timeout=number("LORA_DOWNLOAD_TIMEOUT", 300),
-            ttl=number("LORA_TTL_HOURS", 24) * 3600,
+            file_bytes=int(numbers["LORA_MAX_FILE_MB"] * 1e6),
+            total_bytes=int(numbers["LORA_CACHE_MAX_GB"] * 1e9) or None,
+            timeout=numbers["LORA_DOWNLOAD_TIMEOUT"],
+            ttl=numbers["LORA_TTL_HOURS"] * 3600,
         ),
-        hub=(text("HF_ENDPOINT"), text("HF_TOKEN")),
-        civitai=(text("CIVITAI_ENDPOINT"), text("CIVITAI_TOKEN")),
-        headers=headers,
-        allowed_hosts=tuple(text("LORA_ALLOWED_HOSTS").replace(",", " ").split()),
-        allow_private=text("LORA_ALLOW_PRIVATE_URLS") in ("1", "true"),
+        WebRules(
+            allow_private=BOOLEANS[private],
+            allowed_hosts=tuple(values["LORA_ALLOWED_HOSTS"].replace(",", " ").split()),
+            tokens=headers,
+        ),
+        hub=(values["HF_ENDPOINT"], values["HF_TOKEN"]),
+        civitai=(values["CIVITAI_ENDPOINT"], values["CIVITAI_TOKEN"]),
     )
+
+
+def _values(environ: Mapping[str, str]) -> dict[str, str]:
+    """The texts of `VARIABLES`, empty for one that is not set. Raises: ValueError for a misspelt name."""
+    for name in environ:
+        if not name.startswith(OWN_PREFIX) or name in VARIABLES:
+            continue
+        if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
+            raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")
+    return {name: environ.get(name, "").strip() for name in VARIABLES}
+
+
+def _number(name: str, text: str) -> float:
+    default, least = NUMBERS[name]
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise ValueError(f"{name} is not a number of at least {least:g}")
+    return value
 
 
 def make_cache(
     root: Path,
     limits: Limits,
+    rules: WebRules,
     *,
     hub: Server,
     civitai: Server,
-    headers: Mapping[str, tuple[str, str]],
-    allowed_hosts: tuple[str, ...],
-    allow_private: bool,
+    family: str | None = None,
 ) -> VolumeCache:
     """The cache in a folder. Nothing is requested or written yet.
 
-    `headers`: origin -> (name, value) of the header that it gets; the rest as in `WebRules`. An endpoint
-    that is named here may lie in the private network. Raises: ValueError if an endpoint is no URL.
+    The hubs' tokens are added to the rules; an endpoint that is named here may lie in the private network.
+    `family`: of the model that adapters are for, such as SDXL. Raises: ValueError if an endpoint is no URL.
     """
-    own, tokens = set(), dict(headers)
+    own, tokens = set(rules.own), dict(rules.tokens)
     for public, (endpoint, token) in ((HUB, hub), (CIVITAI, civitai)):
         origin = origin_of(endpoint or public)
         if endpoint:
             own.add(origin)
         if token:
             tokens[origin] = ("Authorization", f"Bearer {token}")
-    web = Web(WebRules(allow_private, allowed_hosts, frozenset(own), tokens))
+    web = Web(replace(rules, own=frozenset(own), tokens=tokens))
     return VolumeCache(
         root,
         limits,
         web,
         hub=Hub(hub[1] or None, hub[0] or HUB),
-        civitai=Civitai(web, civitai[0] or CIVITAI),
+        civitai=Civitai(web, civitai[0] or CIVITAI, family),
         fallback=FALLBACK_ROOT,
     )

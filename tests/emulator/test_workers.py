@@ -22,7 +22,7 @@ from emulator import workers
 from emulator.__main__ import main as emulator_main
 from emulator.job import Status
 from emulator.jobs import JobQueue
-from emulator.workers import Scale, WorkerPool
+from emulator.workers import NoWorkerStarts, Scale, WorkerPool
 from tests.conftest import ROOT
 from tests.emulator.running import Emulator, emulator, marked
 from tests.waiting import PATIENCE, until
@@ -383,7 +383,7 @@ def test_a_worker_that_cannot_start_is_tried_again_after_a_pause(
     assert "w1 died (exit 7)" in caplog.text
 
 
-def test_the_third_worker_in_a_row_that_cannot_start_ends_it_and_shows_why(
+def test_the_third_worker_that_cannot_start_ends_it_and_shows_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(workers, "RESTART_PAUSE", 0.05)
@@ -392,24 +392,56 @@ def test_the_third_worker_in_a_row_that_cannot_start_ends_it_and_shows_why(
     )
     assert main(f"--port 0 -- {sys.executable} {tmp_path}/worker.py", monkeypatch) == 1
     text = caplog.records[-1].getMessage()
-    said = "3 workers in a row died before they asked for a job; the last one printed:"
+    said = "3 workers died, and none ever asked for a job; the last one printed:"
     assert text.splitlines() == [said, *map(str, range(11, 30)), "no model"]
 
 
-def test_only_workers_that_die_one_after_the_other_end_it(
+LAST_LOADS = "import os, time; os.environ['RUNPOD_POD_ID'] == 'w3' and time.sleep(600)"
+"""A command of which three workers die at once, and the fourth is still loading."""
+
+
+def test_a_worker_that_still_starts_is_waited_for_and_proves_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "RESTART_PAUSE", 0.05)
-    pool = pool_of(
-        "import os, time; os.environ['RUNPOD_POD_ID'] in ('w2', 'w5') and time.sleep(600)", tmp_path
-    )
+    pool = pool_of(LAST_LOADS, tmp_path, least=4, most=4)
+    asked: list[list[str]] = []
 
     def enough() -> bool:
-        for name in ("w2", "w5"):  # one that asks for a job, and dies later
-            if worker := pool.workers.get(name):
-                pool.heard_of(name)
-                worker.kill()
-        return pool.deaths == 8
+        if pool.deaths == 3 and not asked:
+            asked.append(list(pool.workers))
+            pool.heard_of("w3")
+        return pool.deaths >= 8  # those that take the places of the dead die, too
+
+    run(pool, enough)
+    assert asked == [["w3"]]
+
+
+def test_it_ends_when_the_last_that_still_starts_dies_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "RESTART_PAUSE", 0.05)
+    pool = pool_of(LAST_LOADS, tmp_path, least=4, most=4)
+
+    def never() -> None:
+        if pool.deaths == 3 and (worker := pool.workers.get("w3")):
+            worker.kill()
+
+    with pytest.raises(NoWorkerStarts, match="4 workers died, and none ever asked for a job"):
+        run(pool, never)
+
+
+def test_a_command_that_once_worked_is_started_again_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "RESTART_PAUSE", 0.05)
+    pool = pool_of(LAST_LOADS.replace("w3", "w1"), tmp_path)
+
+    def enough() -> bool:
+        if worker := pool.workers.get("w1"):  # it asks for a job, and dies later
+            pool.heard_of("w1")
+            worker.kill()
+        return pool.deaths == 6
 
     run(pool, enough)
 

@@ -151,3 +151,77 @@ def test_a_range_of_steps_alternates_between_two_graphs(compiled: Compiled) -> N
     assert torch.equal(results[0], results[2])
     assert torch.equal(results[1], results[3])
     assert not torch.allclose(results[0], results[1])
+
+
+class Block(nn.Module):
+    """What a UNet repeats: compiled each by itself, as diffusers' `compile_repeated_blocks` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.second(self.first(x)))
+
+
+class Tower(nn.Module):
+    """More blocks than the compiler makes graphs for one function (8)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def tower_lora(key_map: KeyMap, rank: int, seed: int) -> LoraFile:
+    tensors = {}
+    for index in range(12):
+        for name in ("first", "second"):
+            seed += 2
+            stem = f"unet.blocks.{index}.{name}"
+            tensors[f"{stem}.lora_A.weight"] = randn(rank, 8, seed=seed)
+            tensors[f"{stem}.lora_B.weight"] = 0.1 * randn(8, rank, seed=seed + 1)
+    return bind(tensors, key_map)
+
+
+@pytest.mark.parametrize("mode", [Mode.DYNAMIC, Mode.MERGED])
+@torch.no_grad()
+def test_blocks_that_are_compiled_each_share_their_graphs(mode: Mode) -> None:
+    torch.compiler.reset()
+    root, graphs = Tower().eval(), 0
+
+    def compiler(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    for block in root.blocks:
+        block.compile(backend=compiler, fullgraph=True)
+    engine, x = LoraEngine({"unet": root}), randn(2, 3, 8)
+
+    def drawn(*files: LoraFile) -> int:
+        """How many graphs one call with these adapters took; the output is the uncompiled model's."""
+        before = graphs
+        stack = [LoraUse(file, 0.7) for file in files]
+        with unchanged(root), engine.applied(stack, mode):
+            result = root(x)
+            with torch.compiler.set_stance("force_eager"):
+                torch.testing.assert_close(result, root(x), rtol=1e-4, atol=1e-4)
+        return graphs - before
+
+    one, other, wide = (
+        tower_lora(engine.key_map, rank, seed) for rank, seed in ((2, 0), (2, 100), (5, 200))
+    )
+    assert drawn() == 1
+    first = drawn(one)
+    assert first <= 1
+    assert drawn(other) == 0
+    assert drawn(wide) <= 1
+    assert drawn(one, other) <= 1
+    assert [drawn(*files) for files in ((), (one,), (wide,), (other, one))] == [0] * 4
+    torch.compiler.reset()

@@ -43,6 +43,7 @@ NOBODY = "http://127.0.0.1:9"
 """Where nothing listens."""
 HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
+CHUNKED = Reply(headers={"Transfer-Encoding": "chunked"}, length=-1, drip=0.02)
 WHOLE, PART = Reply(ADAPTER, etag=ETAG, ranges=True), len(ADAPTER) // 3
 CUT, CUT_WITHOUT_RANGES = replace(WHOLE, cut_after=PART), Reply(ADAPTER, cut_after=PART)
 
@@ -62,7 +63,7 @@ class Fault:
     outcome: str
     reply: Reply
     code: str | None = None
-    """Of the error; None where the file comes whole in the end."""
+    """Of the error; None where the file arrives whole in the end."""
     asked: int = 1
     """Requests for the file that the server sees."""
     sha256: str | None = None
@@ -112,19 +113,19 @@ FAULTS = (
     ),
     fault(
         "the connection breaks",
-        "the rest is asked for, and the file comes whole",
+        "the next try asks for the rest, and the file arrives whole",
         after(CUT),
         asked=2,
     ),
     fault(
-        "it breaks more often than there are tries, and something comes each time",
-        "the file comes whole, piece by piece",
+        "it breaks more often than there are tries, and each try brings some bytes",
+        "the file arrives whole, piece by piece",
         after(*[replace(WHOLE, cut_after=len(ADAPTER) // 6)] * 5),
         asked=6,
     ),
     fault(
         "it breaks, and the server cannot send a part",
-        "the file is asked for from its start, and comes whole",
+        "the next try asks for the whole file, and it arrives",
         after(CUT_WITHOUT_RANGES, then=Reply(ADAPTER)),
         asked=2,
     ),
@@ -148,7 +149,7 @@ FAULTS = (
         asked=2,
     ),
     fault(
-        "what answers does not speak HTTP",
+        "the server does not speak HTTP",
         "`LORA_DOWNLOAD_FAILED` after the tries",
         Reply(raw=b"220 mail.example ESMTP\r\n"),
         FAILED,
@@ -185,6 +186,13 @@ FAULTS = (
         times={"timeout": 2.0},
     ),
     fault(
+        "the end of a chunked body drips in, line by line",
+        "`LORA_DOWNLOAD_FAILED` when the time is over",
+        replace(CHUNKED, body=b"1\r\nx\r\n0\r\n" + b"X: y\r\n" * 1000),
+        FAILED,
+        times={"timeout": 2.0},
+    ),
+    fault(
         "the head drips in, byte by byte",
         "`LORA_DOWNLOAD_FAILED` after the tries, of 30 s each",
         Reply(raw=b"HTTP/1.1 200 OK\r\nX: " + b"x" * 9999, drip=0.02),
@@ -195,61 +203,61 @@ FAULTS = (
     # Going on where it broke off.
     fault(
         "the file changes before the rest is asked for",
-        "the new one comes whole; the two are never mixed",
+        "the new one arrives whole; the two are never mixed",
         after(replace(WHOLE, body=OTHER, etag='"old"', cut_after=PART)),
         asked=2,
     ),
     fault(
         "the server sends another part than was asked for",
-        "the file is asked for from its start, and comes whole",
+        "the next try asks for the whole file, and it arrives",
         after(CUT, Reply(ADAPTER[1:], 206, {"Content-Range": f"bytes 1-9/{len(ADAPTER)}"})),
         asked=3,
     ),
     fault(
         "the server says that there is no such part",
-        "the file is asked for from its start, and comes whole",
+        "the next try asks for the whole file, and it arrives",
         after(CUT, Reply(status=416)),
         asked=3,
     ),
     # Lengths and packing.
     fault(
-        "a length is told that is too long, once",
-        "the file is asked for again, and comes whole",
+        "the server states a length that is too long, once",
+        "the next try asks for it again, and arrives whole",
         after(Reply(ADAPTER, length=len(ADAPTER) + 9, cut_after=len(ADAPTER))),
         asked=2,
     ),
     fault(
-        "the length told is too long each time",
+        "the length that the server states is too long each time",
         "`LORA_DOWNLOAD_FAILED` after the tries",
         Reply(ADAPTER, length=len(ADAPTER) + 9, cut_after=len(ADAPTER)),
         FAILED,
         asked=3,
     ),
     fault(
-        "the length told is too short",
+        "the length that the server states is too short",
         "`LORA_CORRUPT`: bytes are missing",
         Reply(ADAPTER, length=len(ADAPTER) - 9),
         CORRUPT,
     ),
     fault(
-        "no length is told",
-        "the file comes whole",
+        "the server states no length",
+        "the file arrives whole",
         Reply(ADAPTER, length=-1),
     ),
     fault(
-        "no length is told, and the connection breaks",
+        "the server states no length, and the connection breaks",
         "`LORA_CORRUPT`: bytes are missing",
         Reply(ADAPTER, length=-1, cut_after=PART),
         CORRUPT,
     ),
     fault(
         "the body is packed with gzip, though none was asked for",
-        "it is unpacked, and the file comes whole",
+        "it is unpacked, and the file arrives whole",
         Reply(gzip.compress(ADAPTER), headers=GZIP),
     ),
     fault(
         "the packed body breaks off",
-        "the file is asked for from its start, and comes whole",
+        "the next try asks for the whole file, and it arrives",
         after(
             Reply(gzip.compress(ADAPTER), headers=GZIP, cut_after=PART),
             then=Reply(gzip.compress(ADAPTER), headers=GZIP),
@@ -353,7 +361,7 @@ FAULTS = (
     # Redirects.
     fault(
         "a redirect to another host",
-        "it is followed, without our token; the file comes whole",
+        "it is followed, without our token; the file arrives whole",
         Reply(to="http://localhost:{port}/store"),
         beside=("/store", WHOLE),
     ),
@@ -378,7 +386,7 @@ FAULTS = (
         INVALID,
     ),
     fault(
-        "a redirect to what is no http(s) URL",
+        "a redirect to something that is not an http(s) URL",
         "`LORA_SOURCE_INVALID` at once",
         Reply(to="file:///etc/passwd"),
         INVALID,

@@ -10,8 +10,10 @@ import gc
 import json
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from lora.engine import engine as engine_module
 from lora.engine import prepared as prepared_module
 from lora.engine.engine import Budgets, EngineBusy, LoraEngine
 from lora.engine.stack import LoraUse, Mode, Stack
-from lora.errors import LoraUnsupported
+from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import LoraFile
 from tests.lora.small import (
     MODES,
@@ -337,6 +339,52 @@ def test_an_error_while_scales_are_set(place: str, monkeypatch: pytest.MonkeyPat
             pytest.fail("the block must not be entered")
     for scale in (3.0, 1.0):
         check(engine, root, use(*names, scale=scale), Mode.DYNAMIC)
+
+
+@EVERY_MODE
+@pytest.mark.parametrize(
+    ("module", "place"),
+    [
+        (engine_module, "merge"),
+        (engine_module, "refuse_overflow"),
+        (prepared_module, "scaled"),
+        (prepared_module, "make_factors"),
+        (prepared_module, "Ready"),
+    ],
+)
+def test_another_scale_that_fails_changes_nothing_that_is_kept(
+    module: Any, place: str, mode: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = small()
+    engine, names = LoraEngine({"unet": root}), ("lora", "lora_bias", *MIXED)
+    check(engine, root, use(*names, scale=0.5), mode)
+
+    class Refused(Exception):
+        pass
+
+    def fail(*_: object, **__: object) -> None:
+        raise Refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, place, fail)
+        for scale in (2.0, 3.0):
+            with suppress(Refused), engine.applied(use(*names, scale=scale), mode):
+                pass
+    for scale in (0.5, 2.0, 0.5, 3.0):
+        check(engine, root, use(*names, scale=scale), mode)
+
+
+def test_a_scale_that_a_merged_layer_refuses_is_not_the_next_jobs() -> None:
+    root = small().to(torch.float16)
+    engine, low = LoraEngine({"unet": root}), use("lora", "lora_bias", scale=0.5)
+    with engine.applied([*low, *use("full", scale=1.0)], Mode.DYNAMIC):
+        expected = outputs(root)
+    for scale in (2e5, -3e5):
+        refused = [*use("lora", "lora_bias", scale=2.0), *use("full", scale=scale)]
+        with pytest.raises(LoraIncompatible), engine.applied(refused, Mode.DYNAMIC):
+            pytest.fail("the block must not be entered")
+        with engine.applied([*low, *use("full", scale=1.0)], Mode.DYNAMIC):
+            assert same(outputs(root), expected)
 
 
 def test_a_refused_switch_leaves_nothing_of_either_stack() -> None:

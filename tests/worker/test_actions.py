@@ -90,8 +90,8 @@ def test_a_file_is_pinned_unpinned_and_deleted(demo_worker: Worker, server: Loop
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"action": "loras.lst"}, "action is none of health, loras.list"),
-        ({"action": None}, "action is none of"),
+        ({"action": "loras.lst"}, "action must be one of health, loras.list"),
+        ({"action": None}, "action must be one of"),
         ({"action": "health", "x": 1}, "x is not a field"),
         ({"action": "loras.delete"}, "name is required"),
         ({"action": "loras.delete", "name": 5}, "name: 5 is not a string"),
@@ -120,4 +120,4 @@ def test_an_action_that_is_none_is_refused_with_the_names(
     demo_worker: Worker, action: object
 ) -> None:
     answer = demo_worker({"id": "x", "input": {"action": action}})
-    assert answer["error"].startswith("INVALID_INPUT: action is none of health, loras.list")
+    assert answer["error"].startswith("INVALID_INPUT: action must be one of health, loras.list")

@@ -187,5 +187,5 @@ def test_a_lora_for_another_model_is_told(
 def test_generate_has_help_and_takes_json(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run(capsys, "generate", "--help")
     assert ran.code == 0
-    assert "draw pictures" in ran.out
+    assert "Draw pictures" in ran.out
     assert "--json" in ran.out

@@ -57,11 +57,24 @@ def test_the_demo_models_loras_are_found_behind_the_cache_and_left_alone(tmp_pat
     assert (entry.name, entry.path, entry.downloaded) == (name, DEMO_LORAS / name, False)
     assert cache.shelf.describe() == []
     for change in (cache.pin, cache.unpin, cache.delete):
-        with pytest.raises(LoraNotFound):
+        with pytest.raises(LoraNotFound) as caught:
             change("demo-stripes")
+        assert caught.value.hint == "The cache holds 0 files."
     assert (list(tmp_path.iterdir()), listing()) == ([], before)
     (tmp_path / name).write_bytes((DEMO_LORAS / "demo-night.safetensors").read_bytes())
     assert cache.get(resolved).path == tmp_path / name
+
+
+def test_a_name_near_one_of_the_demos_loras_is_answered_with_it(tmp_path: Path) -> None:
+    (tmp_path / "demo-stripe.safetensors").touch()
+    cache = open_cache(Settings(model="demo", lora_cache_dir=tmp_path))
+    for name in ("demo-nigt", "demo-nite.safetensors"):
+        with pytest.raises(LoraNotFound) as caught:
+            cache.find(CachedName(name))
+        assert caught.value.hint.startswith("Did you mean demo-night"), name
+    with pytest.raises(LoraNotFound) as caught:
+        cache.pin("demo-strip")
+    assert caught.value.hint == "Did you mean demo-stripe?"
 
 
 def test_other_models_do_not_find_the_demos_loras(tmp_path: Path) -> None:
@@ -119,3 +132,33 @@ def test_faults_of_values_and_of_their_meaning_come_together() -> None:
         "only one of them can be the default",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (
+            {"BUCKET_ENDPOINT_URL": "s3.us-west-2.amazonaws.com"},
+            "BUCKET_ENDPOINT_URL: it does not begin",
+        ),
+        (
+            {"BUCKET_ENDPOINT_URL": "https://h/my bucket"},
+            "BUCKET_ENDPOINT_URL: its path holds a blank",
+        ),
+        (
+            {"BUCKET_ENDPOINT_URL": "htps://x"},
+            "BUCKET_ENDPOINT_URL: it does not begin with https://",
+        ),
+        (
+            {"BUCKET_ENDPOINT_URL": "https://a-1.s3.eu-west-1.amazonaws.com", "BUCKET_NAME": "b-1"},
+            "BUCKET_ENDPOINT_URL: it names the bucket 'a-1', and the bucket's name is 'b-1'",
+        ),
+        ({"BUCKET_NAME": "a/b"}, "BUCKET_NAME: what is given as a bucket is no bucket's name"),
+        ({"BUCKET_REGION": "us east"}, "BUCKET_REGION: what is given as a region"),
+        ({"BUCKET_ADDRESSING": "dns"}, "BUCKET_ADDRESSING: 'dns' is none of auto, path, virtual"),
+    ],
+)
+def test_a_bucket_that_cannot_be_meant_stops_the_worker(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(environ)
+    assert said in str(caught.value)

@@ -327,7 +327,7 @@ def test_an_adapters_own_chat_template_is_taken(worker: TextWorker, cache: Path)
         ({"openai_route": "/v1/embeddings", "openai_input": {}}, "INVALID_INPUT", "embeddings"),
         ({"openai_route": "/v1/chat/completions"}, "INVALID_INPUT", "openai_input"),
         ({"prompt": "a", "response_format": {"type": "json_object"}}, "INVALID_INPUT", "response"),
-        ({"action": "no.such"}, "INVALID_INPUT", "action is none of"),
+        ({"action": "no.such"}, "INVALID_INPUT", "statistics"),
     ],
 )
 def test_bad_input_gets_openais_shape_with_our_code(

@@ -59,11 +59,11 @@ def read_adapter(
         )
         used = bool(contents.modules or contents.words)
         model = key_map if check_shapes else None
-        refuse_other_models(header, model, contents.unused, used=used)
+        refuse_other_models(contents, model, used=used)
     if contents.unused and not allow_unused:
         first, count = contents.unused[0], len(contents.unused)
         raise ToolError(
-            f"{count} of the tensors in {path.name} cannot be carried "
+            f"{count} of the tensors in {path} cannot be carried "
             f"({first.key[:MAX_SHOWN]}: {first.reason})",
             "--allow-unused leaves them out.",
         )

@@ -24,7 +24,8 @@ from lora.tools.adapters.hashes import HASH_FIELDS, LEGACY_BYTES, LEGACY_START
 from lora.tools.adapters.part_names import names_for
 from lora.tools.adapters.parts import Adapter
 from lora.tools.adapters.peft_configs import USE_OTHER_NAMING, ConfigPart, config_of
-from lora.tools.writing import published_folder, refuse_misnamed, write_errors, write_pytorch
+from lora.tools.overwriting import refuse_misnamed, refuse_other_kind, refuse_overwriting
+from lora.tools.writing import published_folder, write_errors, write_pytorch
 
 STALE = (*HASH_FIELDS, CONFIG_IN_FILE)
 """Metadata about the bytes or the naming of the file that was read."""
@@ -39,6 +40,8 @@ class WriteOptions:
     dtype: torch.dtype | None = None
     """Of the tensors; None: each keeps its own. Alphas always keep theirs, so that no scaling changes."""
     format: Format = Format.SAFETENSORS
+    overwrite: bool = False
+    """Whether what is at the output is replaced, once the new adapter is whole: see `refuse_overwriting`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +59,17 @@ def write_adapter(output: Path, adapter: Adapter, options: WriteOptions = WriteO
     With PEFT's naming `output` is a folder. A pytorch file holds tensors and no metadata. Afterwards the file
     is whole, on the disk and under its name; if anything fails, `output` is as it was before.
 
-    Raises: ToolError if the naming cannot express a part, a number overflows the dtype, the name is one of
-    another format, or the disk is full or fails.
+    Raises: ToolError if something is there that is not to be overwritten, the naming cannot express a part, a
+    number overflows the dtype, the name is one of another format, or the disk is full or fails.
     """
+    refuse_overwriting(output, options.overwrite)
     laid = _lay(adapter, options)
     naming = options.naming or adapter.naming
     if naming is Naming.PEFT and laid.configs:
-        _write_folder(output, laid, adapter.metadata, options.format)
+        _write_folder(output, laid, adapter.metadata, options)
         return
     refuse_misnamed(output, options.format)
+    refuse_other_kind(output, is_folder=False)
     if options.format is Format.PYTORCH:
         _refuse_lost_alphas(adapter, laid)
         write_pytorch(output, laid.tensors)
@@ -146,15 +151,15 @@ def safetensors_of(
     return len(header).to_bytes(8, "little") + header, memoryview(plain)[start:]
 
 
-def _write_folder(output: Path, laid: _Laid, metadata: Mapping[str, str], written: Format) -> None:
-    """Writes a PEFT folder. Raises: ToolError if something else than an empty folder is there."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        hint = "Name a folder that does not exist yet."
-        raise ToolError(f"{output.name} exists, and a PEFT adapter is a folder of its own", hint)
+def _write_folder(
+    output: Path, laid: _Laid, metadata: Mapping[str, str], options: WriteOptions
+) -> None:
+    """Writes a PEFT folder. Raises: ToolError if a file is there."""
+    refuse_other_kind(output, is_folder=True)
     (config,) = laid.configs.values()
-    with published_folder(output) as folder, write_errors(output):
+    with published_folder(output, overwrite=options.overwrite) as folder, write_errors(output):
         stem = folder / PEFT_STEM
-        if written is Format.PYTORCH:
+        if options.format is Format.PYTORCH:
             write_pytorch(stem.with_suffix(".bin"), laid.tensors)
         else:
             pieces = safetensors_of(laid.tensors, _metadata(metadata))

@@ -53,6 +53,8 @@ class ExtractOptions:
     seed: int = 0
     verify: bool = False
     """Read the result, merge it into the source, and measure the distance to the target."""
+    overwrite: bool = False
+    """Whether what is at the output is replaced, once the new adapter is whole: see `refuse_overwriting`."""
 
     def __post_init__(self) -> None:
         if self.dtype not in OUTPUT_DTYPES:
@@ -61,12 +63,14 @@ class ExtractOptions:
         if not 0 <= self.min_diff < float("inf"):
             raise ToolError(f"min_diff is {self.min_diff}", "It is 0 or more.")
         if self.clamp_quantile is not None and not 0 < self.clamp_quantile <= 1:
-            raise ToolError(f"clamp_quantile is {self.clamp_quantile}", "It is over 0, at most 1.")
+            raise ToolError(
+                f"clamp_quantile is {self.clamp_quantile}", "It must be over 0 and at most 1."
+            )
         if self.components is not None and not self.components:
             raise ToolError("no component is chosen")
         if self.diff_only and self.policy.max_bytes is not None:
             hint = "Leave out max_bytes."
-            raise ToolError("exact differences have the size that they have", hint)
+            raise ToolError("max_bytes does not apply to exact differences", hint)
         if self.diff_only and not self.holds_differences:
             hint = "Take kohya or original."
             raise ToolError(f"the naming {self.naming} has no names for differences", hint)
@@ -81,7 +85,7 @@ class ExtractOptions:
         lines = []
         for name in (option.name for option in fields(self)):
             value = getattr(self, name)
-            if name not in ("verify", "format"):
+            if name not in ("verify", "format", "overwrite"):
                 lines.append(f"{name}={sorted(value) if isinstance(value, frozenset) else value}")
         return hashlib.sha256("\n".join([*lines, *sources]).encode()).hexdigest()
 

@@ -146,10 +146,10 @@ def _refuse_mismatch(
     )
     if not common:
         hint = "Give two states of one model, and components that both have."
-        raise ToolError(f"{source.path.name} and {target.path.name} have no tensor in common", hint)
+        raise ToolError(f"{source.path} and {target.path} have no tensor in common", hint)
     if len(common) < LEAST_IN_COMMON * smaller:
         raise ToolError(
-            f"{source.path.name} and {target.path.name} are two different models: only {len(common)} of "
+            f"{source.path} and {target.path} are two different models: only {len(common)} of "
             f"{smaller} tensors have one name and one shape in both"
         )
 

@@ -51,7 +51,8 @@ from lora.tools.factors.cutting import relative_error
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import energy
 from lora.tools.models.checkpoints import Checkpoint, Place
-from lora.tools.writing import StreamWriter, refuse_misnamed, refuse_overwriting, write_pytorch
+from lora.tools.overwriting import refuse_misnamed, refuse_other_kind, refuse_overwriting
+from lora.tools.writing import StreamWriter, write_pytorch
 
 
 @torch.no_grad()
@@ -68,12 +69,11 @@ def extract(
     written are not computed again, and the file is the same, byte for byte. `on_progress` counts tensors.
 
     Raises: ToolError if the two are not states of one model, do not differ, hold NaN or infinity, or if the
-    output is an input or cannot be written.
+    output is there already or cannot be written.
     """
     started = time.monotonic()
     plan = plan_extraction(source, target, options)
-    inputs = [file.path for file in (*source.files, *target.files)]
-    where = _Output.of(output, plan.options, inputs)
+    where = _Output.of(output, plan.options, (*source.parts, *target.parts))
     with ThreadPoolExecutor(2) as pool:
         hashes = pool.map(Checkpoint.sha256, (source, target))
         journal = plan.options.identity(*hashes)
@@ -223,15 +223,14 @@ class _Output:
     options: ExtractOptions
 
     @classmethod
-    def of(cls, path: Path, options: ExtractOptions, inputs: Iterable[Path]) -> _Output:
-        """Raises: ToolError if an input would be overwritten, or the file's name or folder does not do."""
-        refuse_overwriting(path, inputs)
+    def of(cls, path: Path, options: ExtractOptions, parts: Iterable[Path]) -> _Output:
+        """Raises: ToolError if the output is there already, or the file's name or folder does not do."""
+        refuse_overwriting(path, options.overwrite, parts)
         if options.naming is not Naming.PEFT:
             refuse_misnamed(path, options.format)
         if not path.parent.is_dir():
-            raise ToolError(f"there is no folder for {path.name}", "Make it first.")
-        if path.is_dir():
-            raise ToolError(f"the output {path.name} is a folder", "Name a file.")
+            raise ToolError(f"there is no folder for {path}", "Make the folder first.")
+        refuse_other_kind(path, is_folder=options.naming is Naming.PEFT)
         plain = options.format is Format.SAFETENSORS and options.holds_differences
         return cls(path, path if plain else path.with_name(f".{path.name}.stream"), options)
 
@@ -253,7 +252,9 @@ class _Output:
             runs = read_runs(self.stream, read_header(self.stream), mapped=True)
             write_pytorch(self.path, {name: t for run in runs for name, t in run.tensors()})
         else:
-            written = WriteOptions(self.options.naming, None, self.options.format)
+            written = WriteOptions(
+                self.options.naming, None, self.options.format, self.options.overwrite
+            )
             write_adapter(self.path, read_adapter(self.stream, source.key_map()), written)
 
     def size(self) -> int:

@@ -46,15 +46,15 @@ class RankPolicy:
             raise ToolError(f"{' and '.join(rules)} cannot choose the rank together", "Choose one.")
         if not given:
             hint = f"Give one of {', '.join(RULES)}."
-            raise ToolError("nothing says how the rank is chosen", hint)
+            raise ToolError("no rule for the rank is given", hint)
         for name in ("rank", "max_rank", "max_bytes"):
             if given.get(name, 1) < 1:
-                raise ToolError(f"{name} is {given[name]}", "It is at least 1.")
+                raise ToolError(f"{name} is {given[name]}", "It must be at least 1.")
         for name in ("energy", "ratio"):
             if not 0 < given.get(name, 1) <= 1:
-                raise ToolError(f"{name} is {given[name]}", "It is a share: over 0, at most 1.")
+                raise ToolError(f"{name} is {given[name]}", "It must be over 0 and at most 1.")
         if not 0 < given.get("threshold", 1) < float("inf"):
-            raise ToolError(f"threshold is {given['threshold']}", "It is over 0.")
+            raise ToolError(f"threshold is {given['threshold']}", "It must be over 0.")
 
     @property
     def has_rule(self) -> bool:

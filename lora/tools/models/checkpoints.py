@@ -112,9 +112,14 @@ class Checkpoint:
             checkpoint = cls(path, tuple(files), {file.path: file.component for file in sources})
             if any(key.endswith(ADAPTER_ENDINGS) for opened in files for key in opened.tensors):
                 hint = "Name the model's file."
-                raise ToolError(f"{path.name} is an adapter, and no model", hint)
+                raise ToolError(f"{path} is an adapter, and no model", hint)
             stack.pop_all()
         return checkpoint
+
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """The files of a model whose path is not that of its one file."""
+        return tuple(file.path for file in self.files if file.path != self.path)
 
     @cached_property
     def holds(self) -> Mapping[Raw, tuple[Stored, ...]]:
@@ -148,12 +153,12 @@ class Checkpoint:
                 paths = modules.setdefault(place.component, {})
                 paths.setdefault(place.path, {})[place.parameter] = stored.shape
         if not modules:
-            raise ToolError(f"{self.path.name} holds nothing that an adapter could change")
+            raise ToolError(f"{self.path} holds nothing that an adapter could change")
         try:
             return KeyMap(modules)
         except ValueError as error:
             raise ToolError(
-                f"{self.path.name} has modules that no name tells apart ({error})"
+                f"{self.path} has several modules with the same name ({error})"
             ) from error
 
     @cached_property
@@ -204,7 +209,7 @@ def _placed(
         for name, raw in file.tensors.items():
             twin = raws.setdefault(name, raw)
             if twin is not raw:
-                raise ToolError(f"{twin.file.name} and {file.path.name} both hold {name[:200]}")
+                raise ToolError(f"{twin.file} and {file.path} both hold {name[:200]}")
     parameters: dict[Place, Stored] = {}
     others: list[Raw] = []
     for component, raws in by_component.items():

@@ -49,11 +49,11 @@ def files_of(path: Path) -> tuple[ModelFile, ...]:
         if path.is_dir():
             if components := _pipeline(path):
                 return components
-            files = _files_in(path, path.name)
+            files = _files_in(path)
         else:
             files = shards_of(path) if is_index(path) else [path]
             if not path.exists():
-                raise ToolError(f"there is no {path.name}")
+                raise ToolError(f"there is no {path}")
         return tuple(ModelFile(file, "") for file in files)
     except OSError as error:
         raise unreadable(path, error) from error
@@ -66,13 +66,13 @@ def _pipeline(root: Path) -> tuple[ModelFile, ...]:
         return ()
     for folder in sorted(file for file in root.iterdir() if file.is_dir()):
         if any(file.suffix in WEIGHTS or is_index(file) for file in folder.iterdir()):
-            files += [ModelFile(file, folder.name) for file in _files_in(folder, folder.name)]
+            files += [ModelFile(file, folder.name) for file in _files_in(folder)]
     if not files and (root / "model_index.json").exists():
-        raise ToolError(f"{root.name} has a model_index.json, and none of its parts has weights")
+        raise ToolError(f"{root} has a model_index.json, and none of its parts has weights")
     return tuple(files)
 
 
-def _files_in(folder: Path, what: str) -> list[Path]:
+def _files_in(folder: Path) -> list[Path]:
     """The files that make up the one model in a folder. Raises: ToolError."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
     for suffix in WEIGHTS:
@@ -83,25 +83,25 @@ def _files_in(folder: Path, what: str) -> list[Path]:
         ]
         full = [file for file in fitting if not _VARIANT.fullmatch(file.name)]
         if fitting:
-            return _one_model(full or fitting, what)
-    raise ToolError(f"{what} holds no weights", f"Weights end in {', '.join(WEIGHTS)}.")
+            return _one_model(full or fitting, folder)
+    raise ToolError(f"{folder} holds no weights", f"Weights end in {', '.join(WEIGHTS)}.")
 
 
-def _one_model(files: list[Path], what: str) -> list[Path]:
+def _one_model(files: list[Path], folder: Path) -> list[Path]:
     """The files of one model among those of one kind and variant; shards may have an index or none."""
     named = [file for file in files if file.name.startswith(tuple(f"{n}." for n in _NAMES))]
     if indices := [file for file in named or files if is_index(file)]:
         return shards_of(indices[0])
     shards = [file for file in files if _SHARD.fullmatch(file.name)]
     if shards and not named:
-        return _all_shards(shards, what)
+        return _all_shards(shards, folder)
     if len(named or files) > 1:
         names = ", ".join(file.name for file in files[:3])
-        raise ToolError(f"{what} holds several models ({names})", "Name one of the files.")
+        raise ToolError(f"{folder} holds several models ({names})", "Name one of the files.")
     return named or files
 
 
-def _all_shards(shards: list[Path], what: str) -> list[Path]:
+def _all_shards(shards: list[Path], folder: Path) -> list[Path]:
     """Every shard, by the numbers in its name. Raises: ToolError if one is missing."""
     first = _SHARD.fullmatch(shards[0].name)
     if first is None:
@@ -110,9 +110,9 @@ def _all_shards(shards: list[Path], what: str) -> list[Path]:
     wanted = [f"{stem}-{n:05}-of-{count}{suffix}" for n in range(1, int(count) + 1)]
     there = {file.name for file in shards}
     if missing := [name for name in wanted if name not in there]:
-        raise ToolError(f"{what} lacks the shard {missing[0]}", "Download the model again.")
+        raise ToolError(f"{folder} lacks the shard {missing[0]}", "Download the model again.")
     if others := sorted(there - set(wanted)):
-        raise ToolError(f"{what} holds several models ({stem}, {others[0]})", "Name one of them.")
+        raise ToolError(f"{folder} holds several models ({stem}, {others[0]})", "Name one of them.")
     return [shards[0].with_name(name) for name in wanted]
 
 
@@ -123,8 +123,8 @@ def shards_of(index: Path) -> list[Path]:
         if not shards or any(Path(name).name != name for name in shards):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ToolError(f"{index.name} is no index of a model's shards") from error
+        raise ToolError(f"{index} is no index of a model's shards") from error
     if missing := [name for name in shards if not index.with_name(name).is_file()]:
         hint = "Download the model again."
-        raise ToolError(f"{index.name} names {missing[0]}, which is missing", hint)
+        raise ToolError(f"{index} names {missing[0]}, which is missing", hint)
     return [index.with_name(name) for name in shards]

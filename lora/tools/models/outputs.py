@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,10 +22,9 @@ from lora.tools import FILE_FORMATS, WEIGHTS, Format
 from lora.tools.models.checkpoints import Checkpoint
 from lora.tools.models.folders import OTHER_WEIGHTS, is_index, is_weights, shards_of
 from lora.tools.models.weights import Raw
+from lora.tools.overwriting import refuse_misnamed, refuse_other_kind, refuse_overwriting
 from lora.tools.writing import (
     published_folder,
-    refuse_misnamed,
-    refuse_overwriting,
     write_errors,
     write_pytorch,
 )
@@ -83,24 +82,36 @@ class Output:
     """(source, name in the folder) of the other files, which are copied; of an index, the sum of bytes
     changes."""
     left_out: tuple[str, ...] = ()
+    overwrite: bool = False
 
     @classmethod
     def of(
-        cls, model: Checkpoint, path: Path, kind: str | None, inputs: Sequence[Path] = ()
+        cls,
+        model: Checkpoint,
+        path: Path,
+        kind: str | None = None,
+        *,
+        overwrite: bool = False,
+        parts: Sequence[Path] = (),
     ) -> Output:
         """The output of a changed model. `kind`: that of a single file, if its name does not decide it.
+        `overwrite`, `parts`: see `refuse_overwriting`; the model's own parts are known.
 
-        Raises: ToolError if it overwrites an input, contradicts `kind`, or puts several parts into one file.
+        Raises: ToolError if something is there that is not to be overwritten, or if the output contradicts
+        `kind`, or puts several parts into one file.
         """
         if kind is not None and kind not in FILE_FORMATS:
             raise ToolError(f"{kind[:40]!r} is no format", f"Use {' or '.join(FILE_FORMATS)}.")
         if path.suffix in OTHER_WEIGHTS:
             raise ToolError(f"{path.suffix} files cannot be written", "Use .safetensors.")
         if kind is not None and path.is_dir():
-            raise ToolError(f"the files of a folder such as {path.name} keep their formats")
-        refuse_overwriting(path, (*(file.path for file in model.files), *inputs))
-        single = kind is not None or path.suffix in WEIGHTS
-        return _folder(model, path) if path.is_dir() or not single else _file(model, path, kind)
+            raise ToolError(f"the files of a folder such as {path} keep their formats")
+        is_folder = path.is_dir() or (kind is None and path.suffix not in WEIGHTS)
+        output = _folder(model, path) if is_folder else _file(model, path, kind)
+        written = [file.name for file in output.files] + [name for _, name in output.others]
+        refuse_overwriting(path, overwrite, (*model.parts, *parts), [*map(str, written)])
+        refuse_other_kind(path, is_folder=is_folder)
+        return replace(output, overwrite=overwrite)
 
     def refuse_full_disk(self, size: int) -> None:
         """Raises: ToolError if there is no room for that many bytes of tensors."""
@@ -112,8 +123,8 @@ class Output:
         free = shutil.disk_usage(there).free
         if needed > free:
             raise ToolError(
-                f"{self.path.name} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}",
-                "Free some.",
+                f"{self.path} needs {needed / 1e9:.1f} GB, and the disk has {free / 1e9:.1f}",
+                "Free some space.",
             )
 
     @contextmanager
@@ -124,7 +135,7 @@ class Output:
         if not self.is_folder:
             yield self.path.parent
             return
-        with published_folder(self.path) as folder:
+        with published_folder(self.path, overwrite=self.overwrite) as folder:
             with write_errors(self.path):
                 for file in self.files:
                     (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +153,7 @@ def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
     components = sorted(set(model.components.values()))
     if len(components) > 1:
         raise ToolError(
-            f"{model.path.name} is a pipeline of several parts ({', '.join(components)}), which one file "
+            f"{model.path} is a pipeline of several parts ({', '.join(components)}), which one file "
             "cannot hold in their own names",
             "Give a folder as the output.",
         )
@@ -155,11 +166,9 @@ def _file(model: Checkpoint, path: Path, kind: str | None) -> Output:
 
 
 def _folder(model: Checkpoint, path: Path) -> Output:
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ToolError(f"the output {path.name} is there already", "Name a new or empty folder.")
     root = model.path if model.path.is_dir() else model.path.parent
-    if root.resolve() in (path.resolve(), *path.resolve().parents) and model.path.is_dir():
-        raise ToolError(f"the output {path.name} lies in the input", "Name another output.")
+    if root.resolve() in path.resolve().parents and model.path.is_dir():
+        raise ToolError(f"the output {path} lies in the input", "Name another output.")
     files = tuple(
         FileToWrite(
             file.path.relative_to(root),

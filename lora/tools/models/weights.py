@@ -70,11 +70,11 @@ def open_weights(path: Path, kind: str | None = None) -> WeightsFile:
     except OSError as error:
         raise unreadable(path, error) from error
     if head.startswith(b"GGUF"):
-        raise ToolError(f"{path.name} is quantised (GGUF)", UNQUANTISED)
+        raise ToolError(f"{path} is quantised (GGUF)", UNQUANTISED)
     is_pickle = looks_like_pickle(path)
     actual = Format.PYTORCH if is_pickle else Format.SAFETENSORS
     if kind is not None and kind != actual:
-        raise ToolError(f"{path.name} is no {kind} file", f"Its first bytes say {actual}.")
+        raise ToolError(f"{path} is no {kind} file", f"Its first bytes say {actual}.")
     opened: WeightsFile = _Pickle(path) if is_pickle else _Safetensors(path)
     try:
         _refuse_quantised(path, opened.tensors.values())
@@ -91,7 +91,7 @@ def _first_bytes(path: Path) -> bytes:
 
 def unreadable(path: Path, error: OSError) -> ToolError:
     """The error for a file that the system refuses to read."""
-    return ToolError(f"{path.name} cannot be read ({error.strerror or type(error).__name__})")
+    return ToolError(f"{path} cannot be read ({error.strerror or type(error).__name__})")
 
 
 UNQUANTISED = "Give the model before its quantisation: fp32, fp16, bf16 or fp8."
@@ -116,7 +116,7 @@ def _refuse_quantised(path: Path, tensors: Iterable[Raw]) -> None:
             how = f"a weight of {dtype_name(raw.dtype)}"
         if how:
             raise ToolError(
-                f"{path.name} is quantised ({raw.name[:200]}: {how}), and its weights cannot be changed",
+                f"{path} is quantised ({raw.name[:200]}: {how}), and its weights cannot be changed",
                 UNQUANTISED,
             )
 
@@ -132,7 +132,7 @@ class _Safetensors:
             header = read_header(path)
             self._descriptor = os.open(path, os.O_RDONLY)
         except LoraError as error:
-            raise ToolError(f"{path.name}: {error.sentence}", error.hint) from error
+            raise ToolError(f"{path}: {error.sentence}", error.hint) from error
         except OSError as error:
             raise unreadable(path, error) from error
         self._infos = dict(sorted(header.tensors.items(), key=lambda item: item[1].start))
@@ -158,7 +158,7 @@ class _Safetensors:
             while done < count:
                 got = os.preadv(self._descriptor, [view[done:]], start + done)
                 if not got:
-                    raise ToolError(f"{self.path.name} became shorter while it was read")
+                    raise ToolError(f"{self.path} became shorter while it was read")
                 done += got
         except OSError as error:
             raise unreadable(self.path, error) from error
@@ -186,7 +186,7 @@ class _Pickle:
             if isinstance(value, Tensor)
         }
         if not self._tensors:
-            raise ToolError(f"{path.name} holds no tensors by name")
+            raise ToolError(f"{path} holds no tensors by name")
         self.tensors: Mapping[str, Raw] = {
             name: Raw(name, path, tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._tensors.items()
@@ -208,14 +208,14 @@ def _load(path: Path) -> Mapping[Any, Any]:
         table = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise ToolError(
-            f"{path.name} is a pickle that holds more than tensors, and pickles are never run",
-            "Convert it to .safetensors where you trust it.",
+            f"{path} is a pickle that holds more than tensors, and pickles are never run",
+            "If you trust it, convert it to .safetensors on your own machine.",
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         # In a file that is cut off torch seeks before the beginning (EINVAL); others are the system's errors.
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise unreadable(path, error) from error
-        raise ToolError(f"{path.name} is a broken pickle, or not all of one") from error
+        raise ToolError(f"{path} is a broken pickle, or not all of one") from error
     if not isinstance(table, Mapping):
-        raise ToolError(f"{path.name} is no table of named tensors")
+        raise ToolError(f"{path} is no table of named tensors")
     return table

@@ -58,7 +58,8 @@ def test_a_fault_in_one_file_is_told_and_the_others_go_on(
     assert ran.out.count("algorithm: lora (3 modules)") == 2
     errors = ran.err.splitlines()
     assert [line.split(":")[1].strip() for line in errors] == ["LORA_CORRUPT", "LORA_NOT_FOUND"]
-    assert "page.safetensors" in errors[0]
+    assert str(page) in errors[0]
+    assert str(tmp_path / "none") in errors[1]
 
 
 def test_against_a_model_matched_and_unmatched_are_told(

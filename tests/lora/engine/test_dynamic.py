@@ -142,7 +142,7 @@ def test_a_layer_that_moved_gets_factors_of_its_own(tmp_path: Path) -> None:
         root.to(torch.bfloat16)
         root(randn(1, 8).to(torch.bfloat16))
         for module in root:
-            down = module.__dict__["forward"].down
+            down = module.__dict__["forward"].__self__.down
             assert down.untyped_storage().nbytes() == down.numel() * 2
 
 
@@ -159,5 +159,5 @@ def test_products_in_the_layers_own_precision_mean_the_same(
     with torch.no_grad(), engine.applied(stack, Mode.MERGED):
         merged = root(x)
     with torch.no_grad(), unchanged(root), engine.applied(stack, Mode.DYNAMIC):
-        assert root[0].__dict__["forward"].down.dtype is torch.bfloat16
+        assert root[0].__dict__["forward"].__self__.down.dtype is torch.bfloat16
         torch.testing.assert_close(root(x), merged, rtol=0.05, atol=0.05 * float(merged.std()))

@@ -7,7 +7,9 @@ import torch
 from lora.engine.engine import LoraEngine
 from lora.errors import LoraCorrupt, LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import load
+from lora.formats.names.keys import KeyMap
 from tests.adapters import CROSS_SGM, SELF_ATTENTION, SELF_SGM, kohya, loha, randn, sd15, write
+from tests.conftest import ROOT
 
 
 def test_used_and_unused_keys_are_the_whole_file(engine: LoraEngine, tmp_path: Path) -> None:
@@ -87,7 +89,48 @@ def test_an_sd15_file_is_refused_though_some_of_its_layers_might_fit(
 ) -> None:
     with pytest.raises(LoraIncompatible) as caught:
         load(write(tmp_path / "a.safetensors", sd15() | kohya()), engine.key_map, "x")
-    assert "made for SD 1.5 (its cross attention reads 768" in str(caught.value)
+    assert caught.value.sentence == (
+        "the file was made for SD 1.5, whose cross attention reads 768 values per token, "
+        "and this model's reads 96"
+    )
+
+
+IN = "lora_unet_input_blocks_4_1_transformer_blocks_0"
+
+
+@pytest.mark.parametrize(
+    ("stem", "out", "width", "said"),
+    [
+        (f"{IN}_attn2_to_k", 640, 2048, "made for SDXL, whose cross attention reads 2048"),
+        (
+            f"{IN}_attn1_to_k",
+            640,
+            640,
+            "factors [640, 4] and [4, 640] do not fit the layer [64, 64]",
+        ),
+        (f"{IN}_attn1_to_v", 640, 640, "made for a model with layers of other widths"),
+    ],
+)
+def test_a_lora_of_full_size_is_told_that_the_demos_model_is_narrower(
+    engine: LoraEngine, tmp_path: Path, stem: str, out: int, width: int, said: str
+) -> None:
+    tensors = {f"{stem}.lora_down.weight": randn(4, width), f"{stem}.lora_up.weight": randn(out, 4)}
+    metadata = {"ss_base_model_version": "sdxl_base_v1-0"}
+    with pytest.raises(LoraIncompatible) as caught:
+        load(write(tmp_path / "a.safetensors", tensors, metadata), engine.key_map, "x")
+    assert said in caught.value.sentence
+    assert caught.value.hint == "Choose a LoRA that was made for this model."
+
+
+def test_a_demos_lora_is_not_said_to_be_sdxls_though_its_metadata_does(tmp_path: Path) -> None:
+    lora = ROOT / "demo" / "loras" / "demo-stripes.safetensors"
+    sdxl = KeyMap({"unet": {"down_blocks.1.attentions.0.attn2.to_k": {"weight": (640, 2048)}}})
+    with pytest.raises(LoraIncompatible) as caught:
+        load(lora, sdxl, "x")
+    assert caught.value.sentence == (
+        "the file was made for a model whose cross attention reads 96 values per token, "
+        "and this model's reads 2048"
+    )
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def said(path: Path, read: Callable[[], Reading]) -> Reading:
     try:
         return read()
     except LoraError as error:
-        return Reading(error=(type(error).__name__, error.sentence.removeprefix(f"{path.name}: ")))
+        return Reading(error=(type(error).__name__, error.sentence.removeprefix(f"{path}: ")))
 
 
 def by_engine(path: Path, key_map: KeyMap) -> Reading:
@@ -274,7 +274,7 @@ def test_a_lora_of_whole_numbers_is_refused_by_every_tool_as_by_the_engine(
         load(int8, narrow.key_map(), "x")
     with pytest.raises(LoraUnsupported) as refused:
         tool(int8)
-    assert refused.value.sentence.removeprefix(f"{int8.name}: ") == caught.value.sentence
+    assert refused.value.sentence.removeprefix(f"{int8}: ") == caught.value.sentence
     assert "is int8, not a floating point number" in caught.value.sentence
     assert not int8.with_name("out").exists()
 

@@ -145,7 +145,7 @@ def test_the_input_is_not_written_over(tmp_path: Path) -> None:
     before = path.read_bytes()
     with pytest.raises(ToolError) as caught:
         convert(path, path, ConvertOptions())
-    assert "is an input" in str(caught.value)
+    assert "exists already" in str(caught.value)
     assert path.read_bytes() == before
 
 

@@ -368,7 +368,8 @@ def test_peft_folder_and_pickle_are_adapters_too(tmp_path: Path) -> None:
     (peft / "adapter_config.json").write_text(json.dumps(config))
     for name in ("adapter_model.bin", "adapter_model.safetensors"):
         torch.save(parts, peft / name) if name.endswith("bin") else save_file(parts, peft / name)
-        run(tmp_path / "wan.safetensors", [LoraUse(peft)], tmp_path / "out.safetensors")
+        options = MergeOptions(overwrite=True)
+        run(tmp_path / "wan.safetensors", [LoraUse(peft)], tmp_path / "out.safetensors", options)
         merged = load_file(tmp_path / "out.safetensors")["blocks.0.self_attn.q.weight"]
         expected = tensors["blocks.0.self_attn.q.weight"] + 3 * up @ down
         torch.testing.assert_close(merged, expected)
@@ -380,7 +381,7 @@ def test_unused_tensors_are_refused_unless_they_are_allowed(tmp_path: Path) -> N
     save_file({**load_file(lora), "diffusion_model.blocks.7.ffn.0.diff_b": torch.ones(20)}, lora)
     output = tmp_path / "out.safetensors"
     said = refusal(tmp_path / "wan.safetensors", [LoraUse(lora)], output)
-    assert "1 of lora.safetensors's 6 tensors have no place" in said
+    assert f"1 of {lora}'s 6 tensors have no place" in said
     assert "diffusion_model.blocks.7.ffn.0.diff_b (no module of this model has that name)" in said
     allowed = MergeOptions(allow_unused=True)
     report = run(tmp_path / "wan.safetensors", [LoraUse(lora)], output, allowed)
@@ -442,9 +443,11 @@ def test_output_that_is_an_input_is_refused(tmp_path: Path) -> None:
     shard = model / "model-00002-of-00002.safetensors"
     before = shard.read_bytes(), lora.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(shard)
-    for output in (shard, tmp_path / "link.safetensors", lora):
-        assert "is an input" in refusal(model, loras, output)
-    assert "there already" in refusal(model, loras, model)
+    for output in (shard, tmp_path / "link.safetensors", lora, model):
+        assert f"{output} exists already" in refusal(model, loras, output)
+    for output in (shard, tmp_path / "link.safetensors"):
+        said = refusal(model, loras, output, MergeOptions(overwrite=True))
+        assert f"{output} is one of the files of an input" in said
     assert "lies in the input" in refusal(model, loras, model / "out")
     assert (shard.read_bytes(), lora.read_bytes()) == before
 
@@ -453,7 +456,7 @@ def test_output_that_cannot_be_is_refused(tmp_path: Path, lora: Path) -> None:
     loras = [LoraUse(lora)]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("")
-    assert "there already" in refusal(models.DEMO, loras, tmp_path / "full")
+    assert "full exists already" in refusal(models.DEMO, loras, tmp_path / "full")
     said = refusal(models.DEMO, loras, tmp_path / "one.safetensors")
     assert "several parts (text_encoder, text_encoder_2, unet, vae)" in said
     assert "Give a folder" in said

@@ -29,7 +29,8 @@ def resized(
     path: Path, policy: RankPolicy, dtype: torch.dtype | None = None, output: Path | None = None
 ) -> tuple[Path, Report]:
     output = output or path.with_name("resized.safetensors")
-    return output, resize(path, output, ResizeOptions(policy, WriteOptions(dtype=dtype)))
+    write = WriteOptions(dtype=dtype, overwrite=True)
+    return output, resize(path, output, ResizeOptions(policy, write))
 
 
 def matrix(tensors: dict[str, Tensor], stem: str) -> Tensor:
@@ -249,5 +250,7 @@ def test_progress_is_told(tmp_path: Path) -> None:
 
 def test_the_input_is_not_written_over(tmp_path: Path) -> None:
     path = narrow.source(tmp_path, "lora")
-    with pytest.raises(ToolError):
-        resized(path, RankPolicy(rank=1), output=path)
+    before = path.read_bytes()
+    with pytest.raises(ToolError, match="exists already"):
+        resize(path, path, ResizeOptions(RankPolicy(rank=1)))
+    assert path.read_bytes() == before

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lora.fetch.rules import WebRules
-from lora.volume.opening import VARIABLES, open_cache
+from lora.volume.opening import NUMBERS, VARIABLES, open_cache
 from settings import Settings
+from worker.opening import open_cache as worker_cache
 
 
 def test_the_variables_mean_what_they_mean_to_the_worker(tmp_path: Path) -> None:
@@ -37,12 +38,37 @@ def test_every_variable_is_a_setting_of_the_worker() -> None:
     assert set(VARIABLES) <= {one.metadata["env"] for one in fields(Settings)}
 
 
+def test_defaults_and_bounds_are_the_workers() -> None:
+    ours, theirs = open_cache(environ={}), worker_cache(Settings())
+    assert (ours.shelf.root, ours.limits) == (theirs.shelf.root, theirs.limits)
+    assert ours.web.rules == theirs.web.rules
+    settings = {one.metadata["env"]: one for one in fields(Settings)}
+    for name, (default, least) in NUMBERS.items():
+        assert settings[name].default == default
+        assert settings[name].metadata["minimum"] == least
+
+
+@pytest.mark.parametrize(
+    "name", ["HF_TOKENS", "HF_ENDPOINTS", "CIVITAI_TOKEN2", "MY_LORA_CACHE_DIR"]
+)
+def test_a_variable_of_another_program_may_have_nearly_our_name(tmp_path: Path, name: str) -> None:
+    assert open_cache(tmp_path, {name: "x"}).shelf.root == tmp_path
+
+
+@pytest.mark.parametrize(("text", "allowed"), [("True", True), ("0", False), ("FALSE", False)])
+def test_private_urls_are_allowed_by_the_words_of_the_worker(text: str, allowed: bool) -> None:
+    rules = open_cache(environ={"LORA_ALLOW_PRIVATE_URLS": text}).web.rules
+    assert rules.allow_private is allowed
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
         ("LORA_CACHE_MAX_GB", "canary", "LORA_CACHE_MAX_GB is not a number"),
         ("LORA_TTL_HOURS", "-1", "LORA_TTL_HOURS is not a number of at least 0"),
         ("LORA_MAX_FILE_MB", "inf", "LORA_MAX_FILE_MB is not a number"),
+        ("LORA_DOWNLOAD_TIMEOUT", "0", "LORA_DOWNLOAD_TIMEOUT is not a number of at least 1"),
+        ("LORA_ALLOW_PRIVATE_URLS", "canary", "LORA_ALLOW_PRIVATE_URLS is none of 0, 1"),
         ("LORA_AUTH_HEADERS", "canary", "LORA_AUTH_HEADERS: it is no JSON"),
         ("LORA_CACHE_DIRR", "canary", "did you mean LORA_CACHE_DIR?"),
     ],
