@@ -90,11 +90,9 @@ class Models:
         name = model.removeprefix(f"{base}:").removeprefix(f"{self._settings.model}:")
         if name in modules:
             return LoraUse(Reference(modules[name]))
-        known = self._catalog_items()
-        for ending in ("", ".safetensors"):
-            if f"{name}{ending}" in known:
-                return LoraUse(Reference(f"{name}{ending}"))
-        names = [base, *modules, *known]
+        if self._library.cache.shelf.existing(name):
+            return LoraUse(Reference(name))
+        names = [base, *modules, *self._library.cache.shelf.names()]
         raise ModelNotFound(
             f"there is no model {model[:200]!r}",
             nearest(name, names) or f"The base is {base}; /v1/models lists the adapters.",
