@@ -7,10 +7,14 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo same test test-quick check docs format evaluate bench-lora bench-cache bench-jobs bench-tools clean
+.PHONY: demo demo-text same test test-quick check docs format evaluate bench-lora bench-cache bench-jobs bench-tools bench-text evaluate-text clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
+
+# The same for text: a sheet of answers in the terminal.
+demo-text: $(VENV)/ready
+	$(RUN) -m demo.text
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -53,6 +57,12 @@ bench-jobs: $(VENV)/ready-dev
 
 bench-tools: $(VENV)/ready
 	$(RUN) -m benchmarks.tools
+
+bench-text: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.text
+
+evaluate-text: $(VENV)/ready
+	$(RUN) -m benchmarks.demo_text_model
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -92,7 +92,8 @@ class Models:
             return LoraUse(Reference(modules[name]))
         if self._library.cache.shelf.existing(name):
             return LoraUse(Reference(name))
-        names = [base, *modules, *self._library.cache.shelf.names()]
+        cached = (one.removesuffix(f"/{PEFT_STEM}") for one in self._library.cache.shelf.names())
+        names = [base, *modules, *cached]
         raise ModelNotFound(
             f"there is no model {model[:200]!r}",
             nearest(name, names) or f"The base is {base}; /v1/models lists the adapters.",
