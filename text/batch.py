@@ -1,6 +1,6 @@
 """The texts that are under way: a prompt that is being read, and one step for all the others.
 
-Between two steps one piece of one prompt is computed, of a size that takes about as long as two steps, so
+Between two steps one piece of one prompt is computed, of a size that takes about as long as one step, so
 that nobody who is under way waits long for somebody who arrives.
 """
 
@@ -147,12 +147,12 @@ class Batch:
         return pieces
 
     def _budget(self) -> int:
-        """How many tokens of prompts take about as long as two steps."""
+        """How many tokens of prompts take about as long as one step."""
         if not self.live:
             return LARGEST_PIECE
         if not self.steps or not self._per_token:
             return FIRST_PIECE
-        size = int(2 * statistics.median(self.steps) / self._per_token)
+        size = int(statistics.median(self.steps) / self._per_token)
         return min(max(size, SMALLEST_PIECE), LARGEST_PIECE)
 
     def _step(self, use: Callable[[Sequence[Stack]], None]) -> None:

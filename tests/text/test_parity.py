@@ -19,7 +19,6 @@ from transformers import LlamaForCausalLM
 from demo.text.corpus import held_out, known
 from lora.engine.engine import LoraEngine
 from lora.engine.stack import LoraUse
-from lora.errors import CodedError
 from lora.formats.opening import load_file
 from tests.conftest import ROOT
 from tests.waiting import PATIENCE, until
@@ -27,6 +26,7 @@ from text.generation import Generation
 from text.loading import COMPONENT, DEMO_FOLDER, Wanted, load_model
 from text.sampling import Sampling
 from text.scheduler import Scheduler
+from worker.stop import Cancelled
 
 pytestmark = pytest.mark.slow
 
@@ -40,10 +40,6 @@ class Job:
     loras: tuple[tuple[str, float], ...]
     new: int
     cancelled: bool
-
-
-class Cancelled(CodedError):
-    code = "CANCELLED"
 
 
 @cache

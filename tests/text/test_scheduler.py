@@ -31,6 +31,7 @@ from text.generation import Generation
 from text.loading import TextModel
 from text.sampling import Sampling
 from text.scheduler import Closed, Scheduler
+from worker.stop import Cancelled
 
 
 class Service:
@@ -72,10 +73,6 @@ def tokens(one: Generation) -> list[int]:
     assert one.wait(PATIENCE)
     assert one.error is None, one.error
     return one.tokens
-
-
-class Cancelled(CodedError):
-    code = "CANCELLED"
 
 
 class Cancel:
