@@ -33,7 +33,7 @@ def test_worker_vllms_names_mean_what_they_mean_there() -> None:
 
 def test_the_names_of_an_image_worker_are_passed_over_and_misspelt_ones_are_not() -> None:
     assert TextSettings.from_env({"WORKER_MODEL": "x", "WORKER_CONCURRENCY": "3"}).model == "demo"
-    with pytest.raises(SettingsError, match="LORA_MODULS is not a setting .*LORA_MODULES"):
+    with pytest.raises(SettingsError, match=r"LORA_MODULS is not a setting .*LORA_MODULES"):
         TextSettings.from_env({"LORA_MODULS": "[]"})
 
 
