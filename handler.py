@@ -279,8 +279,6 @@ def main() -> None:
     os.environ.setdefault(
         "RUNPOD_DEBUG_LEVEL", "INFO"
     )  # before runpod: its DEBUG logs every answer
-    if os.environ.get("WORKER_KIND", "").strip() == "text":
-        return import_module("worker.text_serve").serve()
     import runpod
     from runpod.serverless.modules import rp_scale
 
@@ -296,8 +294,8 @@ def main() -> None:
     runpod.serverless.start(
         {"handler": worker.handle, "concurrency_modifier": lambda _: worker.settings.concurrency}
     )
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    is_text = os.environ.get("WORKER_KIND", "").strip() == "text"
+    import_module("worker.text_serve").serve() if is_text else main()

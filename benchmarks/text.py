@@ -233,8 +233,7 @@ def _sharing_weights(model: Any, config: Any, shape: Shape, device: str) -> Any:
 def measure_speed(bench: Bench, rounds: int) -> None:
     """Tokens per second, by the size of the batch and the number of adapters, both engines in turn."""
     scheduler = Scheduler(bench.text, bench.engine, most=max(bench.shape.batches))
-    peft = with_peft(bench)
-    plain = bench.model
+    peft, plain = with_peft(bench), bench.model
     ours(bench, scheduler, 2, 2)
     theirs(bench, plain, 2, 0)
     theirs(bench, peft, 2, 2)

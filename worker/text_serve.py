@@ -20,6 +20,9 @@ def serve() -> None:
 
     Raises: SystemExit with a sentence if the settings or the model cannot be used.
     """
+    os.environ.setdefault(
+        "RUNPOD_DEBUG_LEVEL", "INFO"
+    )  # before runpod: its DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
 
