@@ -275,10 +275,9 @@ def generate_image(job: Job) -> Answer:
 def main() -> None:
     """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input.
 
-    Raises: SystemExit with a sentence if the settings or the weights cannot be used."""
-    os.environ.setdefault(
-        "RUNPOD_DEBUG_LEVEL", "INFO"
-    )  # before runpod: its DEBUG logs every answer
+    Raises: SystemExit with a sentence if the settings or the weights cannot be used.
+    """
+    os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # runpod's own DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
 
