@@ -129,7 +129,7 @@ class Catalog:
             state = replace(state, source=self._name(adapter))
         elif adapter.weights:
             record = read_as(Record, record_path(adapter.root / adapter.weights))
-            if record and (record.size, record.mtime_ns) == adapter.version[:2]:
+            if record and (record := record.of(*adapter.version[:2])):
                 state = replace(state, source=record.source, sha256=record.sha256)
         try:
             refuse_half_a_folder(adapter)

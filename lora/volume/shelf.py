@@ -29,6 +29,9 @@ from lora.volume.room import Room
 
 log = logging.getLogger(__name__)
 
+TICK = 2_000_000_000
+"""Nanoseconds: the coarsest clock of a file system that is in use."""
+
 PATIENCE = (0.02, 0.1)
 """Seconds to wait while a record does not fit its file: a worker may be between its two renames."""
 
@@ -79,21 +82,22 @@ class Shelf(Folders):
         for wait in (*PATIENCE, None):
             status = path.stat()
             record = read_as(Record, beside)
-            if record and record.fits(status):
+            if record and (current := record.at(status)):
                 touch(beside)
-                return record
+                return current
             if record is None or record.fetched is None or wait is None:
                 break
             time.sleep(wait)
         sha256, fault = _hashed(path)
         hashed = Record(source or path.name, sha256, status.st_size, status.st_mtime_ns, None)
-        if not hashed.fits(path.stat()) or read_as(Record, beside) != record:
+        if not hashed.at(path.stat()) or read_as(Record, beside) != record:
             return self._record(path, source)  # a worker published while it was hashed
         if record and record.fetched is not None:
-            if record.sha256 != sha256:
+            known = next((one for one in record.versions if one.sha256 == sha256), None)
+            if known is None:
                 text = f"{path.name} was changed on the volume since it was fetched"
                 raise Damaged(text) from fault
-            hashed = replace(record, size=hashed.size, mtime_ns=hashed.mtime_ns)
+            hashed = replace(known, size=hashed.size, mtime_ns=hashed.mtime_ns)
         elif fault:
             raise fault
         with suppress(OSError):  # a read-only volume: the next worker hashes it again
@@ -129,7 +133,8 @@ class Shelf(Folders):
     ) -> CacheEntry:
         """Checks the bytes of `part`, converts a pickle, and gives the file its name in `root`.
 
-        The record appears first, so that a file with a record is never taken for an operator's.
+        The record appears first, so that a file with a record is never taken for an operator's, and it names
+        the file that is there, too: if this ends between the two, that one serves on.
         Raises: LoraError, OSError; then nothing new lies under the name.
         """
         check_sha256(remote.sha256, fetched.sha256, remote.shown)
@@ -139,7 +144,8 @@ class Shelf(Folders):
                 convert(part, converted, self.limits.file_bytes)
                 part, sha256 = converted, sha256_of(converted)
             read_header(part)
-            status = _stamped(part, sha256)
+            before = _known(path)
+            status = _stamped(part, sha256, before)
             # Again, because not every server says the size first.
             self.room.make(root, status.st_size, 0, path)
             now = time.time()
@@ -155,7 +161,7 @@ class Shelf(Folders):
                 source_sha256=fetched.sha256 if sha256 != fetched.sha256 else None,
                 config=config,
             )
-            write(root, record_path(path), record)
+            write(root, record_path(path), replace(record, before=before), synced=True)
             replace_durably(part, path)
         return CacheEntry(path, path.name, record, True, self.is_local(path))
 
@@ -207,15 +213,26 @@ class Shelf(Folders):
         return True
 
 
-def _stamped(path: Path, sha256: str) -> os.stat_result:
-    """Gives a file a time that depends on its content, and returns its status.
+def _stamped(path: Path, sha256: str, before: Record | None) -> os.stat_result:
+    """Gives a file a time that depends on its content and is not that of the file before; its status.
 
-    File systems' clocks tick every few milliseconds. Two contents of one size that are published within one
-    tick would have the same time otherwise, and the record of one would fit the other.
+    File systems' clocks tick every few milliseconds, or every second. Two contents of one size that are
+    published within one tick would have the same time otherwise, and the record of one would fit the other.
     """
     now = time.time_ns() // 1_000_000 * 1_000_000 + int(sha256[:8], 16) % 1_000_000
     os.utime(path, ns=(now, now))
+    if before and before.sha256 != sha256 and before.at(path.stat()):
+        os.utime(path, ns=(now + TICK, now + TICK))
     return path.stat()
+
+
+def _known(path: Path) -> Record | None:
+    """The record of the file that is there, if it is there and has not changed since."""
+    record = read_as(Record, record_path(path))
+    try:
+        return record and record.at(path.stat())
+    except OSError:
+        return None
 
 
 def _hashed(path: Path) -> tuple[str, LoraError | None]:
@@ -231,9 +248,9 @@ def _is_whole(path: Path) -> bool:
     record = read_as(Record, record_path(path))
     try:
         read_header(path)
-        if record is None or (record.fetched is None and not record.fits(path.stat())):
+        if record is None or (record.fetched is None and not record.at(path.stat())):
             return True  # an operator put another file under the name of one that has a record
-        return sha256_of(path) == record.sha256
+        return sha256_of(path) in {one.sha256 for one in record.versions}
     except (OSError, LoraError):
         return False
 
@@ -241,6 +258,7 @@ def _is_whole(path: Path) -> bool:
 def _described(adapter: StoredAdapter) -> dict[str, Any]:
     beside, used = record_path(adapter.root / str(adapter.weights)), None
     record = read_as(Record, beside)
+    record = record and (record.of(*adapter.version[:2]) or record)
     with suppress(OSError):  # evicted just now
         used = beside.stat().st_mtime if record else None
     return {
