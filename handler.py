@@ -35,6 +35,7 @@ from settings import Settings, SettingsError
 from worker.actions import Actions, action_of
 from worker.failures import OOM_HINT, OutOfMemory, Unexpected, failure, unexpected
 from worker.image_job import PHASES, ImageJob
+from worker.intake import Intake, Turn
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
 from worker.opening import open_cache, read_settings
@@ -53,8 +54,8 @@ Result = TypeVar("Result")
 
 SendProgress = Callable[[Job, dict[str, Any]], None]
 
-PREPARING = 8
-"""Least threads that prepare and answer jobs: more than jobs, since a cancelled job's download goes on."""
+LEFT_BEHIND = 64
+"""Threads that may still work for jobs that were ended early; with more the worker asks to be replaced."""
 
 
 class Worker:
@@ -64,10 +65,12 @@ class Worker:
         self.settings = settings
         self._send = send_progress or (lambda job, update: log.debug("%s", update["text"]))
         self._preparing = ThreadPoolExecutor(
-            max(PREPARING, 2 * settings.concurrency), thread_name_prefix="prepare"
+            LEFT_BEHIND + 2 * settings.concurrency, thread_name_prefix="prepare"
         )
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="draw")
+        self._left_behind = set[Future[Any]]()
         self._kept = KeptAnswers()
+        self.intake = Intake()
         self.preloaded: dict[str, str] = {}
         """Source of LORA_PRELOAD -> `under way`, `ready`, or an error."""
 
@@ -134,7 +137,8 @@ class Worker:
         if action_of(job):
             return self._acted(job)
         progress = Progress(lambda update: self._send(job, update))
-        one = ImageJob(self.parts, job, progress, Stop(seconds_for(job, self.settings.deadline)))
+        stop = Stop(seconds_for(job, self.settings.deadline))
+        one = ImageJob(self.parts, job, progress, stop, Turn())
         for stage in (one.prepare, lambda: self._draw(one)):
             if failed := self._caught(stage):
                 return failed
@@ -195,11 +199,12 @@ class Worker:
         downloads go on into the cache.
         """
         JOB_ID.set(str(job.get("id", "")))
-        if kept := self._kept.get(job):
-            log.info("the platform asks again: answered as before")
-            return kept
-        begun = time.perf_counter()
-        answer = self._sendable(await self._handle(job))
+        with self.intake.turn(job) as turn:
+            if kept := self._kept.get(job):
+                log.info("the platform asks again: answered as before")
+                return kept
+            begun = time.perf_counter()
+            answer = self._sendable(await self._handle(job, turn))
         seconds = round(time.perf_counter() - begun, 3)
         about = {"event": "job", "seconds": seconds, "timings": answer.get("timings")}
         log.info("failed" if "error" in answer else "done", extra={"about": about})
@@ -207,13 +212,14 @@ class Worker:
             self._kept.put(job, answer)
         return answer
 
-    async def _handle(self, job: Job) -> Answer:
+    async def _handle(self, job: Job, turn: Turn) -> Answer:
         stop = Stop(seconds_for(job, self.settings.deadline))
         if action_of(job):
+            turn.ends()  # it draws nothing
             answer = await self._stage(stop, self._preparing, self._acted, job)
             return answer or {}
         async with Sender(job) as sender:
-            one = ImageJob(self.parts, job, Progress(sender.send), stop)
+            one = ImageJob(self.parts, job, Progress(sender.send), stop, turn)
             answer = await self._stage(stop, self._preparing, self._caught, one.prepare)
             if answer is None:
                 answer = await self._stage(
@@ -248,7 +254,10 @@ class Worker:
         if to_its_end and not queued:
             with suppress(asyncio.CancelledError):
                 return await asyncio.shield(asyncio.wrap_future(running)) or failure(ended)
-        return failure(ended)
+        if not queued:  # its download goes on, into the cache
+            self._left_behind.add(running)
+            running.add_done_callback(self._left_behind.discard)
+        return failure(ended, refresh=len(self._left_behind) > LEFT_BEHIND)
 
 
 @cache
@@ -280,10 +289,10 @@ def main() -> None:
     except (SettingsError, WeightsMissing, WeightsIncomplete) as error:
         sys.exit(f"the worker cannot start: {error}")
     runpod.serverless.register_fitness_check(worker.check_fitness)
-    concurrency = worker.settings.concurrency
+    worker.intake.guard(rp_scale)
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
-        {"handler": worker.handle, "concurrency_modifier": lambda current: concurrency}
+        {"handler": worker.handle, "concurrency_modifier": lambda _: worker.settings.concurrency}
     )
 
 

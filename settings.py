@@ -55,11 +55,14 @@ class Settings:
         "Largest answer in MB; a larger one fails with OUTPUT_TOO_LARGE (RunPod carries 10 for /run, "
         "20 for /runsync)", minimum=0.001)
     concurrency: int = _setting("WORKER_CONCURRENCY", 2,
-        "Jobs that the worker takes at once: one draws, the others fetch and parse their LoRAs",
+        "Jobs that the worker has at most: one draws, the others fetch and parse their LoRAs. Another "
+        "is taken only when the drawing is nearly done, or all jobs are fetching; until then it waits "
+        "in the endpoint's queue, where an idle worker can take it",
         minimum=1)
     deadline: float = _setting("WORKER_DEADLINE", 0.0,
-        "Seconds after which a job ends with DEADLINE_EXCEEDED, unless its own executionTimeout comes "
-        "first; 0 sets no limit of the worker's own", minimum=0)
+        "Seconds of its own fetching and drawing after which a job ends with DEADLINE_EXCEEDED, unless "
+        "its own executionTimeout comes first; 0 sets no limit of the worker's own. Waiting for another "
+        "job's drawing does not count", minimum=0)
     lora_cache_dir: Path = _setting("LORA_CACHE_DIR", Path("/models/loras"),
         "Folder of the LoRA cache; on RunPod a folder of the network volume, such as "
         "/runpod-volume/loras")

@@ -17,6 +17,11 @@ class Route(Enum):
     REFINER_IMAGE = "refiner alone, on the given picture (as worker-sdxl)"
     BASE_IMAGE = "base alone, on the given picture"
 
+    @property
+    def runs(self) -> int:
+        """How many pipelines draw, one after the other."""
+        return 2 if self in (Route.REFINED, Route.ENSEMBLE) else 1
+
 
 def choose_route(request: ImageRequest, *, has_refiner: bool) -> tuple[Route, list[str]]:
     """The route of a request, and what the answer must warn of.

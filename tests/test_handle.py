@@ -17,7 +17,7 @@ from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer
 from tests.test_handler import job as same_job
 from tests.test_handler import picture, pipeline_unchanged, pixels
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, Clock, until
 from worker.stop import Stop, seconds_for
 
 LONG = 400
@@ -94,6 +94,44 @@ def test_a_job_that_is_cancelled_in_its_download_does_not_wait_for_it(
     assert picture(again)
 
 
+def cancel_in_download(
+    worker: Worker, server: LoopbackServer, path: str, gate: threading.Event
+) -> dict[str, Any]:
+    """The answer of a job whose thread goes on until the gate is opened."""
+    url = server.serve(path, as_bytes(kohya(seed=64)), gate=gate)
+    return asyncio.run(cancelled(worker, job(loras=[url]), lambda: server.hits[path]))
+
+
+def test_threads_that_are_left_behind_hold_up_no_other_job(
+    demo_worker: Worker, server: LoopbackServer
+) -> None:
+    gate = threading.Event()
+    for number in range(12):
+        answer = cancel_in_download(demo_worker, server, f"/left-{number}.safetensors", gate)
+        assert answer == {"error": "CANCELLED: the job was cancelled."}
+    assert len(demo_worker._left_behind) == 12
+    assert picture(run(demo_worker, job(loras=["demo-stripes"]))[0])
+    assert run(demo_worker, {"id": "h", "input": {"action": "health"}})[0]["version"]
+    gate.set()  # not before: none of them was waited for
+    until(lambda: not demo_worker._left_behind)
+
+
+def test_a_worker_with_too_many_of_them_asks_to_be_replaced(
+    demo_worker: Worker, server: LoopbackServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.LEFT_BEHIND", 2)
+    gate = threading.Event()
+    answers = [
+        cancel_in_download(demo_worker, server, f"/many-{number}.safetensors", gate)
+        for number in range(3)
+    ]
+    assert ["refresh_worker" in answer for answer in answers] == [False, False, True]
+    assert answers[2]["error"] == "CANCELLED: the job was cancelled."
+    gate.set()
+    until(lambda: not demo_worker._left_behind)
+    assert picture(run(demo_worker, job())[0])
+
+
 def held_at_step(
     worker: Worker, number: int, release: threading.Event, patch: pytest.MonkeyPatch
 ) -> list[int]:
@@ -147,6 +185,29 @@ def test_a_job_that_is_cancelled_before_its_turn_never_draws(
     assert answer["error"].startswith("CANCELLED: ")
     assert picture(first)
     assert steps == [1, 2]
+
+
+def test_the_time_that_a_job_waits_for_anothers_drawing_is_not_its_own(
+    demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, release = Clock(), threading.Event()
+    monkeypatch.setattr("worker.stop.time", clock)
+    steps = held_at_step(demo_worker, 1, release, monkeypatch)
+
+    async def two() -> list[dict[str, Any]]:
+        first = asyncio.create_task(demo_worker.handle(job(num_inference_steps=2)))
+        while not steps:
+            await asyncio.sleep(0.005)
+        limited = {**job(), "policy": {"executionTimeout": 600_000}}
+        second = asyncio.create_task(demo_worker.handle(limited))
+        while not demo_worker._drawing._work_queue.qsize():
+            await asyncio.sleep(0.005)
+        clock.now += 3600
+        release.set()
+        return [await first, await second]
+
+    assert all(picture(answer) for answer in asyncio.run(two()))
+    assert demo_worker.intake.open
 
 
 @pytest.mark.parametrize("where", ["in the drawing", "in the download"])

@@ -17,6 +17,7 @@ from pipelines.image import Preview, StepCallback, Timings
 from pipelines.routes import Route, choose_route
 from schemas import ImageRequest, parse_job
 from worker.inputs import load_picture
+from worker.intake import Turn
 from worker.outputs import (
     OutputTooLarge,
     deliver,
@@ -57,8 +58,9 @@ class ImageJob:
     picture: Image.Image | None = None
     drawn: Drawn
 
-    def __init__(self, parts: Parts, job: Job, progress: Progress, stop: Stop) -> None:
-        self._parts, self._job, self._progress, self._stop = parts, job, progress, stop
+    def __init__(self, parts: Parts, job: Job, progress: Progress, stop: Stop, turn: Turn) -> None:
+        self._parts, self._job, self._progress = parts, job, progress
+        self._stop, self._turn = stop, turn
         self._timings = Timings(dict.fromkeys(PHASES, 0.0))
         self.warnings: list[str] = []
         """Warnings for the answer, besides those of the drawing and of the LoRAs."""
@@ -66,7 +68,7 @@ class ImageJob:
     def prepare(self) -> None:
         """Checks the request, and fetches and parses every LoRA and the picture. Changes no weight.
 
-        Raises: CodedError.
+        From then on the job's clock stands, until `draw` has its turn. Raises: CodedError.
         """
         pipeline, library = self._parts.pipeline, self._parts.library
         request = parse_job(self._job)
@@ -82,6 +84,8 @@ class ImageJob:
             _refuse_unused(self.loaded)
         if request.image_url:
             self.picture = load_picture(request.image_url, library.cache.web)
+        self._stop.wait()
+        self._turn.waits()
 
     def draw(self) -> None:
         """Applies the LoRAs, draws, and puts the weights back, holding the drawing lock.
@@ -89,9 +93,14 @@ class ImageJob:
         Raises: CodedError; RestoreFailed; any error of the device.
         """
         with self._parts.drawing:
+            self._stop.go_on()
             self._stop.check()
-            self._parts.engine.settle()
-            self.drawn = self._draw_with_loras() if self.loaded else Drawn(self._generate())
+            self._turn.draws(self.route.runs)
+            try:
+                self._parts.engine.settle()
+                self.drawn = self._draw_with_loras() if self.loaded else Drawn(self._generate())
+            finally:
+                self._turn.ends()
 
     def _generate(self, block: Block | None = None) -> list[Image.Image]:
         return self._parts.pipeline.generate(
@@ -135,6 +144,7 @@ class ImageJob:
         def on_step(done: int, total: int, preview: Preview) -> None:
             nonlocal reached
             self._stop.check()
+            self._turn.step(done, total)
             if block and done < total and done / total > reached:
                 reached = done / total
                 block.at(reached)

@@ -25,13 +25,28 @@ class DeadlineExceeded(CodedError):
 
 
 class Stop:
-    """Tells the thread that works on a job to end it early. Any thread may set it."""
+    """Tells the thread that works on a job to end it early. Any thread may set it.
+
+    A job's time is that in which it is worked on: while it waits for its turn, its clock stands.
+    """
 
     def __init__(self, seconds: float | None = None) -> None:
-        """`seconds`: how long the job may take from now on; None for no limit."""
+        """`seconds`: how long the job may be worked on from now on; None for no limit."""
         self._seconds = seconds
         self._deadline = None if seconds is None else time.monotonic() + seconds
+        self._rest: float | None = None
+        """The seconds that are left, while the clock stands."""
         self._cancelled = threading.Event()
+
+    def wait(self) -> None:
+        """Stops the job's clock: it waits for its turn."""
+        if self._deadline is not None:
+            self._rest, self._deadline = self.left, None
+
+    def go_on(self) -> None:
+        """Lets the job's clock run again, if it stands."""
+        if (rest := self._rest) is not None:
+            self._rest, self._deadline = None, time.monotonic() + rest
 
     def cancel(self) -> None:
         """Notes that the client no longer wants the job."""
@@ -39,7 +54,7 @@ class Stop:
 
     @property
     def left(self) -> float | None:
-        """Seconds until the deadline; None if there is none."""
+        """Seconds until the deadline; None if there is none, or the clock stands."""
         return None if self._deadline is None else self._deadline - time.monotonic()
 
     def deadline_exceeded(self) -> DeadlineExceeded:
@@ -57,7 +72,7 @@ class Stop:
 
 
 def seconds_for(job: object, default: float) -> float | None:
-    """Seconds that a job may take; None for no limit.
+    """Seconds that a job may be worked on; None for no limit.
 
     They are its executionTimeout (milliseconds) less `MARGIN`, but at least half of it; or `default` (0 for
     none) if that is smaller.

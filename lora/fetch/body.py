@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import socket
+import threading
 import time
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 
 import requests
 import urllib3
@@ -49,14 +51,30 @@ class Body:
         return self._unpacked() if self.encoding else self._sent()
 
     def _sent(self) -> Iterator[bytes]:
+        """The body as it was sent. Where it is hung up on, a part may look like a whole: it is late then."""
+        with hung_up_after(self._deadline - time.monotonic(), self._socket) as late:
+            try:
+                yield from self._read()
+            except requests.RequestException as error:
+                if late.is_set():
+                    raise requests.Timeout("the deadline passed") from error
+                raise
+            if late.is_set():
+                raise requests.Timeout("the deadline passed")
+
+    def _socket(self) -> socket.socket | None:
+        """The connection that the body comes from; None once the body is read, and another may have it."""
+        found: socket.socket | None = getattr(self._response.raw.connection, "body_socket", None)
+        return found
+
+    def _read(self) -> Iterator[bytes]:
         raw, done = self._response.raw, 0
         try:
             while True:
                 left = self._deadline - time.monotonic()
                 if left <= 0:
                     raise requests.Timeout("the deadline passed")
-                body_socket = getattr(raw.connection, "body_socket", None)
-                if body_socket is not None:
+                if (body_socket := self._socket()) is not None:
                     with suppress(OSError):  # closed: the rest of the body is in the buffer
                         body_socket.settimeout(min(self._stall, left))
                 piece = raw.read1(CHUNK, decode_content=False)
@@ -93,3 +111,30 @@ class Body:
             raise requests.exceptions.ContentDecodingError("the body is not unpackable") from error
         if not unpacker.eof:
             raise requests.ConnectionError("the compressed body ended early")
+
+
+@contextmanager
+def hung_up_after(
+    seconds: float, find: Callable[[], socket.socket | None]
+) -> Iterator[threading.Event]:
+    """Shuts the connection down that `find` returns, if the block takes longer. Yields what is set then.
+
+    The socket's own timeout starts anew with each byte, and one call may read many: the lines of a head, of a
+    chunk's length, of a chunked body's end.
+    """
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()
+        if (body_socket := find()) is not None:
+            with suppress(OSError):  # it is closed already
+                # Not TLS's own shutdown, which would drop its state.
+                socket.socket.shutdown(body_socket, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield late
+    finally:
+        timer.cancel()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.cookiejar
 import logging
 import socket
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lora.errors import SourceInvalid
-from lora.fetch.body import Body
+from lora.fetch.body import Body, hung_up_after
 from lora.fetch.rules import PORTS, WebRules, origin_of
 
 MAX_REDIRECTS = 10
@@ -226,26 +225,16 @@ def _connect(connection: HTTPConnection, rules: WebRules) -> socket.socket:
 @contextmanager
 def _head_timeout(connection: HTTPConnection) -> Iterator[None]:
     """Shuts the connection down if the answer's head, which is read in the block, is not complete within the
-    connection's timeout. (The socket's own timeout starts anew with each byte.)
+    connection's timeout.
 
     `body_socket` keeps the socket for the body, because http.client drops one that the server will close.
     Raises: TimeoutError, also where half a head was taken for a whole one.
     """
-    body_socket, late = connection.sock, threading.Event()
+    body_socket = connection.sock
     connection.body_socket = body_socket  # type: ignore[attr-defined]
-
-    def hang_up() -> None:
-        late.set()
-        with suppress(OSError):  # it is closed already
-            # Not TLS's own shutdown, which would drop its state.
-            socket.socket.shutdown(body_socket, socket.SHUT_RDWR)
-
-    timer = threading.Timer(connection.timeout or CONNECT_TIMEOUT, hang_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if late.is_set():
-            raise TimeoutError("the answer's head took too long")
+    with hung_up_after(connection.timeout or CONNECT_TIMEOUT, lambda: body_socket) as late:
+        try:
+            yield
+        finally:
+            if late.is_set():
+                raise TimeoutError("the answer's head took too long")

@@ -43,6 +43,7 @@ NOBODY = "http://127.0.0.1:9"
 """Where nothing listens."""
 HTML = b"<!DOCTYPE html><html><body>Please log in</body></html>"
 
+CHUNKED = Reply(headers={"Transfer-Encoding": "chunked"}, length=-1, drip=0.02)
 WHOLE, PART = Reply(ADAPTER, etag=ETAG, ranges=True), len(ADAPTER) // 3
 CUT, CUT_WITHOUT_RANGES = replace(WHOLE, cut_after=PART), Reply(ADAPTER, cut_after=PART)
 
@@ -181,6 +182,13 @@ FAULTS = (
         "the body drips in, byte by byte",
         "`LORA_DOWNLOAD_FAILED` when the time is over",
         Reply(ADAPTER, drip=0.05),
+        FAILED,
+        times={"timeout": 2.0},
+    ),
+    fault(
+        "the end of a chunked body drips in, line by line",
+        "`LORA_DOWNLOAD_FAILED` when the time is over",
+        replace(CHUNKED, body=b"1\r\nx\r\n0\r\n" + b"X: y\r\n" * 1000),
         FAILED,
         times={"timeout": 2.0},
     ),

@@ -209,7 +209,7 @@ def test_a_job_that_is_cancelled_in_the_queue_is_never_begun(
     shared: Emulator, good: dict[str, dict[str, Any]], expected: dict[str, Any]
 ) -> None:
     long = {**good["stripes"], "num_inference_steps": 499}
-    running = [shared.run(long) for _ in range(6)]  # two workers take two each
+    running = [shared.run(long) for _ in range(6)]  # more than two workers take
     last = shared.run(good["plain"])
     shared.cancel(last)
     assert shared.status(last)["status"] == "CANCELLED"
@@ -244,7 +244,7 @@ def check_right(
 def test_downloads_overlap_the_drawing(
     shared: Emulator, server: LoopbackServer, good: dict[str, dict[str, Any]]
 ) -> None:
-    """Two workers take two jobs each: where three wait for their files, one of them draws the fourth job."""
+    """Two workers take two jobs each while they fetch: three that wait for files do not hold up a fourth."""
     gate = threading.Event()
     urls = [
         server.serve(f"/{n}.safetensors", as_bytes(kohya(seed=100 + n)), gate=gate)

@@ -585,6 +585,8 @@ def either(request: pytest.FixtureRequest) -> Iterator[LoopbackServer]:
         yield running
 
 
+CHUNKED = {"Transfer-Encoding": "chunked"}
+TRAILERS = b"1\r\nx\r\n0\r\n" + b"X: y\r\n" * 1000
 SLOW_HEAD = b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 10_000
 
 
@@ -595,11 +597,19 @@ SLOW_HEAD = b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 10_000
         (Reply(b"0" * 1000, stall_after=10), {"timeout": 0.3}, 0.3),
         (Reply(b"0" * 1000, drip=0.05), {"timeout": 0.3}, 0.3),
         (Reply(b"0" * 500_000, drip=0.2, stall_after=1), {"timeout": 0.5}, 0.5),
+        (Reply(b"0" * 1000, drip=0.02, headers=CHUNKED, length=-1), {"timeout": 0.3}, 0.3),
+        (Reply(b"1;" + b"x" * 1000, drip=0.02, headers=CHUNKED, length=-1), {"timeout": 0.3}, 0.3),
+        (Reply(TRAILERS, drip=0.02, headers=CHUNKED, length=-1), {"timeout": 0.3}, 0.3),
+        (Reply(b"0" * 1000, drip=0.05, length=-1), {"timeout": 0.3}, 0.3),
         (Reply(raw=SLOW_HEAD, drip=0.02), {"timeout": 0.3}, 0.3),
         (Reply(raw=SLOW_HEAD, drip=0.02), {"stall": 0.3}, 0.3),
         (Reply(raw=b"x", drip=STALL), {"stall": 0.3}, 0.3),
     ],
-    ids=["stall", "stall-deadline", "drip", "drip-stall", "head", "head-stall", "silent head"],
+    ids=[
+        *("stall", "stall-deadline", "drip", "drip-stall"),
+        *("chunk's length", "chunk's extension", "trailers", "no length"),
+        *("head", "head-stall", "silent head"),
+    ],
 )
 def test_no_answer_takes_longer_than_its_times(
     either: LoopbackServer, reply: Reply, times: dict[str, float], least: float
