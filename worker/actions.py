@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from lora.errors import CodedError
-from lora.fetch.sources import Reference, parse, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
 from schemas import LORA_ENTRY

@@ -10,7 +10,7 @@ import requests
 from PIL import Image, ImageOps
 
 from lora.errors import SourceInvalid
-from lora.fetch.sources import redact_url
+from lora.fetch.redaction import redact_url
 from lora.fetch.web import Web
 from validation import InvalidInput
 

@@ -22,6 +22,7 @@ from pathlib import PurePosixPath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 from lora.errors import SourceInvalid
+from lora.fetch.redaction import redact_url
 from lora.formats.endings import EXTENSIONS
 
 HUB, CIVITAI = "https://huggingface.co", "https://civitai.com"
@@ -139,7 +140,7 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Locat
         raise SourceInvalid("the LoRA's source is neither a URL nor a plain name", GRAMMAR_HINT)
     parts = PurePosixPath(path).parts
     if path.startswith(("/", "~")) or ".." in parts:
-        raise SourceInvalid(f"{path!r} leads out of the LoRA cache", GRAMMAR_HINT)
+        raise SourceInvalid(f"{reference.shown!r} leads out of the LoRA cache", GRAMMAR_HINT)
     if hub_file := _hub_name(path, reference, whole=False):
         return hub_file
     if "@" in path:
@@ -232,20 +233,3 @@ def _civitai_url(parts: SplitResult, reference: Reference) -> CivitaiFile | None
     digits = query.get("modelVersionId", "")
     version = int(digits) if re.fullmatch(r"\d{1,18}", digits, re.ASCII) else None
     return CivitaiFile(int(page[1]), version, reference.weight_name) if page else None
-
-
-def redact_url(text: str) -> str:
-    """A URL without user, password, query and fragment, which may hold secrets.
-
-    Text that is no URL, but may be a misspelt one, loses them too.
-    """
-    if _HUB_NAME.fullmatch(text) or _CIVITAI_NAME.fullmatch(text):
-        return text
-    scheme, separator, rest = text.rpartition("://")
-    bare = re.split(r"[?#]", rest)[0]
-    host, slash, path = bare.partition("/")
-    if scheme == "hf" and _HUB_NAME.fullmatch(bare):
-        return f"hf://{bare}"
-    if not separator and "@" in bare:
-        return bare.rpartition("@")[2]
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

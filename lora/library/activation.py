@@ -21,7 +21,8 @@ from lora.errors import (
     LoraTooLarge,
     LoraUnsupported,
 )
-from lora.fetch.sources import CachedName, RemoteFile, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import CachedName, RemoteFile
 from lora.formats.adapter import LoraFile, load
 from lora.formats.alphas import CONFIG_IN_FILE, Alphas
 from lora.formats.contents import MAX_SHOWN

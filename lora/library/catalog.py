@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from lora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, nearest
+from lora.fetch.redaction import redact_url
 from lora.formats.names.keys import KeyMap
 from lora.library.activation import Activation, header_of, refuse_half_a_folder
 from lora.library.query import TRAINING, Item, Page, Query, Scanned
@@ -120,7 +121,7 @@ class Catalog:
             return adapter
         names = [self._name(adapter) for adapter in self._adapters()]
         hint = nearest(name, names) or f"The library has {len(names)} LoRAs."
-        raise LoraNotFound(f"the library has no LoRA {name!r}", hint)
+        raise LoraNotFound(f"the library has no LoRA {redact_url(name)!r}", hint)
 
     def _glance(self, adapter: StoredAdapter) -> State:
         """The state that the header shows. Raises: OSError."""

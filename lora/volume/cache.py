@@ -23,6 +23,7 @@ from lora.errors import LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Limits, OnBytes
 from lora.fetch.hub import Hub
+from lora.fetch.redaction import redact_url
 from lora.fetch.sources import CachedName, Reference, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import SAFETENSORS
@@ -115,7 +116,7 @@ class VolumeCache:
     def _not_found(self, name: str, *, own: bool = False) -> LoraNotFound:
         hint = nearest(name.removesuffix(SAFETENSORS), self.shelf.names(own=own))
         hint = hint or f"The cache holds {len(self.shelf.names(own=True))} files."
-        return LoraNotFound(f"the cache in {self.shelf.root} has no file {name!r}", hint)
+        return LoraNotFound(f"the cache has no file {redact_url(name)!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
         fetch = Fetch(remote, self.shelf, self.web, self._lease, on_bytes)
@@ -137,12 +138,12 @@ class VolumeCache:
 
     def pin(self, name: str) -> None:
         """Keeps a file for ever, on all workers. Raises: LoraNotFound, SourceInvalid, CacheFull."""
-        with write_errors_as(f"{name} cannot be pinned"):
+        with write_errors_as(f"{redact_url(name)} cannot be pinned"):
             self._pin(name).touch()
 
     def unpin(self, name: str) -> None:
         """Takes a pin away, if there is one. Raises: LoraNotFound, SourceInvalid, CacheFull."""
-        with write_errors_as(f"{name} cannot be unpinned"):
+        with write_errors_as(f"{redact_url(name)} cannot be unpinned"):
             self._pin(name).unlink(missing_ok=True)
 
     def _pin(self, name: str) -> Path:
@@ -159,6 +160,6 @@ class VolumeCache:
         adapter = self.shelf.adapter(name)
         if adapter is None:
             raise self._not_found(name, own=True)
-        with write_errors_as(f"{name} cannot be deleted"):
+        with write_errors_as(f"{redact_url(name)} cannot be deleted"):
             delete(adapter)
         return adapter.weights or adapter.path

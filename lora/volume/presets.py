@@ -16,6 +16,7 @@ from typing import Any
 
 from lora.durable import published
 from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, ToolError, nearest
+from lora.fetch.redaction import redact_url
 from lora.formats.names.blocks import MAX_SCALE
 from lora.volume.lease import Lease
 from lora.volume.records import INCOMING, write_errors_as
@@ -57,7 +58,7 @@ class Presets:
         if name not in presets:
             names = sorted(presets)
             listed = f"There are: {', '.join(names[:20])}." if names else "There are none."
-            raise LoraNotFound(f"there is no preset {name!r}", nearest(name, names) or listed)
+            raise LoraNotFound(f"there is no preset {redact_url(name)!r}", nearest(name, names) or listed)
         if not isinstance(presets[name], dict):
             raise LoraCorrupt(f"{FILE}: {name} is not an object", "Mend it on the volume.")
         return dict(presets[name])
