@@ -58,7 +58,9 @@ class Presets:
         if name not in presets:
             names = sorted(presets)
             listed = f"There are: {', '.join(names[:20])}." if names else "There are none."
-            raise LoraNotFound(f"there is no preset {redact_url(name)!r}", nearest(name, names) or listed)
+            raise LoraNotFound(
+                f"there is no preset {redact_url(name)!r}", nearest(name, names) or listed
+            )
         if not isinstance(presets[name], dict):
             raise LoraCorrupt(f"{FILE}: {name} is not an object", "Mend it on the volume.")
         return dict(presets[name])

@@ -18,10 +18,11 @@ from lora.durable import part_file, replace_durably, sha256_of
 from lora.errors import LoraCorrupt, LoraError, naming
 from lora.fetch.download import Fetched, Limits
 from lora.fetch.sources import RemoteFile
+from lora.formats.apart import convert_apart
 from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
 from lora.formats.peft import config_beside
-from lora.formats.pickles import convert, looks_like_pickle
+from lora.formats.pickles import looks_like_pickle
 from lora.volume.adapters import StoredAdapter
 from lora.volume.folders import Folders
 from lora.volume.records import DAMAGED, INCOMING, Record, read_as, record_path, touch, write
@@ -141,7 +142,7 @@ class Shelf(Folders):
         path, sha256 = root / file_name(remote), fetched.sha256
         with naming(remote.shown), part_file(root / INCOMING, path.name) as converted:
             if looks_like_pickle(part):
-                convert(part, converted, self.limits.file_bytes)
+                convert_apart(part, converted, self.limits.file_bytes)
                 part, sha256 = converted, sha256_of(converted)
             read_header(part)
             before = _known(path)
