@@ -28,7 +28,7 @@ RUN --mount=type=secret,id=HF_TOKEN \
     if [ -s /run/secrets/HF_TOKEN ]; then export HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; fi; \
     python download_weights.py && HF_HUB_OFFLINE=1 python download_weights.py --check
 
-COPY handler.py schemas.py validation.py pyproject.toml ./
+COPY handler.py schemas.py entries.py validation.py pyproject.toml ./
 COPY lora/ lora/
 COPY pipelines/ pipelines/
 COPY worker/ worker/

@@ -268,18 +268,17 @@ def default_worker() -> Worker:
 
 
 def generate_image(job: Job) -> Answer:
-    """The handler function: a job in, its answer out. See `Worker.__call__`.
-
-    The first call loads the models, and raises what keeps them from loading.
-    """
+    """The handler function, as `Worker.__call__`; the first call loads the models, or raises."""
     return default_worker()(job)
 
 
 def main() -> None:
     """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input.
 
-    Raises: SystemExit with a sentence if the settings or the weights cannot be used.
-    """
+    Raises: SystemExit with a sentence if the settings or the weights cannot be used."""
+    os.environ.setdefault(
+        "RUNPOD_DEBUG_LEVEL", "INFO"
+    )  # before its import: its DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
 

@@ -5,16 +5,17 @@ Field names, defaults and meaning are those of RunPod's worker-sdxl; what is our
 
 from __future__ import annotations
 
+import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import validation
+from entries import parse_loras
 from lora.engine.stack import LoraUse, Mode
 from lora.fetch.sources import Reference
-from lora.formats.names.blocks import MAX_SCALE, parse_blocks
-from validation import NAMES_NO_LORA, InvalidInput, as_entry, faults_of, field, filled, number
+from validation import InvalidInput, faults_of, field, filled, number, understood
 
 SCHEDULERS = (
     *("PNDM", "KLMS", "DDIM", "K_EULER", "K_EULER_ANCESTRAL"),
@@ -28,48 +29,98 @@ DISTILLED, DISTILLED_STEPS = ("LCM", "TCD"), 50
 
 MAX_LORAS = 16
 
-LORA_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-"""The parts of SDXL that a LoRA can change."""
+MAX_PROMPT = 10_000
+"""Characters of a prompt. It is cut into chunks, of which `pipelines.chunks` allows so many."""
 
-_SIZE = {"minimum": 64, "maximum": 4096, "multipleOf": 8}
-_OWN_SIZE = "in pixels; null is the model's own size, 1024 for SDXL"
+MAX_AREA = 4096 * 4096
+
+_SIZE = {"minimum": 8, "maximum": 16_384, "multipleOf": 8}
+_OWN_SIZE = (
+    "in pixels; null is the model's own size, 1024 for SDXL, or follows the picture's aspect"
+)
+_PICTURE = "an http(s) URL, a data URI or base64"
 
 IMAGE_REQUEST: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "type": "object",
     "additionalProperties": False,
     "properties": {
-        "prompt": field("string|null", None, "What to draw; required unless `image_url` is given"),
-        "negative_prompt": field("string|null", None, "What not to draw"),
+        "prompt": field(
+            "string|null",
+            None,
+            "What to draw; required unless `image_url` is given. Of any length up to 10,000 characters "
+            "or 32 chunks of 75 tokens; `(word)`, `(word:1.3)`, `[word]`, `BREAK` and `<lora:name:0.8>` "
+            "as in web UIs, `\\(` for the sign itself (docs/prompts.md)",
+            maxLength=MAX_PROMPT,
+        ),
+        "negative_prompt": field(
+            "string|null", None, "What not to draw; written as `prompt` is", maxLength=MAX_PROMPT
+        ),
         "height": field("integer|null", None, f"Height {_OWN_SIZE}", **_SIZE),
         "width": field("integer|null", None, f"Width {_OWN_SIZE}", **_SIZE),
         "seed": number(
             "integer|null",
             None,
-            (0, 2**64 - 1),
-            "The same seed gives the same picture; null chooses one at random, and the answer has it",
+            (-(2**63), 2**64 - 1),
+            "The same seed gives the same picture; null or -1 chooses one at random, and the answer has it",
         ),
         "scheduler": field("string", "DDIM", "The base model's sampler", enum=list(SCHEDULERS)),
-        "num_inference_steps": number("integer", 25, (1, 500), "Denoising steps of the base model"),
+        "num_inference_steps": number(
+            "integer", 25, (1, 1000), "Denoising steps of the base model"
+        ),
         "refiner_inference_steps": number(
             "integer",
             50,
-            (1, 500),
+            (1, 1000),
             "Denoising steps of the refiner; it does the share `strength` of them",
         ),
         "guidance_scale": number(
-            "number", 7.5, (0, 100), "How strictly the base model follows the prompt"
+            "number",
+            7.5,
+            (-1000, 1000),
+            "How strictly the base model follows the prompt; up to 1 the negative prompt does not count",
         ),
         "strength": number(
-            "number", 0.3, (0, 1), "Image to image: how much of the picture is drawn anew"
+            "number|null",
+            None,
+            (0, 1),
+            "Image to image: how much of the picture is drawn anew; null is 0.3, and 1 within a mask",
         ),
         "image_url": field(
             "string|null",
             None,
-            "Picture to start from: an http(s) URL or a data URI",
-            pattern=validation.WEB_OR_DATA,
+            f"Picture to start from: {_PICTURE}. Without `width` and `height` it is drawn near the model's "
+            "size, at its own aspect (docs/pictures.md)",
+            pattern=validation.PICTURE,
+        ),
+        "mask_url": field(
+            "string|null",
+            None,
+            f"Inpainting: {_PICTURE} of a mask for `image_url`. White is drawn anew, black is kept bit "
+            "for bit",
+            pattern=validation.PICTURE,
+        ),
+        "mask_blur": number(
+            "number",
+            0,
+            (0, 256),
+            "How softly drawn and kept pixels mix at the mask's edge, in pixels",
+        ),
+        "resize_mode": field(
+            "string",
+            "cover",
+            "How `image_url` comes to `width` and `height`: `cover` cuts off what stands over, `contain` "
+            "shows all and continues the edges, `stretch` changes the aspect",
+            enum=["cover", "contain", "stretch"],
         ),
         "num_images": number("integer", 1, (1, 4), "How many pictures"),
+        "seed_mode": field(
+            "string",
+            "batch",
+            "Several pictures: `batch` draws all from one seed, as worker-sdxl; `each` draws picture i "
+            "as `seed` + i draws it alone, and the answer has `seeds`",
+            enum=["batch", "each"],
+        ),
         "high_noise_frac": number(
             "number|null",
             None,
@@ -83,6 +134,16 @@ IMAGE_REQUEST: dict[str, Any] = {
             "base and refiner at `high_noise_frac` (0.8 if null); `none` leaves the refiner out",
             enum=["img2img", "ensemble", "none"],
         ),
+        "clip_skip": number(
+            "integer|null",
+            None,
+            (1, 12),
+            "Which layer of the text encoders is used, counted from the last, which is 1, as in web UIs; "
+            "null is SDXL's own, 2 (diffusers' `clip_skip` is less by 2)",
+        ),
+        "lora_tags": field(
+            "boolean", True, "Take `<lora:name:scale>` out of prompts and add it to `loras`"
+        ),
         "loras": field(
             "array|null",
             None,
@@ -93,7 +154,7 @@ IMAGE_REQUEST: dict[str, Any] = {
             "string|array|null",
             None,
             "A preset's name, or a list of names; their LoRAs are applied with those of `loras`. "
-            "`none` turns off the worker's default preset, too",
+            "`none` or an empty text turns off the worker's default preset, too",
             items={"type": "string"},
             maxItems=MAX_LORAS,
         ),
@@ -127,57 +188,6 @@ IMAGE_REQUEST: dict[str, Any] = {
     },
 }
 
-_SCALES = {"minimum": -MAX_SCALE, "maximum": MAX_SCALE}
-
-LORA_ENTRY: dict[str, Any] = {
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["path"],
-    "properties": {
-        "path": {"type": "string", "minLength": 1, "description": "The LoRA's source"},
-        "scale": field(
-            "number|object",
-            1.0,
-            "How strongly the LoRA acts: 1 as it was trained, 0 not at all, below 0 in reverse. An "
-            "object scales each component: `unet`, `text_encoder`, `text_encoder_2` (1 if left out)",
-            **_SCALES,
-            propertyNames={"enum": list(LORA_COMPONENTS)},
-            additionalProperties={"type": "number", **_SCALES},
-        ),
-        "blocks": field(
-            "array|string|object|null",
-            None,
-            "A further factor for each block of the UNet: 12 or 20 values as in web UIs, as a list "
-            "or as text, or an object of names (`BASE`, `IN04`, `MID`, `OUT01`, `IN`, `OUT`)",
-        ),
-        "start": number(
-            "number",
-            0.0,
-            (0, 1),
-            "Fraction of the base model's denoising at which the LoRA begins to act on the UNet; on "
-            "text encoders it always acts",
-        ),
-        "end": number("number", 1.0, (0, 1), "Fraction at which it stops acting on the UNet"),
-        "weight_name": field(
-            "string|null",
-            None,
-            "Name of the file, if a Hugging Face repo or a Civitai version has several",
-        ),
-        "revision": field("string|null", None, "Branch, tag or commit of a Hugging Face repo"),
-        "sha256": field(
-            "string|null",
-            None,
-            "SHA-256 that the file must have; a file with another one is refused",
-            pattern=validation.SHA256,
-        ),
-        "refresh": field(
-            "boolean",
-            False,
-            "`true` asks the source now whether it has a newer file; see `LORA_TTL_HOURS`",
-        ),
-    },
-}
-
 
 @dataclass(frozen=True)
 class ImageRequest:
@@ -194,9 +204,15 @@ class ImageRequest:
     guidance_scale: float
     strength: float
     image_url: str | None
+    mask_url: str | None
+    mask_blur: float
+    resize_mode: str
     num_images: int
+    seed_mode: str
     high_noise_frac: float | None
     refiner_mode: str
+    clip_skip: int | None
+    lora_tags: bool
     loras: tuple[LoraUse[Reference], ...]
     lora_selection: tuple[str, ...] | None
     strict_loras: bool
@@ -213,81 +229,52 @@ def parse_job(job: object) -> ImageRequest:
     """The job's request. Raises: InvalidInput, with every fault at once, each with its path."""
     if not isinstance(job, Mapping):
         raise InvalidInput.of(["the job is not an object"])
-    values = job.get("input")
-    if not isinstance(values, Mapping):
+    given = job.get("input")
+    if not isinstance(given, Mapping):
         raise InvalidInput.of(["input is not an object"])
-    faults = list(faults_of(IMAGE_REQUEST, values, ""))
-    if not values.get("prompt") and not values.get("image_url"):
-        faults.append("prompt is required (unless image_url is given)")
-    name, steps = values.get("scheduler"), values.get("num_inference_steps")
-    if name in DISTILLED and isinstance(steps, (int, float)) and steps > DISTILLED_STEPS:
-        faults.append(f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}")
-    strict = bool(values.get("strict_loras"))
+    values, renames, faults = understood(IMAGE_REQUEST, given, "")
+    faults += [*faults_of(IMAGE_REQUEST, values, ""), *_contradictions(values)]
+    strict = values.get("strict_loras") is True
     loras = parse_loras(values.get("loras"), values.get("lora_mode"), strict=strict)
     if faults := [*faults, *loras.faults]:
         raise InvalidInput.of(faults)
     chosen = filled(IMAGE_REQUEST, values)
-    chosen["prompt"] = chosen["prompt"] or ""
     selected = chosen["lora_selection"]
     if selected is not None:
         chosen["lora_selection"] = (selected,) if isinstance(selected, str) else tuple(selected)
-    if chosen["seed"] is None:
-        chosen["seed"] = secrets.randbits(32)
-    return ImageRequest(**{**chosen, "loras": loras.uses, "warnings": loras.warnings})
-
-
-class ParsedLoras(NamedTuple):
-    """What a list of LoRAs means, and what is wrong with it."""
-
-    uses: tuple[LoraUse[Reference], ...]
-    warnings: tuple[str, ...]
-    """One sentence for each alias of a field, and for each entry that names no LoRA and was skipped."""
-    faults: tuple[str, ...]
-
-
-def parse_loras(entries: object, lora_mode: object = None, *, strict: bool = True) -> ParsedLoras:
-    """The entries of a job's or a preset's `loras`; a value that is no list has none.
-
-    With `strict`, an entry that names no LoRA is a fault, otherwise it is skipped with a warning.
-    """
-    uses: list[LoraUse[Reference]] = []
-    warnings, skipped, faults = list[str](), list[str](), list[str]()
-    for index, given in enumerate(entries if isinstance(entries, list) else []):
-        where = f"loras[{index}]"
-        entry, renames, broken = as_entry(given, LORA_ENTRY, f"{where}.")
-        warnings, faults = warnings + renames, faults + broken
-        if not entry and not broken:
-            skipped.append(f"{where} {NAMES_NO_LORA}")
-        elif not broken:
-            try:
-                uses.append(_lora(filled(LORA_ENTRY, entry)))
-            except ValueError as error:
-                faults.append(f"{where}.{error}")
-    if lora_mode == Mode.MERGED and any(use.ranged for use in uses):
-        faults.insert(0, "lora_mode: a LoRA with start or end cannot be merged")
-    if strict:
-        faults += skipped
-    else:
-        warnings += [f"{sentence} and was skipped" for sentence in skipped]
-    return ParsedLoras(tuple(uses), tuple(warnings), tuple(faults))
-
-
-def _lora(values: dict[str, Any]) -> LoraUse[Reference]:
-    """An entry that fits the schema. Raises: ValueError, with the field's name first."""
-    scale, blocks = values.pop("scale"), values.pop("blocks")
-    start, end = float(values.pop("start")), float(values.pop("end"))
-    if start >= end:
-        raise ValueError("start is not before end")
-    try:
-        factors = {} if blocks is None else parse_blocks(blocks)
-    except ValueError as error:
-        raise ValueError(f"blocks: {error}") from None
-    whole = not isinstance(scale, Mapping)
-    return LoraUse(
-        Reference(**values),
-        scale=float(scale) if whole else 1.0,
-        components={} if whole else {name: float(one) for name, one in scale.items()},
-        blocks=factors,
-        start=start,
-        end=end,
+    if chosen["strength"] is None:
+        chosen["strength"] = 1.0 if chosen["mask_url"] else 0.3
+    seed = chosen["seed"]
+    return ImageRequest(
+        **{
+            **chosen,
+            "prompt": chosen["prompt"] or "",
+            "seed": secrets.randbits(32) if seed in (None, -1) else seed % 2**64,
+            "loras": loras.uses,
+            "warnings": (*renames, *_idle(values), *loras.warnings),
+        }
     )
+
+
+def _idle(values: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each field that has nothing to do in this request."""
+    if values.get("mask_blur") and not values.get("mask_url"):
+        yield "mask_blur does nothing without mask_url"
+    sized = values.get("width") or values.get("height")
+    if "resize_mode" in values and not (sized and values.get("image_url")):
+        yield "resize_mode does nothing without image_url and one of width and height"
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong between the fields of a request, each of which may be wrong itself."""
+    if not values.get("prompt") and not values.get("image_url"):
+        yield "prompt is required (unless image_url is given)"
+    if values.get("mask_url") and not values.get("image_url"):
+        yield "mask_url needs the picture that the mask is for, as image_url"
+    width, height = values.get("width"), values.get("height")
+    sides = [side for side in (width, height) if isinstance(side, (int, float))]
+    if len(sides) == 2 and math.prod(sides) > MAX_AREA:
+        yield f"width and height: {width} x {height} is more than {MAX_AREA / 1e6:.1f} megapixels"
+    name, steps = values.get("scheduler"), values.get("num_inference_steps")
+    if name in DISTILLED and isinstance(steps, (int, float)) and steps > DISTILLED_STEPS:
+        yield f"num_inference_steps: {name} takes at most {DISTILLED_STEPS}"

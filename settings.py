@@ -65,7 +65,8 @@ class Settings:
         "job's drawing does not count", minimum=0)
     lora_cache_dir: Path = _setting("LORA_CACHE_DIR", Path("/models/loras"),
         "Folder of the LoRA cache; on RunPod a folder of the network volume, such as "
-        "/runpod-volume/loras")
+        "/runpod-volume/loras. Without a volume there, every answer warns that LoRAs are lost when the "
+        "worker stops")
     lora_cache_max_gb: float = _setting("LORA_CACHE_MAX_GB", 0.0,
         "Most GB that downloaded LoRAs may take; those used least recently are removed first; 0 sets no "
         "limit", minimum=0)
@@ -111,17 +112,27 @@ class Settings:
     hf_token: str = _setting("HF_TOKEN", "", "Hugging Face token for gated and private repos",
         secret=True, token=True)
     hf_endpoint: str = _setting("HF_ENDPOINT", "", "Address of another hub with Hugging Face's API")
-    civitai_token: str = _setting("CIVITAI_TOKEN", "", "Civitai token for models that need a login",
+    civitai_token: str = _setting("CIVITAI_TOKEN", "",
+        "Civitai token for models that need a login; the `token` in a request's own link comes first",
         secret=True, token=True)
     civitai_endpoint: str = _setting("CIVITAI_ENDPOINT", "",
         "Address of another server with Civitai's API")
     bucket_endpoint_url: str = _setting("BUCKET_ENDPOINT_URL", "",
-        "S3 endpoint; if it is set, pictures are uploaded there and the answer has their URLs")
+        "S3 endpoint, in any of the forms in which its store writes it; if it is set, pictures are uploaded "
+        "there and the answer has their URLs, which are valid for a week")
     bucket_name: str = _setting("BUCKET_NAME", "",
-        "S3 bucket for the pictures; if it is empty, the bucket is named for the month, such as `11-26`")
+        "S3 bucket for the pictures; if it is empty, the one that the endpoint names, else the bucket that "
+        "is named for the month, such as `11-26`")
     bucket_access_key_id: str = _setting("BUCKET_ACCESS_KEY_ID", "", "S3 access key id", secret=True)
     bucket_secret_access_key: str = _setting("BUCKET_SECRET_ACCESS_KEY", "", "S3 secret access key",
         secret=True)
+    bucket_region: str = _setting("BUCKET_REGION", "",
+        "The bucket's region; if empty, as the endpoint says, and then as the store says")
+    bucket_prefix: str = _setting("BUCKET_PREFIX", "",
+        "What each picture's key begins with, such as `pictures/2026`")
+    bucket_addressing: str = _setting("BUCKET_ADDRESSING", "auto",
+        "Where the bucket stands in URLs: `path` after the host, `virtual` in the host's name; `auto` as the "
+        "endpoint shows it, or as its store wants it", options=("auto", "path", "virtual"))
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -12,17 +12,44 @@ from jsonschema.exceptions import ValidationError
 
 from lora.errors import CodedError, nearest
 
-WEB_OR_DATA, SHA256 = "^(https?://|data:image/)", "^[0-9a-fA-F]{64}$"
+PICTURE = r"(?i)^\s*(https?://|data:|[\w+/=\s-]{64,}$)"
+SHA256 = "^[0-9a-fA-F]{64}$"
 
 PATTERNS: Mapping[str, str] = {
-    WEB_OR_DATA: "an http(s) URL or a data:image/ URI",
+    PICTURE: "an http(s) URL, a data URI or base64",
     SHA256: "64 hexadecimal digits",
 }
 """Every pattern that a schema of ours uses, in words."""
 
+ALIASES = {
+    "path": ("url", "name", "file", "lora"),
+    "scale": ("strength", "weight"),
+    "num_inference_steps": ("steps", "num_steps"),
+    "guidance_scale": ("cfg_scale", "cfg", "guidance"),
+    "scheduler": ("sampler", "sampler_name"),
+    "num_images": ("num_outputs", "num_images_per_prompt", "batch_size", "n"),
+    "image_url": ("image", "init_image", "input_image"),
+    "mask_url": ("mask", "mask_image"),
+    "strength": ("denoising_strength", "prompt_strength"),
+}
+"""What other programs call the fields of a request and of a LoRA's entry."""
 
-ALIASES = {"path": ("url", "name", "file", "lora"), "scale": ("strength", "weight")}
-"""What other programs call the fields of a LoRA's entry."""
+SPELLINGS = {
+    "jpg": "jpeg",
+    "euler": "keuler",
+    "eulera": "keulerancestral",
+    "eulerancestral": "keulerancestral",
+    "lms": "klms",
+}
+"""What other programs call the values of a field, without case and separators."""
+
+TEXTS = ("prompt", "negative_prompt", "lora_selection")
+"""The fields in which blank text is a value of its own."""
+
+TRUTHS = {"true": True, "1": True, "false": False, "0": False}
+
+NUMBER = re.compile(r"[+-]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[+-]?\d{1,4})?", re.ASCII)
+"""A number as text."""
 
 Checked = tuple[dict[str, Any], list[str], list[str]]
 """An object's values, warnings, faults."""
@@ -66,16 +93,63 @@ def filled(schema: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, An
 
 
 def renamed(schema: Mapping[str, Any], values: Mapping[str, Any], where: str) -> Checked:
-    """The values with aliases replaced by the right names, each with a warning; two names are a fault."""
-    right, warnings, faults = dict(values), [], []
-    for name in filter(ALIASES.__contains__, schema["properties"]):
-        for alias in filter(values.__contains__, ALIASES[name]):
-            if name in right:
-                faults.append(f"{where}{alias} means {name}, which is given too")
-            else:
-                warnings.append(f"{where}{alias} was taken as {name}")
-            right.setdefault(name, right.pop(alias))
+    """The values under their right names: aliases, camelCase and the like are replaced, each with a warning.
+
+    Two names of one field are a fault.
+    """
+    names = schema["properties"]
+    meant = {_squashed(alias): name for name in names for alias in ALIASES.get(name, ())}
+    meant |= {_squashed(name): name for name in names}
+    right = {name: value for name, value in values.items() if name in names}
+    warnings, faults = list[str](), list[str]()
+    for given in (given for given in values if given not in names):
+        name = meant.get(_squashed(str(given)), given)
+        if name in right:
+            faults.append(f"{where}{given} means {name}, which is given too")
+        elif name != given:
+            warnings.append(f"{where}{given} was taken as {name}")
+        right.setdefault(name, values[given])
     return right, warnings, faults
+
+
+def understood(schema: Mapping[str, Any], values: Mapping[str, Any], where: str) -> Checked:
+    """The values as the schema means them, from the shapes in which clients send them.
+
+    Null, and blank text where none is wanted, are as good as not given. Text may stand for a number, for
+    true and false, and for one of a list's values in another spelling; a single value for a list of it.
+    What does not fit stays, for `faults_of` to tell. Names are as in `renamed`.
+    """
+    there = {name: value for name, value in values.items() if value is not None}
+    right, warnings, faults = renamed(schema, there, where)
+    rules = schema["properties"]
+    meant = {
+        name: _as_meant(rules[name], value) if name in rules else value
+        for name, value in right.items()
+        if name in TEXTS or not (isinstance(value, str) and not value.strip())
+    }
+    return meant, warnings, faults
+
+
+def _as_meant(rule: Mapping[str, Any], value: Any) -> Any:
+    types = rule["type"] if isinstance(rule["type"], list) else [rule["type"]]
+    if isinstance(value, str) and "enum" in rule:
+        options = {_squashed(option): option for option in rule["enum"] if option}
+        return options.get(SPELLINGS.get(_squashed(value), _squashed(value)), value)
+    if "string" in types:
+        return value
+    written = str(value).strip().lower() if isinstance(value, (str, int)) else ""
+    if "boolean" in types:
+        return TRUTHS.get(written, value)
+    if isinstance(value, str) and {"integer", "number"} & {*types} and NUMBER.fullmatch(written):
+        return int(written) if written.lstrip("+-").isdigit() else float(written)
+    if isinstance(value, (str, Mapping)) and "array" in types:
+        return [value]
+    return value
+
+
+def _squashed(text: str) -> str:
+    """Text without its case, and without what separates words."""
+    return re.sub(r"[\s_-]", "", text).lower()
 
 
 def faults_of(schema: dict[str, Any], values: Mapping[str, Any], where: str) -> Iterator[str]:
@@ -112,7 +186,7 @@ def _words(error: ValidationError, schema: Mapping[str, Any], where: str) -> Ite
     if error.validator == "additionalProperties":
         for extra in sorted(str(k) for k in error.instance if k not in schema["properties"]):
             hint = nearest(extra, schema["properties"]).rstrip("?")
-            yield f"{where}{extra} is not a field" + (f" ({_lower(hint)}?)" if hint else "")
+            yield f"{where}{extra} is not a field ({f'{_lower(hint)}?' if hint else 'leave it out'})"
         return
     say = _SENTENCES.get(str(error.validator))
     yield f"{name}: {say(value, limit) if say else error.message}"
@@ -123,8 +197,11 @@ _SENTENCES: Mapping[str, Callable[[str, Any], str]] = {
     "enum": lambda value, limit: f"{value} is none of {', '.join(filter(None, limit))}",
     "minimum": lambda value, limit: f"{value} is less than {limit}",
     "maximum": lambda value, limit: f"{value} is more than {limit}",
-    "multipleOf": lambda value, limit: f"{value} is not a multiple of {limit}",
+    "multipleOf": lambda value, limit: (
+        f"{value} is not a multiple of {limit}{_around(value, limit)}"
+    ),
     "maxItems": lambda value, limit: f"more than {limit} entries",
+    "maxLength": lambda value, limit: f"the text is longer than {limit} characters",
     "pattern": lambda value, limit: f"{value} does not look right ({PATTERNS[limit]})",
 }
 
@@ -134,6 +211,14 @@ def _kinds(types: object) -> str:
     return " or ".join(
         f"an {n}" if n[0] in "aio" else n if n == "null" else f"a {n}" for n in names
     )
+
+
+def _around(value: str, step: int) -> str:
+    """The multiples of `step` below and above a whole number, in words."""
+    if not re.fullmatch(r"\d{1,9}", value):
+        return ""
+    below = int(value) // step * step
+    return f" (send {below} or {below + step})" if below else f" (send {step})"
 
 
 def _lower(text: str) -> str:
@@ -148,15 +233,3 @@ def _short(value: object) -> str:
         return repr(value)
     kinds = {"str": "the text", "list": "the list", "dict": "the object"}
     return kinds.get(type(value).__name__, "the value")
-
-
-NAMES_NO_LORA = "names no LoRA (a string or an object with path)"
-
-
-def as_entry(given: object, schema: dict[str, Any], where: str) -> Checked:
-    """An entry of `loras` as an object with `path`; an empty one if it names no LoRA."""
-    entry = {"path": given} if isinstance(given, str) else given
-    values, warnings, faults = renamed(schema, entry if isinstance(entry, Mapping) else {}, where)
-    if not values.get("path"):
-        return {}, [], faults
-    return values, warnings, [*faults, *faults_of(schema, values, where)]

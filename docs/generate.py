@@ -14,8 +14,9 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import handler  # noqa: F401 - with it, every class of error is there
+from entries import LORA_ENTRY
 from lora.errors import CodedError
-from schemas import IMAGE_REQUEST, LORA_ENTRY
+from schemas import IMAGE_REQUEST
 from settings import Settings
 from validation import PATTERNS
 from worker.actions import Actions

@@ -29,8 +29,11 @@ COMMANDS: Mapping[str, Command] = {
     "cache": cache,
 }
 
-GENERATE = "draw pictures with LoRAs into a folder, as the worker does"
-"""The summary of `generate`: the one command that belongs to the worker and not to the library."""
+OF_WORKER: Mapping[str, tuple[str, str]] = {
+    "generate": ("worker.generate", "draw pictures with LoRAs into a folder, as the worker does"),
+    "parameters": ("worker.read_parameters", "tell the request that a picture was drawn with"),
+}
+"""The commands that belong to the worker and not to the library: each one's module and summary."""
 
 PROGRAM = "python -m lora"
 
@@ -41,10 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the command line says. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        commands = {
-            **COMMANDS,
-            **({"generate": _generate()} if "generate" in arguments[:1] else {}),
-        }
+        named = [name for name in arguments[:1] if name in OF_WORKER]
+        commands = {**COMMANDS, **{name: _of_worker(name) for name in named}}
         options = _parser(commands).parse_args(arguments)
         command = commands[options.command]
         with redirect_stdout(sys.stderr):  # whatever a library prints: stdout is the result's
@@ -66,15 +67,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if faults else 0
 
 
-def _generate() -> Command:
+def _of_worker(name: str) -> Command:
     """The worker's module. Raises: ToolError where its code is not."""
+    module, _ = OF_WORKER[name]
     try:
-        return cast(Command, import_module("worker.generate"))
+        return cast(Command, import_module(module))
     except ModuleNotFoundError as error:
-        if error.name not in ("worker", "worker.generate"):
+        if error.name not in ("worker", module):
             raise
-        hint = "Call `python -m lora generate` in the worker's own folder."
-        raise ToolError("`generate` draws with the worker, whose code is not here", hint) from error
+        hint = f"Call `python -m lora {name}` in the worker's own folder."
+        raise ToolError(f"`{name}` works with the worker, whose code is not here", hint) from error
 
 
 def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
@@ -86,7 +88,7 @@ def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
     parser.set_defaults(json=False)
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in commands.items():
-        summary = GENERATE if name == "generate" else command.SUMMARY
+        summary = OF_WORKER[name][1] if name in OF_WORKER else command.SUMMARY
         subparser = parsers.add_parser(
             name,
             help=summary,
@@ -96,8 +98,8 @@ def _parser(commands: Mapping[str, Command]) -> argparse.ArgumentParser:
         )
         command.add_arguments(subparser)
         add_json(subparser)
-    if "generate" not in commands:
-        parsers.add_parser("generate", help=GENERATE)
+    for name in (name for name in OF_WORKER if name not in commands):
+        parsers.add_parser(name, help=OF_WORKER[name][1])
     return parser
 
 

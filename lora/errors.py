@@ -86,6 +86,11 @@ class DownloadFailed(LoraError):
 
     code = "LORA_DOWNLOAD_FAILED"
 
+    def __init__(self, sentence: str, hint: str = "", after: float | None = None) -> None:
+        """`after`: the seconds that the source asks to wait, if it says so."""
+        self.after = after
+        super().__init__(sentence, hint)
+
 
 class LoraTooLarge(LoraError):
     """The file is over the size that this worker takes."""

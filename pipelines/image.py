@@ -5,33 +5,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from torch import nn
 
 from lora.formats.embeddings import TokenEmbedding
+from pipelines.chunks import Measured, measure
+from pipelines.inpainting import Masked, inpaint_options, inpaint_pipeline, whole_mask
 from pipelines.loading import LoadedModels
 from pipelines.preview import LatentColours, LatentWatch
+from pipelines.prompts import encode
 from pipelines.routes import Route
 from pipelines.schedulers import make_scheduler
+from pipelines.timings import Timings
 from pipelines.tokens import added_tokens
 from schemas import ImageRequest
 
 ENSEMBLE_FRACTION = 0.8
 """Where the refiner takes over in an ensemble if the request does not say: SDXL's own default."""
-
-ENCODED = (
-    "prompt_embeds",
-    "negative_prompt_embeds",
-    "pooled_prompt_embeds",
-    "negative_pooled_prompt_embeds",
-)
-"""What `encode_prompt` returns, under the names that the pipeline's call takes."""
 
 Preview = Callable[[], Image.Image | None]
 """Makes a small picture of the denoising's present state; costs nothing unless it is called."""
@@ -39,26 +35,6 @@ Preview = Callable[[], Image.Image | None]
 StepCallback = Callable[[int, int, Preview], None]
 """Called after each denoising step with the steps done, the steps in all, and a preview. The preview works
 within that call only, and returns None unless the request has `preview`."""
-
-
-@dataclass
-class Timings:
-    """Seconds by phase of one job; a phase that is entered twice adds up."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, phase: str, seconds: float) -> None:
-        """Adds to a phase."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
-    @contextmanager
-    def measure(self, phase: str) -> Iterator[None]:
-        """Adds the time of the block to a phase, however it is left."""
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(phase, time.perf_counter() - begun)
 
 
 class ImagePipeline:
@@ -76,12 +52,20 @@ class ImagePipeline:
             add_watermarker=False,
         )
         self._base_image.set_progress_bar_config(disable=True)
+        self._inpaint = inpaint_pipeline(models.base)
+        self._fills_masks = models.base.unet.config.in_channels == 9
+        """Whether the model was trained for inpainting: then it draws everything within a mask."""
 
     @property
     def components(self) -> Mapping[str, nn.Module]:
         """What a LoRA may change: the base model's UNet and text encoders."""
         names = ("unet", "text_encoder", "text_encoder_2")
         return {name: getattr(self._base, name) for name in names if getattr(self._base, name)}
+
+    @property
+    def _of_base(self) -> tuple[Any, ...]:
+        """The pipelines that share the base model's networks."""
+        return self._base, self._base_image, self._inpaint
 
     @property
     def default_size(self) -> int:
@@ -96,50 +80,66 @@ class ImagePipeline:
         self, embeddings: Sequence[TokenEmbedding]
     ) -> AbstractContextManager[tuple[str, ...]]:
         """The words of `embeddings` work in prompts within the block; yields warnings. See `added_tokens`."""
-        pipelines = [one for one in (self._base, self._base_image, self._refiner) if one]
+        pipelines = [one for one in (*self._of_base, self._refiner) if one]
         return added_tokens(pipelines, embeddings)
+
+    def measure(self, request: ImageRequest, embeddings: Sequence[TokenEmbedding]) -> Measured:
+        """How the base model will read the request's prompts. See `pipelines.chunks.measure`."""
+        return measure(self._base, request, embeddings)
 
     def generate(
         self,
         request: ImageRequest,
         route: Route,
-        picture: Image.Image | None,
+        start: Image.Image | Masked | None,
         timings: Timings,
         on_step: StepCallback = lambda done, total, preview: None,
     ) -> list[Image.Image]:
         """Draws the request: `num_images` RGB pictures.
 
-        `picture` is what `image_url` held, for the two image routes. The same request and seed give the
-        same pixels, whatever was drawn before. Adds encode_prompt, denoise and decode to `timings`.
+        `start` is what the two image routes start from, and the picture with its mask for inpainting, which
+        gives back every pixel that the mask keeps, bit for bit. The same request and seed give the same
+        pixels, whatever was drawn before. Adds encode_prompt, denoise and decode to `timings`.
         """
         generator = torch.Generator(self.device).manual_seed(request.seed)
         colours = self._colours if request.preview else None
         draw = _Drawing(request, generator, timings, on_step, colours)
         with self._as_they_were(request, route):
             if route is Route.REFINER_IMAGE:
-                return self._refine(draw, image=picture)
-            if route is Route.BASE_IMAGE:
+                return self._refine(draw, image=start)
+            if isinstance(start, Masked):
+                return start.with_drawn(self._within(draw, start))
+            if start is not None and self._fills_masks:
+                return self._within(draw, whole_mask(start))
+            if start is not None:
                 return draw.run(
                     self._base_image,
                     **self._base_options(request),
-                    image=picture,
+                    image=start,
                     strength=request.strength,
                 )
             if route is Route.BASE:
-                return draw.run(self._base, **self._base_options(request), **self._size(request))
+                return self._from_text(draw)
             return self._base_then_refiner(draw, route)
+
+    def _within(self, draw: _Drawing, masked: Masked) -> list[Image.Image]:
+        options = inpaint_options(masked, draw.request.strength)
+        return draw.run(self._inpaint, **self._base_options(draw.request), **options)
+
+    def _from_text(self, draw: _Drawing, **options: Any) -> Any:
+        """The base model from pure noise; one that fills masks is given one that leaves nothing."""
+        size = self._size(draw.request)
+        pipeline, started = self._base, size
+        if self._fills_masks:
+            nothing = Image.new("RGB", (size["width"], size["height"]), "grey")
+            pipeline, started = self._inpaint, inpaint_options(whole_mask(nothing), 1.0)
+        return draw.run(pipeline, **self._base_options(draw.request), **started, **options)
 
     def _base_then_refiner(self, draw: _Drawing, route: Route) -> list[Image.Image]:
         request, split = draw.request, draw.request.high_noise_frac
         if route is Route.ENSEMBLE and split is None:
             split = ENSEMBLE_FRACTION
-        latents = draw.run(
-            self._base,
-            **self._base_options(request),
-            **self._size(request),
-            denoising_end=split,
-            output_type="latent",
-        )
+        latents = self._from_text(draw, denoising_end=split, output_type="latent")
         if route is Route.ENSEMBLE:
             return draw.run(
                 self._refiner,
@@ -196,7 +196,7 @@ class ImagePipeline:
         vaes = {
             pipeline.vae: pipeline.vae.dtype for pipeline in (self._base, self._refiner) if pipeline
         }
-        chosen = [self._base, self._base_image]
+        chosen = [*self._of_base]
         if route is Route.ENSEMBLE:  # both halves of one denoising must count alike
             chosen.append(self._refiner)
         own = [pipeline.scheduler for pipeline in chosen]
@@ -225,7 +225,7 @@ class _Drawing:
 
     def run(
         self,
-        pipeline: StableDiffusionXLPipeline | StableDiffusionXLImg2ImgPipeline,
+        pipeline: Any,
         *,
         negative_prompt: str | None,
         guidance_scale: float,
@@ -233,10 +233,16 @@ class _Drawing:
     ) -> Any:
         """One call of a pipeline, timed by phase. Returns its images, or latents if so asked.
 
-        The prompt is encoded first and on its own; diffusers does the same inside the call.
+        The prompt is encoded first and on its own: of any length, and with its weights.
         """
-        with self.timings.measure("encode_prompt"), torch.no_grad():
-            conditions = self._encode(pipeline, negative_prompt, guidance_scale)
+        with self.timings.measure("encode_prompt"):
+            conditions = encode(
+                pipeline,
+                self.request.prompt,
+                negative_prompt,
+                guided=guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None,
+                clip_skip=self.request.clip_skip,
+            )
         begun = time.perf_counter()
         denoised = begun
         watch = LatentWatch(pipeline.scheduler)
@@ -255,7 +261,7 @@ class _Drawing:
 
         with watch if self.colours else nullcontext():
             images = pipeline(
-                **conditions,
+                **conditions._asdict(),
                 **options,
                 guidance_scale=guidance_scale,
                 num_images_per_prompt=self.request.num_images,
@@ -265,16 +271,3 @@ class _Drawing:
         self.timings.add("denoise", denoised - begun)
         self.timings.add("decode", time.perf_counter() - denoised)
         return images
-
-    def _encode(
-        self, pipeline: Any, negative_prompt: str | None, guidance_scale: float
-    ) -> dict[str, Any]:
-        """The prompt as the pipeline's call takes it."""
-        guided = guidance_scale > 1 and pipeline.unet.config.time_cond_proj_dim is None
-        encoded = pipeline.encode_prompt(
-            prompt=self.request.prompt,
-            negative_prompt=negative_prompt,
-            device=pipeline._execution_device,
-            do_classifier_free_guidance=guided,
-        )
-        return dict(zip(ENCODED, encoded, strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -11,7 +12,9 @@ from diffusers import (
     DiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
+from safetensors import safe_open
 
 from pipelines.weights import check, find_weights
 from settings import STOCK_MODEL, Settings
@@ -59,10 +62,19 @@ def _load(
     pipeline: type[AnyPipeline], source: str, dtype: torch.dtype, vae: AutoencoderKL | None
 ) -> AnyPipeline:
     path = find_weights(source)
-    parts = {"vae": vae} if vae is not None else {}
+    parts: dict[str, Any] = {"vae": vae} if vae is not None else {}
     if path.is_file():
         # A single checkpoint holds no configs; SDXL's own are baked into the image.
         config = str(find_weights(STOCK_MODEL))
+        if (channels := _input_channels(path)) != 4:
+            parts["unet"] = UNet2DConditionModel.from_single_file(
+                str(path),
+                config=config,
+                subfolder="unet",
+                in_channels=channels,
+                dtype=dtype,
+                local_files_only=True,
+            )
         return pipeline.from_single_file(
             str(path), config=config, dtype=dtype, local_files_only=True, **parts
         )
@@ -77,6 +89,13 @@ def _load(
         local_files_only=True,
         **parts,
     )
+
+
+def _input_channels(checkpoint: Path) -> int:
+    """How many channels the UNet of a single checkpoint takes: 9 if it was trained for inpainting."""
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    with safe_open(checkpoint, framework="np") as file:
+        return int(file.get_slice(first).get_shape()[1]) if first in file.keys() else 4  # noqa: SIM118
 
 
 def _device(name: str) -> str:

@@ -16,6 +16,7 @@ class Route(Enum):
     ENSEMBLE = "base, then refiner, one denoising split in two"
     REFINER_IMAGE = "refiner alone, on the given picture (as worker-sdxl)"
     BASE_IMAGE = "base alone, on the given picture"
+    INPAINT = "base alone, within the mask of the given picture"
 
     @property
     def runs(self) -> int:
@@ -29,7 +30,11 @@ def choose_route(request: ImageRequest, *, has_refiner: bool) -> tuple[Route, li
     Raises: InvalidInput where `strength` leaves image to image without a step.
     """
     warnings: list[str] = []
-    if request.image_url and has_refiner and not request.loras and request.refiner_mode != "none":
+    if request.mask_url:
+        route = Route.INPAINT
+        if has_refiner and request.refiner_mode != "none":
+            warnings.append("mask_url: the base model draws within it, without the refiner")
+    elif request.image_url and has_refiner and not request.loras and request.refiner_mode != "none":
         route = Route.REFINER_IMAGE
     elif request.image_url:
         route = Route.BASE_IMAGE
@@ -61,6 +66,7 @@ def _check_steps(request: ImageRequest, route: Route) -> None:
         Route.REFINED: ("refiner_inference_steps", request.refiner_inference_steps),
         Route.REFINER_IMAGE: ("refiner_inference_steps", request.refiner_inference_steps),
         Route.BASE_IMAGE: ("num_inference_steps", request.num_inference_steps),
+        Route.INPAINT: ("num_inference_steps", request.num_inference_steps),
     }
     name, steps = by_route.get(route, ("", 1))
     if name and int(steps * request.strength) < 1:

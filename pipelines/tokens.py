@@ -1,22 +1,19 @@
 """New prompt words while a block runs: textual inversion that leaves the model untouched.
 
 Each vector of an embedding gets an id beyond the vocabulary. While the block runs, stand-ins replace the
-pipelines' tokenizers and write these ids where the prompt has the word. Two `forward` methods of each text
+pipelines' tokenizers and tell these ids to whoever encodes the prompt. Two `forward` methods of each text
 encoder are shadowed on the instance: the encoder's own, which hides the new ids, and its token table's, which
 returns the new vectors in their place.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import BatchEncoding
 
 from lora.errors import LoraIncompatible
 from lora.formats.embeddings import TokenEmbedding
@@ -65,6 +62,15 @@ def added_tokens(
                 # Not by setattr: diffusers would write the stand-in's class into the pipeline's config.
                 _replace(undo, pipeline, name, tokenizer)
         yield warnings
+
+
+def lengths(embeddings: Sequence[TokenEmbedding]) -> dict[str, dict[str, range]]:
+    """Component -> word -> as many numbers as it has vectors, to count with before the words are added."""
+    vectors, _ = _first_of_each(embeddings)
+    return {
+        component: {word: range(len(rows)) for word, rows in words.items()}
+        for component, words in vectors.items()
+    }
 
 
 def _first_of_each(
@@ -148,80 +154,25 @@ class _Reader:
         return torch.where((new >= 0)[..., None], vectors, out)
 
 
-def _bounded(word: str) -> str:
-    """A pattern for the word alone, without a letter or digit beside it: `party` does not match `art`."""
-    before = r"(?<!\w)" if re.match(r"\w", word) else ""
-    after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return f"{before}{re.escape(word)}{after}"
-
-
 class WordTokenizer:
-    """A CLIP tokenizer with more words; everything else is passed on to the original.
+    """A tokenizer of CLIP that has more words; everything else is passed on to the original.
 
-    It splits the prompt at the words, lets the original tokenize the text between them, and joins the ids,
-    as a tokenizer with added words does. A copy of the tokenizer with the words added would need no class,
-    but copying CLIP's 49,408 tokens takes 475 ms (220 ms through its JSON) for each tokenizer, and a word
-    that is a token already (`cat`) would keep its old id there. Entering a block with four words takes
-    0.2 ms this way. A prompt without the words goes to the original unchanged.
+    `pipelines.chunks` looks for the words first. A copy of the tokenizer with the words added would need no
+    class, but copying CLIP's 49,408 tokens takes 475 ms (220 ms through its JSON) for each tokenizer, and a
+    word that is a token already (`cat`) would keep its old id there.
     """
 
-    def __init__(self, tokenizer: Any, ids: Mapping[str, Sequence[int]]) -> None:
-        """`ids`: word -> its ids. The tokenizer is not changed."""
+    def __init__(self, tokenizer: Any, added: Mapping[str, Sequence[int]]) -> None:
+        """The tokenizer is not changed."""
         self._tokenizer = tokenizer
-        self._ids = ids
-        self._word_of = {number: word for word, numbers in ids.items() for number in numbers}
-        longest_first = sorted(ids, key=len, reverse=True)
-        self._words = re.compile(f"({'|'.join(map(_bounded, longest_first))})")
+        self.added = added
+        """Word -> its ids."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "_tokenizer":  # during a copy there is no original yet
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
-    def __call__(
-        self,
-        text: str | list[str],
-        *,
-        padding: str,
-        return_tensors: str,
-        truncation: bool = False,
-        max_length: int | None = None,
-    ) -> BatchEncoding:
-        """`input_ids` [prompts, length], for the options that diffusers gives.
-
-        Truncation cuts at the limit, within a word of several vectors too, and keeps the end token.
-        """
-        texts = [text] if isinstance(text, str) else text
-        if not any(map(self._words.search, texts)):
-            return self._tokenizer(
-                text,
-                padding=padding,
-                return_tensors=return_tensors,
-                truncation=truncation,
-                max_length=max_length,
-            )
-        limit = max_length or self._tokenizer.model_max_length
-        rows = [self._row(one, limit if truncation else None) for one in texts]
-        length = limit if padding == "max_length" else max(map(len, rows))
-        pad = self._tokenizer.pad_token_id
-        padded = [row + [pad] * (length - len(row)) for row in rows]
-        return BatchEncoding({"input_ids": padded}, tensor_type=return_tensors)
-
-    def _row(self, text: str, limit: int | None) -> list[int]:
-        ids: list[int] = []
-        for piece in filter(None, self._words.split(text)):
-            if piece in self._ids:
-                ids += self._ids[piece]
-            else:
-                ids += self._tokenizer(piece, add_special_tokens=False).input_ids
-        if limit is not None:
-            ids = ids[: limit - 2]
-        return [self._tokenizer.bos_token_id, *ids, self._tokenizer.eos_token_id]
-
-    def batch_decode(self, ids: Tensor) -> list[str]:
-        """The text of each row, for a warning; a word with several vectors appears once."""
-        return [" ".join(self._texts(row)) for row in ids.tolist()]
-
-    def _texts(self, row: list[int]) -> Iterator[str]:
-        for word, run in groupby(row, self._word_of.get):
-            yield self._tokenizer.decode(list(run)) if word is None else word
+    def __call__(self, text: str, **options: Any) -> Any:
+        """What the original makes of a text, which has none of the words."""
+        return self._tokenizer(text, **options)

@@ -210,7 +210,7 @@ class LoopbackServer:
             self.serve_json(f"/api/models/{repo}/tree/{revision}", tree)
 
     def serve_bucket(self, name: str) -> str:
-        """Takes every PUT below `/name/`, as an S3 store does; returns the store's endpoint."""
+        """Keeps what is PUT below `/name/`, as an S3 store does; returns the store's endpoint."""
         self._buckets.add(name)
         return self.address
 
@@ -232,6 +232,8 @@ class LoopbackServer:
         if request.command == "PUT" and parts.path.split("/")[1] in self._buckets:
             self.stored[parts.path] = taken
             reply = Reply()
+        elif request.command == "GET" and parts.path in self.stored:
+            reply = Reply(self.stored[parts.path])
         with suppress(OSError):  # the client hangs up
             if reply.raw is not None:
                 request.close_connection = True

@@ -22,6 +22,7 @@ PARTS = (
     "worker",
     "pipelines",
     "schemas",
+    "entries",
     "settings",
     "validation",
     "lora",

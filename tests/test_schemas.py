@@ -1,11 +1,13 @@
 import math
+import random
 from typing import Any
 
 import pytest
+import torch
 
 from lora.engine.stack import LoraUse
 from lora.fetch.sources import Reference
-from schemas import IMAGE_REQUEST, parse_job
+from schemas import IMAGE_REQUEST, SCHEDULERS, parse_job
 from validation import InvalidInput
 
 
@@ -67,7 +69,20 @@ def test_whole_floats_are_integers_and_two_calls_share_nothing() -> None:
             {"input": {"image_url": "ftp://u:canary@h/x"}},
             "image_url: the text does not look right",
         ),
-        ({"input": {"prompt": "x", "loras": "a"}}, "loras: 'a' is not an array or null"),
+        ({"input": {"prompt": "x", "loras": 5}}, "loras: 5 is not an array or null"),
+        ({"input": {"prompt": "x", "width": 100}}, "100 is not a multiple of 8 (send 96 or 104)"),
+        ({"input": {"prompt": "x", "height": 4}}, "4 is not a multiple of 8 (send 8)"),
+        ({"input": {"prompt": "x", "tiling": 1}}, "tiling is not a field (leave it out)"),
+        ({"input": {"prompt": "x", "steps": 2, "num_inference_steps": 3}}, "steps means num_inf"),
+        ({"input": {"prompt": "x", "steps": 2, "cfg_scale": "high"}}, "'high' is not a number"),
+        ({"input": {"prompt": "x", "seed": "7.5"}}, "seed: 7.5 is not an integer or null"),
+        ({"input": {"prompt": "x", "preview": "maybe"}}, "preview: 'maybe' is not a boolean"),
+        ({"input": {"prompt": "x", "preview": 2}}, "preview: 2 is not a boolean"),
+        ({"input": {"prompt": "x", "mask_url": "https://h/m"}}, "mask_url needs the picture"),
+        (
+            {"input": {"prompt": "x", "width": 16_384, "height": 4096}},
+            "width and height: 16384 x 4096 is more than 16.8 megapixels",
+        ),
         ({"input": {"prompt": "x", "loras": ["a"] * 17}}, "loras: more than 16 entries"),
         (
             {"input": {"prompt": "x", "loras": [{"path": "a", "scale": "big"}]}},
@@ -79,7 +94,6 @@ def test_whole_floats_are_integers_and_two_calls_share_nothing() -> None:
                 ({"scale": {"unet": 11}}, "loras[0].scale.unet: 11 is more than 10"),
                 ({"scale": {"unet": "1"}}, "loras[0].scale.unet: '1' is not a number"),
                 ({"scale": {"vae": 1}}, "loras[0].scale: 'vae' is none of unet, text_encoder"),
-                ({"scale": None}, "loras[0].scale: None is not a number or an object"),
                 ({"blocks": [1, 2]}, "loras[0].blocks: 2 values are neither 12 nor 20"),
                 ({"blocks": {"IN04": "x"}}, "loras[0].blocks: a block's value is not a number"),
                 ({"blocks": 5}, "loras[0].blocks: 5 is not an array"),
@@ -232,3 +246,116 @@ def test_a_distilled_sampler_takes_no_more_steps_however_they_are_written(steps:
     with pytest.raises(InvalidInput) as caught:
         parse_job({"input": {"prompt": "x", "scheduler": "LCM", "num_inference_steps": steps}})
     assert "LCM takes at most 50" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ({"seed": "42"}, {"seed": 42}),
+        ({"seed": " 42.0 "}, {"seed": 42}),
+        ({"seed": "18446744073709551615"}, {"seed": 2**64 - 1}),
+        ({"num_inference_steps": "2e1"}, {"num_inference_steps": 20}),
+        ({"guidance_scale": "7.5"}, {"guidance_scale": 7.5}),
+        ({"guidance_scale": "-.5"}, {"guidance_scale": -0.5}),
+        ({"width": "", "height": "  "}, {"width": None, "height": None}),
+        ({"strength": None, "scheduler": None}, {"strength": 0.3, "scheduler": "DDIM"}),
+        ({"num_images": None, "preview": None}, {"num_images": 1, "preview": False}),
+        ({"output_format": ""}, {"output_format": "png"}),
+        ({"output_format": "JPG"}, {"output_format": "jpeg"}),
+        ({"output_format": "PNG"}, {"output_format": "png"}),
+        ({"scheduler": "k_euler"}, {"scheduler": "K_EULER"}),
+        ({"scheduler": "Euler a"}, {"scheduler": "K_EULER_ANCESTRAL"}),
+        ({"scheduler": "dpm++ 2m karras"}, {"scheduler": "DPM++ 2M Karras"}),
+        ({"preview": "True"}, {"preview": True}),
+        ({"strict_loras": "false", "preview": 1}, {"strict_loras": False, "preview": True}),
+        ({"image_url": " "}, {"image_url": None}),
+        ({"negative_prompt": ""}, {"negative_prompt": ""}),
+        ({"loras": ""}, {"loras": ()}),
+        ({"loras": "a"}, {"loras": (LoraUse(Reference("a"), 1.0),)}),
+        ({"loras": {"path": "a", "scale": "0.5"}}, {"loras": (LoraUse(Reference("a"), 0.5),)}),
+        ({"loras": [{"path": "a", "scale": None}]}, {"loras": (LoraUse(Reference("a"), 1.0),)}),
+        ({"loras": [{"path": "a", "weight_name": ""}]}, {"loras": (LoraUse(Reference("a"), 1.0),)}),
+        ({"unknown": None}, {}),
+    ],
+)
+def test_the_shapes_that_clients_send_mean_what_they_say(
+    sent: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    request = parse(**sent)
+    assert {name: getattr(request, name) for name in meant} == meant
+    assert request.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("sent", "name", "value"),
+    [
+        ({"numInferenceSteps": 7}, "num_inference_steps", 7),
+        ({"Guidance-Scale": "3"}, "guidance_scale", 3),
+        ({"imageURL": "https://h/x"}, "image_url", "https://h/x"),
+        ({"steps": 7, "num_inference_steps": None}, "num_inference_steps", 7),
+        ({"cfgScale": 3}, "guidance_scale", 3),
+        ({"sampler_name": "Euler"}, "scheduler", "K_EULER"),
+        ({"n": 2}, "num_images", 2),
+        ({"denoising_strength": 0.5}, "strength", 0.5),
+    ],
+)
+def test_another_name_of_a_field_is_understood_with_a_warning(
+    sent: dict[str, Any], name: str, value: object
+) -> None:
+    request = parse(**sent)
+    assert getattr(request, name) == value
+    assert request.warnings == (f"{next(iter(sent))} was taken as {name}",)
+
+
+def test_a_seed_below_zero_is_worker_sdxls_but_minus_one_is_drawn() -> None:
+    assert len({parse(seed=-1).seed for _ in range(8)}) > 1
+    assert parse(seed="-1").seed >= 0
+    for seed in (-2, -12345, -(2**63)):
+        kept = torch.Generator().manual_seed(seed).initial_seed()
+        assert parse(seed=seed).seed == kept
+
+
+def test_within_a_mask_all_is_drawn_anew_unless_the_request_says_how_much() -> None:
+    urls = {"image_url": "https://h/x", "mask_url": "https://h/m"}
+    assert parse(**urls).strength == 1.0
+    assert parse(**urls, strength=0.4).strength == 0.4
+    assert parse(image_url="https://h/x").strength == 0.3
+
+
+WORKER_SDXL: dict[str, tuple[Any, ...]] = {
+    "negative_prompt": (None, "", "blue"),
+    "height": (8, 48, 512, 1024, 5120),
+    "width": (8, 48, 512, 1024, 2048),
+    "seed": (None, -12345, -1, 0, 42, 2**63),
+    "scheduler": SCHEDULERS[:7],
+    "num_inference_steps": (1, 25, 600, 1000),
+    "refiner_inference_steps": (1, 50, 600, 1000),
+    "guidance_scale": (-7.5, -1, 0, 0.5, 1, 7.5, 30, 150),
+    "strength": (0.0, 0.3, 1, 1.0),
+    "image_url": (None, "", "https://h/x", "data:image/png;base64,AAAA"),
+    "num_images": (1, 2),
+    "high_noise_frac": (None, 0, 0.8, 1.0),
+}
+"""What worker-sdxl's schema takes and diffusers draws."""
+
+
+def test_what_worker_sdxl_takes_is_taken_with_its_meaning() -> None:
+    dice = random.Random(0)
+    grid = [{name: value} for name, values in WORKER_SDXL.items() for value in values]
+    grid += [{name: dice.choice(v) for name, v in WORKER_SDXL.items()} for _ in range(300)]
+    for sent in grid:
+        request = parse(**sent)
+        for name, value in sent.items():
+            meant = {"image_url": value or None}.get(name, value)
+            if name == "seed" and (value is None or value < 0):
+                assert 0 <= request.seed < 2**64
+            else:
+                assert getattr(request, name) == meant, sent
+        assert request.warnings == ()
+
+
+def test_a_field_that_has_nothing_to_do_is_warned_of() -> None:
+    assert parse(mask_blur=3).warnings == ("mask_blur does nothing without mask_url",)
+    (sentence,) = parse(image_url="https://h/x", resize_mode="contain").warnings
+    assert "resize_mode does nothing" in sentence
+    assert parse(image_url="https://h/x", resize_mode="contain", width=64).warnings == ()

@@ -13,24 +13,22 @@ from typing import Any, NamedTuple
 
 import torch
 
+from entries import LORA_ENTRY, NAMES_NO_LORA, as_entry
 from lora.errors import CodedError
 from lora.fetch.redaction import redact_url
 from lora.fetch.sources import Reference, parse
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
-from schemas import LORA_ENTRY
 from validation import (
-    NAMES_NO_LORA,
     InvalidInput,
-    as_entry,
     faults_of,
     field,
     filled,
     number,
     renamed,
 )
-from worker.image_job import about, unused_keys
 from worker.parts import Answer, Parts
+from worker.reports import about, unused_keys
 from worker.selection import NONE, PRESET, ready
 
 MAX_NAME = 100
@@ -180,7 +178,7 @@ class Actions:
                 "files": len(sizes),
                 "gb": round(sum(sizes) / 1e9, 3),
                 "free_gb": free_disk,
-                "trouble": cache.shelf.trouble,
+                "trouble": parts.volume_trouble,
             },
             "stacks": len(parts.engine.prepared),
             "stacks_gb": round(parts.engine.prepared.size / 1e9, 3),

@@ -34,6 +34,9 @@ def unexpected(error: Exception) -> Unexpected:
 
 
 def failure(error: CodedError, *, refresh: bool = False) -> Answer:
-    """Logs the error and returns the answer with it; `refresh` asks the platform for a new process."""
-    log.info("job failed: %s", error)
+    """Logs the error's code and returns the answer with it; `refresh` asks the platform for a new process.
+
+    Its sentence may repeat what the request says, and is the client's alone.
+    """
+    log.info("job failed: %s", error.code)
     return {"error": str(error), "refresh_worker": True} if refresh else {"error": str(error)}

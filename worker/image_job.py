@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import cycle
 
 from PIL import Image
 
 from lora.engine.engine import Block
-from lora.engine.stack import LoraUse, Mode
-from lora.errors import LoraUnsupported
-from lora.fetch.sources import Reference
+from lora.engine.stack import Mode
+from lora.formats.embeddings import TokenEmbedding
 from lora.volume.loader import Loaded, LoraLibrary
-from pipelines.image import Preview, StepCallback, Timings
+from pipelines.image import Preview, StepCallback
+from pipelines.inpainting import Masked
 from pipelines.routes import Route, choose_route
+from pipelines.timings import Timings
 from schemas import ImageRequest, parse_job
-from worker.inputs import load_picture
+from worker import parameters
 from worker.intake import Turn
 from worker.outputs import (
     OutputTooLarge,
     deliver,
     encode,
     guard_size,
-    parameters_text,
+    has_room,
     requested_bucket,
 )
 from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
+from worker.reports import refuse_unused, report, share_of_unused
 from worker.selection import Chosen
+from worker.start import start_of
 from worker.stop import Stop
 
 PHASES = (
@@ -47,6 +50,8 @@ PHASES = (
 
 PREVIEW_QUALITY = 70
 
+TOO_LONG = "the pictures do not hold their parameters: a JPEG has no room for over 64 kB of text"
+
 
 class ImageJob:
     """One job. Its three stages are called once each, in order, from any thread."""
@@ -55,7 +60,7 @@ class ImageJob:
     """The job's request, with the additions of its presets."""
     route: Route
     loaded: list[Loaded]
-    picture: Image.Image | None = None
+    start: Image.Image | Masked | None = None
     drawn: Drawn
 
     def __init__(self, parts: Parts, job: Job, progress: Progress, stop: Stop, turn: Turn) -> None:
@@ -72,7 +77,7 @@ class ImageJob:
         """
         pipeline, library = self._parts.pipeline, self._parts.library
         request = parse_job(self._job)
-        has_loras = self._job["input"].get("loras") is not None
+        has_loras = self._job["input"].get("loras") not in (None, "")
         self._chosen: Chosen = self._parts.selection.choose(request, has_loras=has_loras)
         self.request = request = self._chosen.request
         self.route, warnings = choose_route(request, has_refiner=pipeline.has_refiner)
@@ -81,11 +86,19 @@ class ImageJob:
         self._stop.check()
         self.loaded = _load(library, request, self._timings, self._progress)
         if request.strict_loras:
-            _refuse_unused(self.loaded)
-        if request.image_url:
-            self.picture = load_picture(request.image_url, library.cache.web)
+            refuse_unused(self.loaded)
+        self._prompts = pipeline.measure(request, self._words())
+        self.warnings += self._prompts.warnings
+        self.start = start_of(
+            request, library.cache.web, pipeline.default_size, self.warnings.append
+        )
         self._stop.wait()
         self._turn.waits()
+
+    def _words(self) -> list[TokenEmbedding]:
+        """The words that the LoRAs bring with them."""
+        pairs = zip(self.request.loras, self.loaded, strict=True)
+        return [word for use, loaded in pairs if use.scale for word in loaded.embeddings]
 
     def draw(self) -> None:
         """Applies the LoRAs, draws, and puts the weights back, holding the drawing lock.
@@ -95,7 +108,7 @@ class ImageJob:
         with self._parts.drawing:
             self._stop.go_on()
             self._stop.check()
-            self._turn.draws(self.route.runs)
+            self._turn.draws(self.route.runs * len(self._alone()))
             try:
                 self._parts.engine.settle()
                 self.drawn = self._draw_with_loras() if self.loaded else Drawn(self._generate())
@@ -103,18 +116,29 @@ class ImageJob:
                 self._turn.ends()
 
     def _generate(self, block: Block | None = None) -> list[Image.Image]:
-        return self._parts.pipeline.generate(
-            self.request, self.route, self.picture, self._timings, self._on_step(block)
-        )
+        images: list[Image.Image] = []
+        for number, request in enumerate(self._alone()):
+            if block and number:
+                block.at(0.0)  # the next picture's denoising begins
+            images += self._parts.pipeline.generate(
+                request, self.route, self.start, self._timings, self._on_step(block)
+            )
+        return images
+
+    def _alone(self) -> list[ImageRequest]:
+        """What is drawn one after the other: the request, or one for each picture that has its own seed."""
+        if self.request.seed_mode == "batch":
+            return [self.request]
+        seeds = [(self.request.seed + i) % 2**64 for i in range(self.request.num_images)]
+        return [replace(self.request, seed=seed, num_images=1) for seed in seeds]
 
     def _draw_with_loras(self) -> Drawn:
         request, timings = self.request, self._timings
         pipeline, engine = self._parts.pipeline, self._parts.engine
         pairs = list(zip(request.loras, self.loaded, strict=True))
         stack = [use.of(loaded.file) for use, loaded in pairs]
-        words = [word for use, loaded in pairs if use.scale for word in loaded.embeddings]
         with (
-            pipeline.tokens(words) as warnings,
+            pipeline.tokens(self._words()) as warnings,
             engine.applied(stack, self._mode(), request.num_inference_steps) as block,
         ):
             timings.add("apply", block.seconds)
@@ -171,21 +195,28 @@ class ImageJob:
         parts, request, drawn = self._parts, self.request, self.drawn
         with self._timings.measure("encode"):
             loras = [
-                (loaded.entry.path.stem, use.scale, loaded.file.sha256)
+                parameters.Applied(loaded.entry.name, use, loaded.file.sha256)
                 for use, loaded in zip(request.loras, self.loaded, strict=True)
             ]
-            text = parameters_text(request, parts.pipeline.name, drawn.images[0].size, loras)
-            quality = request.output_quality
-            encoded = [encode(image, file_format, quality, text) for image in drawn.images]
+            size, quality = drawn.images[0].size, request.output_quality
+            alone = self._alone()
+            texts = [parameters.write(one, parts.pipeline.name, size, loras) for one in alone]
+            tight = [] if all(has_room(file_format, text) for text in texts) else [TOO_LONG]
+            encoded = [
+                encode(image, file_format, quality, text)
+                for image, text in zip(drawn.images, cycle(texts), strict=False)
+            ]
             urls = deliver(encoded, str(self._job.get("id", "job")), self._bucket)
         return {
             "images": urls,
             "image_url": urls[0],
             "seed": request.seed,
+            **({"seeds": [one.seed for one in alone]} if request.seed_mode == "each" else {}),
             "model": parts.pipeline.name,
             **self._chosen.as_answer(),
+            **self._prompts.as_answer(),
             "loras": [
-                _report(use, loaded, drawn.mode, in_range=place not in drawn.unheld)
+                report(use, loaded, drawn.mode, in_range=place not in drawn.unheld)
                 for place, (use, loaded) in enumerate(zip(request.loras, self.loaded, strict=True))
             ],
             "timings": {phase: round(s, 4) for phase, s in self._timings.seconds.items()},
@@ -193,9 +224,10 @@ class ImageJob:
                 *parts.warnings,
                 *self.warnings,
                 *drawn.warnings,
+                *tight,
                 *(warning for one in self.loaded for warning in one.warnings),
                 *(
-                    f"{one.entry.name}: {_share_of_unused(one)} were not used (see unused_keys)"
+                    f"{one.entry.name}: {share_of_unused(one)} were not used (see unused_keys)"
                     for one in self.loaded
                     if one.file.unused
                 ),
@@ -229,68 +261,3 @@ def _load(
     timings.add("download", max(one.download_seconds for one in loaded))
     timings.add("parse", max(one.parse_seconds for one in loaded))
     return loaded
-
-
-MAX_UNUSED = 1000
-"""Most unused tensors that an answer lists; its warning has the whole count."""
-
-
-def _report(
-    use: LoraUse[Reference], loaded: Loaded, mode: Mode | None, *, in_range: bool
-) -> dict[str, Any]:
-    """One LoRA's entry in the answer."""
-    file = loaded.file
-    # Text encoders do not denoise, so a range does not concern them.
-    drawn = use if in_range else use.without("unet")
-    layers = len({layer.target for layer in file.layers if drawn.scale_of(layer.target)})
-    words = sorted({word.word for word in loaded.embeddings}) if use.scale else []
-    return {
-        **about(loaded),
-        "layers": layers,
-        "words": words,
-        "used_keys": file.keys,
-        "unused_keys": unused_keys(loaded),
-        "scale": {"all": use.scale, **use.components} if use.components else use.scale,
-        "mode": mode,
-        "status": "applied"
-        if layers or words
-        else "scale is 0"
-        if in_range
-        else "no step in its range",
-    }
-
-
-def about(loaded: Loaded) -> dict[str, Any]:
-    """What every answer says of a LoRA."""
-    return {
-        "source": loaded.reference.shown,
-        "file": loaded.entry.name,
-        "sha256": loaded.file.sha256,
-        "origin": "downloaded" if loaded.entry.downloaded else "cached",
-        "algorithm": "+".join(loaded.file.algorithms),
-        "rank": loaded.file.rank,
-    }
-
-
-def unused_keys(loaded: Loaded) -> list[dict[str, str]]:
-    """The first `MAX_UNUSED` tensors that cannot be used, each with its reason."""
-    return [
-        {"key": unused.key[:200], "reason": unused.reason}
-        for unused in loaded.file.unused[:MAX_UNUSED]
-    ]
-
-
-def _refuse_unused(loaded: list[Loaded]) -> None:
-    """Raises: LoraUnsupported if a file has a tensor that cannot be used."""
-    for lora in loaded:
-        if unused := lora.file.unused:
-            raise LoraUnsupported(
-                f"{lora.reference.shown}: {_share_of_unused(lora)} cannot be used "
-                f"({unused[0].key[:200]}: {unused[0].reason})",
-                "Without strict_loras the other tensors are used.",
-            )
-
-
-def _share_of_unused(lora: Loaded) -> str:
-    count = len(lora.file.unused)
-    return f"{count} of {lora.file.keys + count} tensors"

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import CodedError
-from lora.fetch.rules import auth_headers, origin_of
+from lora.fetch.rules import WebRules, auth_headers, origin_of
 from lora.fetch.sources import CIVITAI, HUB, Reference, parse
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.opening import make_cache
 from lora.volume.presets import cached_names, read_config
 from pipelines.weights import DEMO_LORAS
 from settings import Settings, split_list
+from worker.endpoints import check_names, place_of
 
 
 def read_settings(environ: Mapping[str, str]) -> Settings:
@@ -29,6 +30,9 @@ def _faults(settings: Settings) -> Iterator[str]:
         "HF_ENDPOINT": lambda: origin_of(settings.hf_endpoint or HUB),
         "CIVITAI_ENDPOINT": lambda: origin_of(settings.civitai_endpoint or CIVITAI),
         "LORA_CONFIG": lambda: default_loras(settings),
+        "BUCKET_ENDPOINT_URL": lambda: _place(settings),
+        "BUCKET_NAME": lambda: check_names(bucket=settings.bucket_name),
+        "BUCKET_REGION": lambda: check_names(region=settings.bucket_region),
         "LORA_AUTH_HEADERS": lambda: auth_headers(settings.lora_auth_headers),
     }
     for env, check in checks.items():
@@ -36,6 +40,12 @@ def _faults(settings: Settings) -> Iterator[str]:
             check()
         except ValueError as error:
             yield f"{env}: {error}"
+
+
+def _place(settings: Settings) -> object:
+    """Where pictures go; None where they go into the answer. Raises: ValueError."""
+    url = settings.bucket_endpoint_url
+    return place_of(url, settings.bucket_name) if url else None
 
 
 def open_cache(settings: Settings) -> VolumeCache:
@@ -53,11 +63,14 @@ def open_cache(settings: Settings) -> VolumeCache:
     cache = make_cache(
         settings.lora_cache_dir,
         limits,
+        WebRules(
+            allow_private=settings.lora_allow_private_urls,
+            allowed_hosts=split_list(settings.lora_allowed_hosts),
+            tokens=auth_headers(settings.lora_auth_headers),
+        ),
         hub=(settings.hf_endpoint, settings.hf_token),
         civitai=(settings.civitai_endpoint, settings.civitai_token),
-        headers=auth_headers(settings.lora_auth_headers),
-        allowed_hosts=split_list(settings.lora_allowed_hosts),
-        allow_private=settings.lora_allow_private_urls,
+        family="SDXL",
     )
     cache.shelf.behind = DEMO_LORAS if settings.model == "demo" else None
     return cache

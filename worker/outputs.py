@@ -6,32 +6,27 @@ import base64
 import io
 import json
 import math
-import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lora.errors import CodedError, SourceInvalid
 from lora.fetch.web import Web
-from schemas import ImageRequest
 from settings import Settings
 from validation import InvalidInput
+from worker.embedded import JPEG_LIMIT, PNG_KEY, exif_of
+from worker.endpoints import ADDRESSING, Place, check_names, place_of
+from worker.store import S3_CONFIG, Bucket
 
 
 class OutputTooLarge(CodedError):
     """The answer is larger than the platform carries."""
 
     code = "OUTPUT_TOO_LARGE"
-
-
-class UploadFailed(CodedError):
-    """The bucket did not take a picture."""
-
-    code = "UPLOAD_FAILED"
 
 
 @dataclass(frozen=True)
@@ -47,124 +42,89 @@ class Encoded:
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
+def has_room(file_format: str, parameters: str) -> bool:
+    """Whether a file of this format can hold the parameters: a JPEG has room for 64 kB."""
+    return file_format != "jpeg" or len(exif_of(parameters)) <= JPEG_LIMIT
+
+
 def encode(picture: Image.Image, file_format: str, quality: int, parameters: str) -> Encoded:
-    """The picture as png (with the generation parameters as text), jpeg or webp."""
+    """The picture as png, jpeg or webp, with the generation parameters as a text inside of it.
+
+    It has none where there is no room for them (`has_room`).
+    """
     buffer = io.BytesIO()
     if file_format == "png":
         text = PngInfo()
-        text.add_text("parameters", parameters)
+        text.add_text(PNG_KEY, parameters)
         picture.save(buffer, "PNG", pnginfo=text)
     else:
-        picture.save(buffer, file_format.upper(), quality=quality)
+        room = parameters and has_room(file_format, parameters)
+        exif = exif_of(parameters) if room else b""
+        picture.save(buffer, file_format.upper(), quality=quality, exif=exif)
     return Encoded(buffer.getvalue(), f"image/{file_format}")
 
 
-def parameters_text(
-    request: ImageRequest,
-    model: str,
-    size: tuple[int, int],
-    loras: Sequence[tuple[str, float, str]],
-) -> str:
-    """The generation parameters in the form that common web UIs write and read.
-
-    Its lines: the prompt with `<lora:name:scale>` tags, the negative prompt, and `Key: value` pairs.
-    `loras` are (name, scale, sha256); `size` is (width, height).
-    """
-    tags = "".join(f" <lora:{name}:{scale:g}>" for name, scale, _ in loras)
-    negative = request.negative_prompt
-    pairs = {
-        "Steps": request.num_inference_steps,
-        "Sampler": request.scheduler,
-        "CFG scale": f"{request.guidance_scale:g}",
-        "Seed": request.seed,
-        "Size": f"{size[0]}x{size[1]}",
-        "Model": model,
-    }
-    if loras:
-        hashes = ", ".join(f"{name}: {sha256[:12]}" for name, _, sha256 in loras)
-        pairs["Lora hashes"] = json.dumps(hashes)
-    return "\n".join(
-        [
-            f"{request.prompt}{tags}",
-            *([f"Negative prompt: {negative}"] if negative else []),
-            ", ".join(f"{key}: {value}" for key, value in pairs.items()),
-        ]
-    )
-
-
-class S3Client(Protocol):
-    """The two methods of boto3's S3 client that we use."""
-
-    def put_object(self, **arguments: Any) -> Any:
-        """Stores one object."""
-
-    def generate_presigned_url(self, operation: str, **arguments: Any) -> str:
-        """A URL under which the object can be fetched for a while."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """A bucket that pictures are uploaded to."""
-
-    client: S3Client
-    name: str
-    """If empty, the bucket is named for the month (`11-26`), as in the SDK's own upload."""
-
-
 def open_bucket(settings: Settings) -> Bucket | None:
-    """The bucket that the settings name, or None if they name none."""
+    """The bucket that the settings name, or None if they name none. Raises: ValueError, as `place_of`."""
     if not settings.bucket_endpoint_url:
         return None
-    client = _client(
+    place = place_of(
         settings.bucket_endpoint_url,
-        settings.bucket_access_key_id,
-        settings.bucket_secret_access_key,
+        settings.bucket_name,
+        region=settings.bucket_region,
+        prefix=settings.bucket_prefix,
+        addressing=settings.bucket_addressing,
     )
-    return Bucket(client, settings.bucket_name)
+    return Bucket(place, settings.bucket_access_key_id, settings.bucket_secret_access_key)
 
 
 S3_FIELDS = ("endpointUrl", "accessId", "accessSecret", "bucketName")
+S3_OPTIONS = ("region", "prefix", "addressing")
+"""They mean what the settings BUCKET_REGION, BUCKET_PREFIX and BUCKET_ADDRESSING do."""
 
 
 def requested_bucket(job: Mapping[str, Any], web: Web) -> Bucket | None:
     """The bucket that a job names as `s3Config`, beside its input; None if it names none.
 
-    Raises: InvalidInput if a field is missing, or the rules forbid the host.
+    `bucketName` may be left out where the endpoint names the bucket. Raises: InvalidInput if a field is
+    missing, unknown or wrong, or the rules forbid the host.
     """
     config = job.get("s3Config")
     if not config:
         return None
-    values = [config.get(name) for name in S3_FIELDS] if isinstance(config, Mapping) else []
-    if not values or not all(isinstance(value, str) and value for value in values):
+    values = config if isinstance(config, Mapping) else {}
+    given = {str(name): value for name, value in values.items() if value not in (None, "")}
+    if set(given) - {*S3_FIELDS, *S3_OPTIONS}:
+        known = ", ".join((*S3_FIELDS, *S3_OPTIONS))
+        raise InvalidInput(f"s3Config has a field that is none of {known}")
+    if wrong := [name for name, value in given.items() if not isinstance(value, str)]:
+        raise InvalidInput(f"s3Config.{wrong[0]} is not a text")
+    place = _asked_for(given) if "endpointUrl" in given else None
+    if not place or not place.bucket or not {"accessId", "accessSecret"} <= set(given):
         raise InvalidInput(f"s3Config lacks one of {', '.join(S3_FIELDS)}")
-    endpoint, key, secret, name = map(str, values)
     try:
-        web.check(endpoint)
+        web.check(place.asked)
     except SourceInvalid as error:
         raise InvalidInput(f"s3Config.endpointUrl: {error.sentence}", error.hint) from error
-    return Bucket(_client(endpoint, key, secret), name)
+    return Bucket(place, given["accessId"], given["accessSecret"], S3_CONFIG)
 
 
-def _client(endpoint: str, key: str, secret: str) -> S3Client:
-    import boto3
-    from botocore.config import Config
-    from runpod.serverless.utils.rp_upload import extract_region_from_url
-
-    # Some S3-compatible stores refuse boto3's new default checksums.
-    config = Config(
-        signature_version="s3v4",
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
+def _asked_for(given: Mapping[str, str]) -> Place:
+    """The place that a job names. Raises: InvalidInput."""
+    name, options = (
+        given.get("bucketName", ""),
+        {key: given[key] for key in S3_OPTIONS if key in given},
     )
-    client: S3Client = boto3.client(
-        "s3",
-        endpoint_url=endpoint,
-        aws_access_key_id=key,
-        aws_secret_access_key=secret,
-        region_name=extract_region_from_url(endpoint) or None,
-        config=config,
-    )
-    return client
+    if options.get("addressing", "auto") not in ADDRESSING:
+        raise InvalidInput(f"s3Config.addressing is none of {', '.join(ADDRESSING)}")
+    try:
+        check_names(name, options.get("region", ""))
+    except ValueError as error:
+        raise InvalidInput(f"s3Config: {error}") from None
+    try:
+        return place_of(given["endpointUrl"], name, **options)
+    except ValueError as error:
+        raise InvalidInput(f"s3Config.endpointUrl: {error}") from None
 
 
 def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> list[str]:
@@ -174,25 +134,11 @@ def deliver(pictures: Sequence[Encoded], job_id: str, bucket: Bucket | None) -> 
     """
     if bucket is None:
         return [picture.data_uri for picture in pictures]
-    from botocore.exceptions import BotoCoreError, ClientError
-
     urls = []
-    bucket_name = bucket.name or time.strftime("%m-%y")
     for index, picture in enumerate(pictures):
         ending = picture.media_type.removeprefix("image/")
-        name = {"Bucket": bucket_name, "Key": f"{job_id}/{index}-{uuid.uuid4().hex[:8]}.{ending}"}
-        try:
-            bucket.client.put_object(**name, Body=picture.data, ContentType=picture.media_type)
-            urls.append(
-                bucket.client.generate_presigned_url(
-                    "get_object", Params=name, ExpiresIn=7 * 86_400
-                )
-            )
-        except (BotoCoreError, ClientError) as error:
-            raise UploadFailed(
-                f"the bucket did not take the picture ({type(error).__name__})",
-                "Check s3Config, or the BUCKET_* settings.",
-            ) from error
+        name = f"{job_id}/{index}-{uuid.uuid4().hex[:8]}.{ending}"
+        urls.append(bucket.store(name, picture.data, picture.media_type))
     return urls
 
 

@@ -11,13 +11,14 @@ from typing import Any
 
 from lora.engine.engine import LoraEngine
 from lora.library.catalog import Catalog
+from lora.volume.folders import MOUNTS, mount_of
 from lora.volume.loader import LoraLibrary
 from lora.volume.presets import Presets
 from pipelines.image import ImagePipeline
 from settings import Settings
 from worker.opening import default_loras
-from worker.outputs import Bucket
 from worker.selection import Selection
+from worker.store import Bucket
 
 Job = Mapping[str, Any]
 """A job as RunPod hands it over: `id`, `input`, and what else the client sent."""
@@ -52,7 +53,31 @@ class Parts:
         return Selection(presets, settings.lora_default_preset, default_loras(settings))
 
     @property
+    def volume_trouble(self) -> str | None:
+        """What is wrong with the volume, as a warning: it cannot be written, or is not there."""
+        shelf = self.library.cache.shelf
+        return shelf.trouble or missing_volume(shelf.root)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
-        """Warnings for every answer: a volume that cannot be written."""
-        trouble = self.library.cache.shelf.trouble
-        return (trouble,) if trouble else ()
+        """Warnings for every answer: a volume that cannot be written, or is not there."""
+        return (self.volume_trouble,) if self.volume_trouble else ()
+
+
+VOLUMES = (Path("/runpod-volume"), Path("/workspace"))
+"""Where RunPod mounts a network volume: on serverless workers, and on pods."""
+
+
+def missing_volume(folder: Path, mounts: Path = MOUNTS) -> str | None:
+    """A sentence if the folder belongs to a volume of RunPod's that is not mounted; None otherwise.
+
+    Without its volume, the folder would be made on the container's disk without a word.
+    """
+    place = next((place for place in VOLUMES if folder.is_relative_to(place)), None)
+    mount = mount_of(folder, mounts) if place else None
+    if place is None or mount is None or mount.place.is_relative_to(place):
+        return None
+    return (
+        f"no volume is mounted at {place}: LoRAs are kept on this container's disk, and are gone when the "
+        "worker stops"
+    )

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from entries import parse_loras
 from lora.engine.stack import LoraUse
 from lora.errors import CodedError
 from lora.fetch.sources import Reference
 from lora.volume.presets import Presets
-from schemas import MAX_LORAS, ImageRequest, parse_loras
+from schemas import MAX_LORAS, ImageRequest
 from validation import InvalidInput, faults_of, field, filled
+from worker.tags import has_tags, taken, with_tags
 
 NONE = "none"
 """A job selects this to have no preset, not even the worker's default."""
@@ -68,7 +70,8 @@ def ready(name: str, preset: Mapping[str, Any], lora_mode: str | None = None) ->
         loras, warnings, broken = parse_loras(values["loras"], lora_mode)
         checked = Ready(name, loras, before, after, warnings)
         words = {f"trigger_words[{n}]": word for n, word in enumerate(values["trigger_words"])}
-        faults = [*faults_of({}, words, ""), *broken]
+        tags = (fault for text in (*before, *after) for fault in taken(text).faults)
+        faults = [*faults_of({}, words, ""), *broken, *tags]
         if not (values["loras"] or before or after):
             faults = ["loras is empty, and nothing is added to the prompt"]
     if faults:
@@ -108,17 +111,20 @@ class Selection:
     """LORA_CONFIG's, as entries of a job's `loras`."""
 
     def choose(self, request: ImageRequest, *, has_loras: bool) -> Chosen:
-        """The request with its presets: their LoRAs first, then its own.
+        """The request with its presets: their LoRAs first, then its own, then those of tags in prompts.
 
         `has_loras`: whether the job has a list of LoRAs, which may be empty. Jobs that have neither a list
-        nor a selection get the defaults. Raises: LoraNotFound if a preset is not there; InvalidInput if one
-        has faults; LoraCorrupt if the presets cannot be read.
+        nor a tag nor a selection get the defaults. Raises: LoraNotFound if a preset is not there;
+        InvalidInput if one, or a tag, has faults; LoraCorrupt if the presets cannot be read.
         """
         wanted = request.lora_selection
-        if wanted is None and not has_loras:
-            return self._by_default(request)
-        names = dict.fromkeys(name for name in wanted or () if name.strip().lower() != NONE)
-        return _joined(request, (), [self._ready(name, request) for name in names])
+        if wanted is None and not has_loras and not has_tags(request):
+            return _tagged(self._by_default(request), request)
+        names = dict.fromkeys(
+            name for name in wanted or () if name.strip().lower() not in ("", NONE)
+        )
+        chosen = _joined(request, (), [self._ready(name, request) for name in names])
+        return _tagged(chosen, request)
 
     def _by_default(self, request: ImageRequest) -> Chosen:
         loras, _, faults = parse_loras(list(self.default_loras))
@@ -142,16 +148,23 @@ def _joined(
     if not added and not chosen:
         return Chosen(request)
     loras = (*added, *request.loras)
-    if len(loras) > MAX_LORAS:
-        raise InvalidInput(
-            f"loras: with those of the presets there are {len(loras)}, and at most {MAX_LORAS} can be applied"
-        )
     prompt = _prompt(request.prompt, chosen)
-    drawn = None if prompt == request.prompt else prompt
     names = tuple(preset.name for preset in chosen)
     warnings = [f"preset {p.name!r}: {sentence}" for p in chosen for sentence in p.warnings]
     request = replace(request, loras=loras, prompt=prompt, warnings=(*request.warnings, *warnings))
-    return Chosen(request, names, drawn)
+    return Chosen(request, names)
+
+
+def _tagged(chosen: Chosen, own: ImageRequest) -> Chosen:
+    """With the tags of the prompts, those that presets brought included. `own`: the job's own request."""
+    request = with_tags(chosen.request)
+    if (count := len(request.loras)) > MAX_LORAS:
+        raise InvalidInput(
+            f"loras: with those of the presets and tags there are {count}, "
+            f"and at most {MAX_LORAS} can be applied"
+        )
+    drawn = None if request.prompt == own.prompt else request.prompt
+    return Chosen(request, chosen.presets, drawn)
 
 
 def _prompt(prompt: str, chosen: Sequence[Ready]) -> str:

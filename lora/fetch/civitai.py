@@ -1,25 +1,37 @@
 """Asks Civitai which file belongs to a model or version.
 
 Its public API (https://developer.civitai.com): `GET /api/v1/models/ID` lists a model's versions, the newest
-first; `GET /api/v1/model-versions/ID` has a version's files with their hashes and download URLs.
+first, each with its base model; `GET /api/v1/model-versions/ID` has a version's files with their hashes and
+download URLs. A token goes with both as `Authorization: Bearer`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import requests
 
-from lora.errors import AccessDenied, DownloadFailed, LoraCorrupt, LoraNotFound
+from lora.errors import DownloadFailed, LoraCorrupt, LoraIncompatible, LoraNotFound
+from lora.fetch.answers import denied, later, status_in_words, wait_of
 from lora.fetch.sources import ASK_TIMEOUT, CIVITAI, CivitaiFile, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import PICKLES, SAFETENSORS
 
 MAX_ANSWER = 20_000_000
 """Bytes of an answer that are read."""
+
+MAX_LISTED = 10
+"""Most files or versions that an error lists."""
+
+BASE_MODELS = {"SDXL": re.compile(r"SDXL\b.*|Pony|Illustrious\b.*|NoobAI\b.*|Playground v2", re.I)}
+"""A family of models -> what Civitai calls the base models whose adapters fit it. (Pony V7 is no SDXL.)"""
+
+SAYS_NO_BASE = (None, "", "Other")
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,14 @@ class Civitai:
 
     web: Web
     endpoint: str = CIVITAI
+    family: str | None = None
+    """The family of models that adapters are for, one of BASE_MODELS; None if it is not known."""
 
     def ask(self, wanted: CivitaiFile) -> RemoteFile:
-        """The wanted file, of the newest version if none is named.
+        """The wanted file, of the newest version if none is named. It holds no token.
 
-        Raises: LoraNotFound (which lists the candidates if there are several), AccessDenied, DownloadFailed.
+        Raises: LoraNotFound (which lists the candidates if there are several), LoraIncompatible (the newest
+        version is for another family; lists those that fit), AccessDenied, DownloadFailed.
         """
         model, version_id = wanted.model, wanted.version
         shown = (
@@ -42,11 +57,12 @@ class Civitai:
         )
         if version_id is None:
             shown = f"civitai:{model}"
-            versions = self._get(f"models/{model}", shown).get("modelVersions")
+            versions = self._get(f"models/{model}", shown, wanted.token).get("modelVersions")
             if not versions:
                 raise LoraNotFound(f"{shown} has no version")
+            self._check_family(versions, shown)
             version_id = versions[0].get("id")
-        version = self._get(f"model-versions/{version_id}", shown)
+        version = self._get(f"model-versions/{version_id}", shown, wanted.token)
         if model is not None and version.get("modelId") not in (None, model):
             raise LoraNotFound(
                 f"version {version_id} is not one of civitai:{model}",
@@ -67,56 +83,80 @@ class Civitai:
             fixed=True,
         )
 
-    def _get(self, path: str, shown: str) -> dict[str, Any]:
+    def _check_family(self, versions: Sequence[dict[str, Any]], shown: str) -> None:
+        """Raises: LoraIncompatible if the newest version is for another family and an older one fits."""
+        base, fits = versions[0].get("baseModel"), BASE_MODELS.get(self.family or "")
+        if fits is None or base in SAYS_NO_BASE or fits.fullmatch(str(base)):
+            return
+        fitting = [one for one in versions if fits.fullmatch(str(one.get("baseModel")))]
+        if fitting:
+            listed = [f"{shown}@{one.get('id')} ({one['baseModel']})" for one in fitting]
+            raise LoraIncompatible(
+                f"the newest version of {shown} is for {base}, not for {self.family}",
+                f"Name one that fits: {', '.join(listed[:MAX_LISTED])}.",
+            )
+
+    def _get(self, path: str, shown: str, token: str | None) -> dict[str, Any]:
         """One answer of the API. Raises: LoraError."""
         deadline = time.monotonic() + ASK_TIMEOUT
         url = f"{self.endpoint.rstrip('/')}/api/v1/{path}"
         try:
-            with self.web.open(url, stall=ASK_TIMEOUT, deadline=deadline) as body:
-                status = body.status
+            with self.web.open(url, stall=ASK_TIMEOUT, deadline=deadline, token=token) as body:
+                status, after = body.status, wait_of(body.headers)
+                if status in (401, 403):
+                    raise denied(shown, body)
                 answer = json.loads(body.read(MAX_ANSWER)) if status == 200 else None
         except requests.RequestException as error:
-            raise DownloadFailed(
-                f"Civitai did not answer for {shown}", "Try again later."
-            ) from error
+            raise DownloadFailed(f"Civitai did not answer for {shown}", later(None)) from error
         except ValueError as error:
             raise LoraCorrupt(f"Civitai's answer for {shown} is no JSON") from error
         if status == 404:
             raise LoraNotFound(f"{shown} does not exist on Civitai")
-        if status in (401, 403):
-            raise AccessDenied(f"Civitai refuses access to {shown}", "It may need CIVITAI_TOKEN.")
         if status != 200:
-            raise DownloadFailed(f"Civitai answered HTTP {status} for {shown}", "Try again later.")
+            said = status_in_words(status)
+            raise DownloadFailed(
+                f"Civitai did not answer for {shown} ({said})", later(after), after
+            )
         if not isinstance(answer, dict):
             raise LoraCorrupt(f"Civitai's answer for {shown} is no JSON object")
         return answer
 
 
 def _choose(version: dict[str, Any], wanted: CivitaiFile, shown: str) -> dict[str, Any]:
-    """The version's file by its name or the download URL's query; else its primary model file, preferably
-    .safetensors.
+    """The version's one file that is all that the link and weight_name say; where they say nothing, its
+    primary model file, preferably .safetensors. Raises: LoraNotFound, with the files that are there.
     """
     files = [file for file in version.get("files") or [] if isinstance(file, dict)]
-    names = ", ".join(sorted(str(file.get("name")) for file in files)[:10])
-    if wanted.file_name:
-        matches = [file for file in files if file.get("name") == wanted.file_name]
-    else:
-        matches = [file for file in files if _matches_query(file, wanted)]
+    matches = [file for file in files if wanted.file_name in (None, file.get("name"))]
+    said = wanted.wanted or (() if wanted.file_name else (("type", "Model"),))
+    for name, value in said:
+        matches = _with_fact(matches, name, value)
+    if not wanted.file_name and not dict(wanted.wanted).get("fileId"):
         for endings in ((SAFETENSORS,), PICKLES):
             of_kind = [file for file in matches if str(file.get("name")).endswith(endings)]
             if of_kind:
                 matches = [file for file in of_kind if file.get("primary")] or of_kind
                 break
+    if len(matches) == 1:
+        return matches[0]
+    names = [str(file.get("name")) for file in files]
+    listed = ", ".join(sorted(names)[:MAX_LISTED]) or "none"
     if not matches:
-        raise LoraNotFound(f"{shown} has no such file", f"It has: {names or 'none'}.")
-    if len(matches) > 1:
-        hint = f"Choose one with weight_name: {names}."
-        raise LoraNotFound(f"{shown} has several such files", hint)
-    return matches[0]
+        raise LoraNotFound(f"{shown} has no such file", f"It has: {listed}.")
+    hint = f"Choose one with weight_name: {listed}."
+    if len(set(names)) < len(names):
+        numbers = (f"{file.get('id')} ({file.get('name')})" for file in matches[:MAX_LISTED])
+        hint = f"Choose one by fileId in its link's query: {', '.join(numbers)}."
+    raise LoraNotFound(f"{shown} has several such files", hint)
 
 
-def _matches_query(file: dict[str, Any], wanted: CivitaiFile) -> bool:
-    """What Civitai says of the file does not contradict the query; without one, it must be a model."""
-    facts = {"type": file.get("type"), **(file.get("metadata") or {})}
-    query = dict(wanted.wanted) or {"type": "Model"}
-    return all(str(facts.get(key, value)).lower() == value.lower() for key, value in query.items())
+def _with_fact(files: list[dict[str, Any]], name: str, value: str) -> list[dict[str, Any]]:
+    """The files of which Civitai says this; if there are none, those of which it says nothing about it."""
+
+    def said(file: dict[str, Any]) -> str:
+        fact = file.get("id" if name == "fileId" else name)
+        fact = (file.get("metadata") or {}).get(name) if fact is None else fact
+        return "" if fact is None else str(fact).lower()
+
+    exact = [file for file in files if said(file) == value.lower()]
+    return exact or [file for file in files if not said(file)]

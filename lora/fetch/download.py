@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import email.utils
 import hashlib
 import io
 import logging
@@ -21,7 +20,8 @@ from urllib.parse import urlsplit
 
 import requests
 
-from lora.errors import AccessDenied, DownloadFailed, LoraNotFound, LoraTooLarge
+from lora.errors import DownloadFailed, LoraNotFound, LoraTooLarge
+from lora.fetch.answers import denied, later, status_in_words, wait_of
 from lora.fetch.body import Body
 from lora.fetch.sources import RemoteFile
 from lora.fetch.web import Web
@@ -131,20 +131,25 @@ class Download:
         after = failure.after
         pause = max(pause_after(failures, self._limits), after or 0.0)
         if failures >= self._limits.tries or pause > self._deadline - time.monotonic():
-            asks = f"The server asks to wait {after:.0f} s." if after is not None else None
             sentence = f"{shown} could not be downloaded ({failure.reason})"
-            raise DownloadFailed(sentence, asks or "Try again later.")
+            raise DownloadFailed(sentence, later(after), after)
         time.sleep(pause)
 
     def _try(
         self, stream: io.FileIO, make_room: Callable[[int], None], conditions: Mapping[str, str]
     ) -> None:
-        headers, url, stall = conditions, self._remote.url, self._limits.stall
+        headers, url, limits = conditions, self._remote.url, self._limits
         failed = f"{self._remote.shown} could not be downloaded"
         if self._done and self._validator:
             headers = {"Range": f"bytes={self._done}-", "If-Range": self._validator}
         try:
-            with self._web.open(url, headers, stall=stall, deadline=self._deadline) as body:
+            with self._web.open(
+                url,
+                headers,
+                stall=limits.stall,
+                deadline=self._deadline,
+                token=self._remote.token,
+            ) as body:
                 self._check_status(body)
                 self._begin(stream, body)
                 if self._total is not None:
@@ -192,19 +197,19 @@ class Download:
         status, shown = body.status, self._remote.shown
         if status in (200, 206):
             if urlsplit(body.url).path.rstrip("/").endswith("/login"):
-                raise AccessDenied(f"{shown} asks for a login", "It may need a token.")
+                raise denied(shown, body)
             return
         if status == 304:
             raise NotModified
         if status in (404, 410):
             raise LoraNotFound(f"{shown} does not exist (HTTP {status})")
         if status in (401, 403):
-            raise AccessDenied(f"{shown} refuses access (HTTP {status})", "It may need a token.")
+            raise denied(shown, body)
         if status == 416 and self._done:
             self._done, self._validator = 0, None
             raise _TryAgain("the server has less than it had")
         if status in (408, 425, 429) or status >= 500:
-            raise _TryAgain(f"HTTP {status}", _seconds(body.headers.get("Retry-After", "")))
+            raise _TryAgain(status_in_words(status), wait_of(body.headers))
         raise DownloadFailed(f"{shown} answered HTTP {status}")
 
     def _check_size(self, size: int) -> None:
@@ -254,13 +259,3 @@ def _written_beside(stream: io.FileIO, digest: Any) -> Iterator[Callable[[bytes]
         thread.join()
         if errors:
             raise errors[0]
-
-
-def _seconds(text: str) -> float | None:
-    """The seconds of a Retry-After header, which holds a number or a date; None if it is neither."""
-    if text.isascii() and text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, OverflowError):
-        return None

@@ -16,8 +16,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
-from lora.errors import AccessDenied, DownloadFailed, LoraNotFound
+from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
+from lora.fetch.answers import later, status_in_words, wait_of
 from lora.fetch.sources import ASK_TIMEOUT, HUB, HubFile, RemoteFile
+from lora.fetch.web import USER_AGENT
 from lora.formats.endings import EXTENSIONS, PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
 
@@ -60,7 +62,9 @@ class Hub:
         """What the hub says of the repo, its files included. Raises: as `ask`."""
         shown = hub_file.repo + (f"/{hub_file.file_name}" if hub_file.file_name else "")
         # token=False keeps the client from using a token that it finds on this machine.
-        api = HfApi(endpoint=self.endpoint, token=self.token or False)
+        api = HfApi(
+            endpoint=self.endpoint, token=self.token or False, headers={"user-agent": USER_AGENT}
+        )
         try:
             return api.model_info(
                 hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=ASK_TIMEOUT
@@ -72,23 +76,38 @@ class Hub:
         except (RepositoryNotFoundError, HFValidationError) as error:
             hint = "Check the name; for a private repo, set HF_TOKEN."
             raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
-        except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
-            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-                sentence = f"the hub refuses access to {shown}"
-                raise AccessDenied(sentence, "Check HF_TOKEN.") from error
-            raise DownloadFailed(
-                f"the hub did not answer for {shown}", "Try again later."
-            ) from error
+        except HfHubHTTPError as error:
+            raise _refusal(error, shown, has_token=bool(self.token)) from error
+        except (httpx2.HTTPError, OSError) as error:
+            raise DownloadFailed(f"the hub did not answer for {shown}", later(None)) from error
+
+
+def _refusal(error: HfHubHTTPError, shown: str, *, has_token: bool) -> LoraError:
+    """The error of ours for an answer that huggingface_hub has no name for."""
+    status, after = error.response.status_code, wait_of(error.response.headers)
+    if status == 401 and has_token:
+        sentence = f"the hub does not accept HF_TOKEN, with which it was asked for {shown}"
+        return AccessDenied(sentence, "It may be wrong, or have expired.")
+    if status in (401, 403):
+        return AccessDenied(f"the hub refuses access to {shown}", "Check HF_TOKEN.")
+    said = status_in_words(status)
+    return DownloadFailed(f"the hub did not answer for {shown} ({said})", later(after), after)
 
 
 def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
-    """The named file; else the repo's one adapter file, a .safetensors one rather than a pickle."""
-    if hub_file.file_name:
-        if hub_file.file_name in files:
-            return files[hub_file.file_name]
-        listed = ", ".join(sorted(n for n in files if n.endswith(EXTENSIONS))[:10]) or "none"
-        hint = f"Adapter files there: {listed}."
-        raise LoraNotFound(f"{hub_file.repo} has no file {hub_file.file_name}", hint)
+    """The named file; else the one adapter file of the named folder or of the repo, a .safetensors one rather
+    than a pickle. Raises: LoraNotFound.
+    """
+    name, where = hub_file.file_name, hub_file.repo
+    if name in files:
+        return files[name]
+    if name:
+        folder = f"{name.rstrip('/')}/"
+        inside = {n.removeprefix(folder): f for n, f in files.items() if n.startswith(folder)}
+        if not inside:
+            listed = ", ".join(sorted(n for n in files if n.endswith(EXTENSIONS))[:10]) or "none"
+            raise LoraNotFound(f"{where} has no file {name}", f"Adapter files there: {listed}.")
+        files, where = inside, f"{where}/{name}"
     for endings in ((SAFETENSORS,), PICKLES):
         usual = [stem + ending for stem in STEMS for ending in endings if stem + ending in files]
         candidates = usual[:1] or sorted(name for name in files if name.endswith(endings))
@@ -96,5 +115,5 @@ def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
             return files[candidates[0]]
         if candidates:
             hint = f"Choose one with weight_name: {', '.join(candidates[:10])}."
-            raise LoraNotFound(f"{hub_file.repo} has several adapter files", hint)
-    raise LoraNotFound(f"{hub_file.repo} has no .safetensors file")
+            raise LoraNotFound(f"{where} has several adapter files", hint)
+    raise LoraNotFound(f"{where} has no .safetensors file")

@@ -5,6 +5,7 @@
     user/repo/folder/file.safetensors              that file of the repo; hf://… means the same
     https://huggingface.co/user/repo/blob/main/…   the same, as the hub's pages link it
     civitai:MODEL, civitai:MODEL@VERSION           a model on Civitai, its newest or that version
+    civitai:MODEL@VERSION+FILE                     that file of it
     urn:air:sdxl:lora:civitai:MODEL@VERSION        the same, as an AIR
     https://civitai.com/models/MODEL…              the same, as Civitai's pages and downloads link it
     name.safetensors, name, folder/name            a file that is already in the cache
@@ -19,9 +20,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from lora.errors import SourceInvalid
+from lora.fetch.links import identity_of, number_of, query_of, token_of
 from lora.fetch.redaction import redact_url
 from lora.formats.endings import EXTENSIONS
 
@@ -30,15 +32,23 @@ ASK_TIMEOUT = 30.0
 """Seconds that the hub or Civitai may take to say which file it is."""
 
 HUB_HOSTS = frozenset({"huggingface.co", "www.huggingface.co", "hf.co"})
-CIVITAI_HOSTS = frozenset({"civitai.com", "www.civitai.com"})
+CIVITAI_HOSTS = frozenset(
+    f"{prefix}civitai.{ending}" for prefix in ("", "www.") for ending in ("com", "red", "green")
+)
+"""Civitai's names for one site: `.com` shows a part of what `.red` shows, by the same numbers."""
+
+FILE_FACTS = ("type", "format", "size", "fp", "quantType")
+"""What the query of a link to Civitai may say of the file, as Civitai calls it."""
+
+AIR_FORMATS = {"safetensor": "SafeTensor", "safetensors": "SafeTensor"} | dict.fromkeys(
+    ("ckpt", "pt", "pickle", "pickletensor"), "PickleTensor"
+)
+"""The format at the end of an AIR -> what Civitai calls it."""
 
 GRAMMAR_HINT = (
     "Give an http(s) URL, a Hugging Face repo (user/repo), civitai:MODEL@VERSION, or the name of a "
     "cached file."
 )
-
-SIGNING = re.compile(r"(x-amz|x-goog)-.*|token|api_key", re.IGNORECASE)
-"""Parameters of a URL's query that authorize a request and do not identify the file."""
 
 _REPO = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _REVISION = r"refs/(?:convert/\w+|pr/\d+)|[\w.-]+"
@@ -46,7 +56,8 @@ _HUB_NAME = re.compile(
     rf"(?P<repo>{_REPO})(?:@(?P<revision>{_REVISION}))?(?:/(?P<file>[^@]+))?", re.ASCII
 )
 _CIVITAI_NAME = re.compile(
-    r"(?:urn:air:[\w.-]*:[\w.-]*:)?civitai:(?P<model>\d{1,18})(?:@(?P<version>\d{1,18}))?(?:\.\w+)?",
+    r"(?:(?:urn:)?(?:air:)?[\w.-]*:[\w.-]*:)?civitai:(?P<model>\d{1,18})"
+    r"(?:@(?P<version>\d{1,18}))?(?:\+(?P<file>\d{1,18}))?(?:\.(?P<format>\w+))?",
     re.ASCII | re.IGNORECASE,
 )
 
@@ -91,6 +102,8 @@ class RemoteFile:
     """Whether the content can never change (a commit, a version), so that it need not be asked for again."""
     config_url: str | None = field(default=None, repr=False)
     """The URL of a PEFT adapter's adapter_config.json."""
+    token: str | None = field(default=None, repr=False, compare=False)
+    """The bearer token that the request's link named, for the URL's own origin; never written down."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +123,9 @@ class CivitaiFile:
     version: int | None
     file_name: str | None = None
     wanted: tuple[tuple[str, str], ...] = ()
-    """What a download URL's query says of the file: pairs of (type | format | size | fp, value)."""
+    """What the link says of the file: pairs of (one of FILE_FACTS or fileId, value)."""
+    token: str | None = field(default=None, repr=False, compare=False)
+    """The token in the link; it does not change which file it is."""
 
 
 Location = RemoteFile | HubFile | CivitaiFile | CachedName
@@ -132,8 +147,7 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Locat
         return _parse_url(path, reference, hub, civitai)
     if match := _CIVITAI_NAME.fullmatch(path):
         _only_for_repos(reference, reference.revision)
-        model, version = (int(digits) if digits else None for digits in match.groups())
-        return CivitaiFile(model, version, reference.weight_name)
+        return _civitai_name(match, reference)
     # Anything but a plain name may be a misspelt URL with a token in it, so the error does not repeat it.
     plain = path.isprintable() and not set(path) & set("?#:\\") and len(path.encode()) <= 240
     if not path or not plain or path.startswith("//"):
@@ -192,44 +206,69 @@ def _parse_url(path: str, reference: Reference, hub: str, civitai: str) -> Locat
         return location
     _only_for_repos(reference, reference.weight_name, reference.revision)
     name = PurePosixPath(unquote(parts.path)).name or host
-    return RemoteFile(path, _identity(parts), shown, name, reference.sha256)
+    return RemoteFile(path, identity_of(parts), shown, name, reference.sha256)
 
 
-def _identity(parts: SplitResult) -> str:
-    """The URL without its signature, which differs each time a store signs a URL of the same file."""
-    query = parse_qsl(parts.query, keep_blank_values=True)
-    if not any(SIGNING.fullmatch(name) for name, _ in query):
-        return parts.geturl()
-    kept = urlencode([(name, value) for name, value in query if not SIGNING.fullmatch(name)])
-    return parts._replace(query=kept).geturl()
+def _civitai_name(match: re.Match[str], reference: Reference) -> CivitaiFile:
+    model, version, file, ending = match.groups()
+    if ending and ending.lower() not in AIR_FORMATS:
+        raise SourceInvalid(
+            f"{reference.shown} names a file in the format {ending}, which is no adapter's",
+            "Leave the ending out, or say .safetensors.",
+        )
+    wanted = [("format", AIR_FORMATS[ending.lower()])] if ending else []
+    wanted += [("fileId", str(int(file)))] if file else []
+    number = int(version) if version else None
+    return CivitaiFile(int(model), number, reference.weight_name, tuple(wanted))
 
 
 def _hub_url(parts: SplitResult, reference: Reference) -> HubFile | None:
-    """/user/repo, and /user/repo/(blob|resolve|tree)/revision/file; None for any other page."""
+    """/user/repo, and /user/repo/(blob|resolve|raw|tree)/revision/file; None for any other page.
+
+    Raises: SourceInvalid if its query says what cannot be used.
+    """
     path = "/".join(step for step in parts.path.split("/") if step)
-    page = re.fullmatch(rf"({_REPO})(?:/(?:blob|resolve|tree)/(.+))?", path, re.ASCII)
-    if page is None or (not page[2] and page[1].endswith(EXTENSIONS)):
+    page = re.fullmatch(rf"({_REPO})(?:/(blob|resolve|raw|tree)/(.+))?", path, re.ASCII)
+    if page is None or (not page[3] and page[1].endswith(EXTENSIONS)):
         return None
-    if not page[2]:
-        return HubFile(page[1], reference.weight_name, reference.revision)
-    rest = unquote(page[2])
+    rest = unquote(page[3] or "")
     match = re.fullmatch(rf"({_REVISION})(?:/(.+))?", rest, re.ASCII)
-    if match is None or ".." in PurePosixPath(rest).parts:
+    if (rest and match is None) or ".." in PurePosixPath(rest).parts:
         return None
-    _only_for_repos(reference, match[2] and reference.weight_name, reference.revision)
-    return HubFile(page[1], match[2] or reference.weight_name, match[1])
+    said = query_of(parts, {"show_file_info"}, reference.shown)
+    revision, file = (match[1], match[2]) if match else (None, None)
+    shown_file, name = said.get("show_file_info"), reference.weight_name
+    is_folder = page[2] == "tree" and file and not file.endswith(EXTENSIONS)
+    _only_for_repos(
+        reference, None if is_folder else file and name, revision and reference.revision
+    )
+    if shown_file and (file or name):
+        raise SourceInvalid(f"{reference.shown}: it names a file, and show_file_info another")
+    if is_folder and name:
+        file = f"{file}/{name}"
+    return HubFile(page[1], file or shown_file or name, revision or reference.revision)
 
 
 def _civitai_url(parts: SplitResult, reference: Reference) -> CivitaiFile | None:
-    """/models/M[/name][?modelVersionId=V] and /api/download/models/V; None for any other page."""
-    query = dict(parse_qsl(parts.query))
-    download = re.fullmatch(r"/api/download/models/(\d{1,18})/?", parts.path, re.ASCII)
-    page = re.fullmatch(r"/models/(\d{1,18})(?:/[^/]*)?/?", parts.path, re.ASCII)
-    if download or page:
-        _only_for_repos(reference, reference.revision)
+    """/models/M[/name][?modelVersionId=V], /model-versions/V and /api/download/models/V, also as /api/v1/…;
+    None for any other page. Raises: SourceInvalid if its query says what cannot be used.
+    """
+    download = re.fullmatch(
+        r"/(?:api/download/models|(?:api/v1/)?model-versions)/(\d{1,18})/?", parts.path, re.ASCII
+    )
+    page = re.fullmatch(r"/(?:api/v1/)?models/(\d{1,18})(?:/[^/]*)?/?", parts.path, re.ASCII)
+    if not download and not page:
+        return None
+    shown = reference.shown
+    _only_for_repos(reference, reference.revision)
+    said = query_of(parts, {*FILE_FACTS, "fileId", "modelVersionId", "token"}, shown)
+    wanted = [(name, said[name]) for name in FILE_FACTS if name in said]
+    if file := number_of(said, "fileId", shown):
+        wanted.append(("fileId", str(file)))
+    version = number_of(said, "modelVersionId", shown)
     if download:
-        wanted = [(key, query[key]) for key in ("type", "format", "size", "fp") if key in query]
-        return CivitaiFile(None, int(download[1]), reference.weight_name, tuple(wanted))
-    digits = query.get("modelVersionId", "")
-    version = int(digits) if re.fullmatch(r"\d{1,18}", digits, re.ASCII) else None
-    return CivitaiFile(int(page[1]), version, reference.weight_name) if page else None
+        if version not in (None, int(download[1])):
+            raise SourceInvalid(f"{shown} and its modelVersionId are two versions")
+        version = int(download[1])
+    model = int(page[1]) if page else None
+    return CivitaiFile(model, version, reference.weight_name, tuple(wanted), token_of(said, shown))

@@ -29,10 +29,16 @@ from lora.fetch.rules import PORTS, WebRules, origin_of
 MAX_REDIRECTS = 10
 CONNECT_TIMEOUT = 10.0
 
+USER_AGENT = "worker-lora (an image server that fetches what its requests name)"
+"""Some hosts refuse programs that do not say who they are; Civitai sends pages to what may be a browser."""
+
+HEADERS = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
+
 
 def quiet_libraries() -> None:
-    """Silences other libraries' logs of requests: whole URLs stand there, with tokens and signatures."""
-    for library in ("botocore", "httpx2"):
+    """Silences other libraries' logs of requests, where whole URLs stand with tokens and signatures, and of
+    the texts inside of pictures."""
+    for library in ("botocore", "httpx2", "PIL"):
         logging.getLogger(library).setLevel(logging.WARNING)
     # urllib3's children by name, too: runpod, once it is imported, sets the level of urllib3 itself.
     for library in ("urllib3", "urllib3.connection", "urllib3.connectionpool"):
@@ -53,21 +59,31 @@ class Web:
 
     @contextmanager
     def open(
-        self, url: str, headers: Mapping[str, str] | None = None, *, stall: float, deadline: float
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        stall: float,
+        deadline: float,
+        token: str | None = None,
     ) -> Iterator[Body]:
         """Sends a GET and follows redirects; its body is read inside of the `with` block.
 
-        `stall`: seconds that the server may be silent; `deadline`: by time.monotonic().
+        `stall`: seconds that the server may be silent; `deadline`: by time.monotonic(); `token`: a bearer
+        token for the URL's own origin, in place of the one that the rules have for that.
         Raises: SourceInvalid if the rules forbid the URL, or one that it redirects to, before a byte is sent
         there; requests.RequestException, whose text may hold the URL and must not be shown.
         """
-        current = ""
+        current, tokens = "", dict(self.rules.tokens)
+        if token:
+            tokens[self._prepared("", url)[1]] = ("Authorization", f"Bearer {token}")
         for _ in range(MAX_REDIRECTS + 1):
-            current, token = self._prepared(current, url)
+            current, origin = self._prepared(current, url)
+            own = dict([tokens[origin]]) if origin in tokens else {}
             wait = max(0.001, min(stall, deadline - time.monotonic()))
             response = self._session.get(
                 current,
-                headers={"Accept-Encoding": "identity", **(headers or {}), **token},
+                headers={**HEADERS, **(headers or {}), **own},
                 stream=True,
                 allow_redirects=False,
                 timeout=(min(CONNECT_TIMEOUT, wait), wait),
@@ -92,8 +108,8 @@ class Web:
         except (OSError, UnicodeError):
             raise SourceInvalid(f"there is no host {host}") from None
 
-    def _prepared(self, base: str, url: str) -> tuple[str, dict[str, str]]:
-        """The URL, relative to `base`, as requests will send it, and the header with its origin's token.
+    def _prepared(self, base: str, url: str) -> tuple[str, str]:
+        """The URL, relative to `base`, as requests will send it, and its origin.
 
         Both come from one parse, so a token never goes to another host than its own.
         """
@@ -101,13 +117,11 @@ class Web:
         try:
             request.prepare_url(urljoin(base, url), None)
             prepared = str(request.url)
-            origin = origin_of(prepared)
+            return prepared, origin_of(prepared)
         except (requests.RequestException, ValueError):
             raise SourceInvalid(
                 "the address, or the one that it redirects to, is not an http(s) URL"
             ) from None
-        token = self.rules.tokens.get(origin)
-        return prepared, dict([token]) if token else {}
 
 
 class _Session(requests.Session):

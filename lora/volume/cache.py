@@ -82,7 +82,7 @@ class VolumeCache:
         location, refresh, warning = resolved
         if isinstance(location, CachedName):
             return self.find(location)
-        key = location.identity, location.sha256, refresh
+        key = location.identity, location.sha256, location.token, refresh
         fetch = partial(self._fetch, location, refresh)
         entry = self._shared.run(key, location.shown, fetch, on_bytes)
         return entry.warned(warning) if warning else entry
@@ -129,7 +129,8 @@ class VolumeCache:
         try:
             # If there is an old file, only one job waits for a source in trouble.
             kinds = (LoraError,) if kept else REFUSED
-            with self._refusals.remembered(remote.identity, ask_anyway=refresh, kinds=kinds):
+            key = f"{remote.identity} {remote.token}"  # another token may open it
+            with self._refusals.remembered(key, ask_anyway=refresh, kinds=kinds):
                 return fetch.run(kept)
         except LoraError as error:
             if kept is None or refresh:

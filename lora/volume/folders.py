@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
@@ -151,18 +152,31 @@ class Folders:
 
 def on_local_disk(folder: Path, mounts: Path = MOUNTS) -> bool:
     """Whether the folder, which need not exist yet, is on a local file system; False if unknown."""
+    mount = mount_of(folder, mounts)
+    return mount is not None and mount.kind in LOCAL
+
+
+class Mount(NamedTuple):
+    """A file system, and where it is mounted."""
+
+    place: Path
+    kind: str
+
+
+def mount_of(folder: Path, mounts: Path = MOUNTS) -> Mount | None:
+    """The mount that the folder, which need not exist yet, lies in; None if unknown."""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
-        return False
-    target, best, kind = folder.resolve(), -1, ""
+        return None
+    target, best = folder.resolve(), None
     for line in lines:
         # "36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw" (man proc_pid_mountinfo)
         before, _, after = line.partition(" - ")
-        mount = Path(before.split(" ")[4].replace("\\040", " "))
-        if target.is_relative_to(mount) and len(mount.parts) >= best:
-            best, kind = len(mount.parts), after.split(" ")[0]
-    return kind in LOCAL
+        place = Path(before.split(" ")[4].replace("\\040", " "))
+        if target.is_relative_to(place) and (not best or len(place.parts) >= len(best.place.parts)):
+            best = Mount(place, after.split(" ")[0])
+    return best
 
 
 def _sweep(root: Path, age: float) -> None:

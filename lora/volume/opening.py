@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -67,11 +68,13 @@ def open_cache(
             timeout=numbers["LORA_DOWNLOAD_TIMEOUT"],
             ttl=numbers["LORA_TTL_HOURS"] * 3600,
         ),
+        WebRules(
+            allow_private=BOOLEANS[private],
+            allowed_hosts=tuple(values["LORA_ALLOWED_HOSTS"].replace(",", " ").split()),
+            tokens=headers,
+        ),
         hub=(values["HF_ENDPOINT"], values["HF_TOKEN"]),
         civitai=(values["CIVITAI_ENDPOINT"], values["CIVITAI_TOKEN"]),
-        headers=headers,
-        allowed_hosts=tuple(values["LORA_ALLOWED_HOSTS"].replace(",", " ").split()),
-        allow_private=BOOLEANS[private],
     )
 
 
@@ -99,31 +102,30 @@ def _number(name: str, text: str) -> float:
 def make_cache(
     root: Path,
     limits: Limits,
+    rules: WebRules,
     *,
     hub: Server,
     civitai: Server,
-    headers: Mapping[str, tuple[str, str]],
-    allowed_hosts: tuple[str, ...],
-    allow_private: bool,
+    family: str | None = None,
 ) -> VolumeCache:
     """The cache in a folder. Nothing is requested or written yet.
 
-    `headers`: origin -> (name, value) of the header that it gets; the rest as in `WebRules`. An endpoint
-    that is named here may lie in the private network. Raises: ValueError if an endpoint is no URL.
+    The hubs' tokens are added to the rules; an endpoint that is named here may lie in the private network.
+    `family`: of the model that adapters are for, such as SDXL. Raises: ValueError if an endpoint is no URL.
     """
-    own, tokens = set(), dict(headers)
+    own, tokens = set(rules.own), dict(rules.tokens)
     for public, (endpoint, token) in ((HUB, hub), (CIVITAI, civitai)):
         origin = origin_of(endpoint or public)
         if endpoint:
             own.add(origin)
         if token:
             tokens[origin] = ("Authorization", f"Bearer {token}")
-    web = Web(WebRules(allow_private, allowed_hosts, frozenset(own), tokens))
+    web = Web(replace(rules, own=frozenset(own), tokens=tokens))
     return VolumeCache(
         root,
         limits,
         web,
         hub=Hub(hub[1] or None, hub[0] or HUB),
-        civitai=Civitai(web, civitai[0] or CIVITAI),
+        civitai=Civitai(web, civitai[0] or CIVITAI, family),
         fallback=FALLBACK_ROOT,
     )

@@ -14,6 +14,7 @@ from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import pause_after
 from lora.fetch.hub import Hub
+from lora.fetch.rules import origin_of
 from lora.fetch.sources import CachedName, CivitaiFile, HubFile, Reference, RemoteFile, parse
 from lora.volume.records import read_as, write
 from lora.volume.shelf import Shelf, digest_of
@@ -37,6 +38,16 @@ class Lookup:
 
     file: dict[str, Any]
     when: float
+
+
+class _Question(NamedTuple):
+    """What a hub is asked."""
+
+    key: str
+    """The server and the location, in which no token is shown."""
+    token: str | None
+    """With another token, the answer may be another."""
+    ask: Callable[[], RemoteFile]
 
 
 class Refusals:
@@ -91,17 +102,20 @@ class Resolver:
             ask, server = (lambda: self._civitai.ask(location)), self._civitai.endpoint
         else:
             return Resolved(location, reference.refresh)
-        resolved = self._look_up(f"{server} {location}", ask, fixed, refresh=reference.refresh)
+        token = location.token if isinstance(location, CivitaiFile) else None
+        resolved = self._look_up(
+            _Question(f"{server} {location}", token, ask), fixed, refresh=reference.refresh
+        )
         remote = resolved.location
-        if reference.sha256 and isinstance(remote, RemoteFile):
-            resolved = resolved._replace(location=replace(remote, sha256=reference.sha256))
-        return resolved
+        if isinstance(remote, RemoteFile):
+            sha256 = reference.sha256 or remote.sha256
+            at_home = token and origin_of(remote.url) == origin_of(server)
+            remote = replace(remote, sha256=sha256, token=token if at_home else None)
+        return resolved._replace(location=remote)
 
-    def _look_up(
-        self, key: str, ask: Callable[[], RemoteFile], fixed: bool, *, refresh: bool
-    ) -> Resolved:
+    def _look_up(self, question: _Question, fixed: bool, *, refresh: bool) -> Resolved:
         """A hub's answer about a reference; from the volume as long as the last answer is fresh."""
-        name = f"{digest_of(key)}.json"
+        name = f"{digest_of(question.key)}.json"
         known, when = None, 0.0
         for root in self._shelf.roots:
             lookup = read_as(Lookup, root / LOOKUPS / name)
@@ -112,8 +126,8 @@ class Resolver:
         if known and fresh and not refresh:
             return Resolved(known)
         try:
-            with self._refusals.remembered(key, ask_anyway=refresh):
-                answer = self._patiently(ask)
+            with self._refusals.remembered(f"{question.key} {question.token}", ask_anyway=refresh):
+                answer = self._patiently(question.ask, can_wait=known is None or refresh)
         except DownloadFailed as error:
             if known is None or refresh:
                 raise
@@ -123,16 +137,19 @@ class Resolver:
             write(root, root / LOOKUPS / name, Lookup(asdict(answer), time.time()))
         return Resolved(answer, refresh)
 
-    def _patiently(self, ask: Callable[[], RemoteFile]) -> RemoteFile:
-        """Asks again if a hub does not answer, as often as a download would."""
+    def _patiently(self, ask: Callable[[], RemoteFile], *, can_wait: bool) -> RemoteFile:
+        """Asks again if a hub does not answer, as often and as late as a download would.
+
+        Without `can_wait`, not if the hub asks to wait: there is an older answer.
+        """
         limits = self._shelf.limits
         deadline = time.monotonic() + limits.timeout
         for failures in range(1, limits.tries):
             try:
                 return ask()
-            except DownloadFailed:
-                pause = pause_after(failures, limits)
-                if time.monotonic() + pause > deadline:
+            except DownloadFailed as error:
+                pause = max(pause_after(failures, limits), error.after or 0.0)
+                if time.monotonic() + pause > deadline or (error.after and not can_wait):
                     raise
                 time.sleep(pause)
         return ask()

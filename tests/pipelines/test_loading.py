@@ -146,12 +146,17 @@ def original_text_encoders(models: LoadedModels) -> Iterator[tuple[str, Tensor]]
                 yield f"{theirs}.{there}.{kind}", state[f"{ours}.{here}.{kind}"]
 
 
+@pytest.mark.parametrize("channels", [4, 9])
 def test_a_single_checkpoint_gives_the_same_weights(
-    tmp_path: Path, demo: LoadedModels, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, demo: LoadedModels, monkeypatch: pytest.MonkeyPatch, channels: int
 ) -> None:
+    """With 9 channels it is one for inpainting, whose first layer alone is another."""
     tensors = (
         dict(original_unet(demo)) | dict(original_vae(demo)) | dict(original_text_encoders(demo))
     )
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    own = tensors[first]
+    tensors[first] = torch.cat([own, own, own], dim=1)[:, :channels]
     file = tmp_path / "tune.safetensors"
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)
 
@@ -161,4 +166,8 @@ def test_a_single_checkpoint_gives_the_same_weights(
     monkeypatch.setattr(loading, "find_weights", with_demo_configs)
     models = load(str(file))
     assert models.name == "tune"
+    loaded = models.base.unet.conv_in.weight
+    assert torch.equal(loaded, tensors[first])
+    if channels == 9:
+        models.base.unet.conv_in.weight = torch.nn.Parameter(loaded[:, :4])
     assert_same_weights(models, demo)

@@ -140,6 +140,9 @@ GOOD: dict[str, Make] = {
     "redirect": lambda s: job(loras=[s.models.url("/away.safetensors" + QUERY)]),
     "hub": lambda s: job(loras=["user/repo"]),
     "civitai": lambda s: job(loras=["civitai:12"]),
+    "civitai's link": lambda s: job(
+        loras=[{"path": f"{s.civitai.address}/models/12?token=link-canary", "refresh": True}]
+    ),
     "picture": lambda s: job(image_url=s.url("/p.png", Reply(png())), strength=1),
 }
 
@@ -183,6 +186,10 @@ BAD: dict[str, tuple[str, Make]] = {
     "user": ("LORA_SOURCE_INVALID", bad_path(f"{USER}@h.example/x.safetensors")),
     "repo's query": ("LORA_SOURCE_INVALID", bad_path(f"user/repo{QUERY}")),
     "civitai's query": ("LORA_SOURCE_INVALID", bad_path(f"civitai:12{QUERY}")),
+    "civitai's link": (
+        "LORA_SOURCE_INVALID",
+        lambda s: job(loras=[f"{s.civitai.address}/models/12?other=canary&token=canary"]),
+    ),
     "gated": ("LORA_ACCESS_DENIED", bad_path("user/gated")),
     "private": ("LORA_NOT_FOUND", bad_path("user/private")),
     "no repo": ("LORA_NOT_FOUND", bad_path("user/none")),
@@ -302,15 +309,17 @@ def _assert_sent_where_due(site: Site) -> None:
     """Each server had its own token with every request, and no other; queries came through."""
     for server, header, token in (
         (site.hub, "authorization", "Bearer hf_canary"),
-        (site.civitai, "authorization", "Bearer civitai-canary"),
+        (site.civitai, "authorization", "Bearer civitai-canary|Bearer link-canary"),
         (site.models, "x-key", "models-canary"),
     ):
         assert server.asked
         for asked in server.asked:
             sent = {name.lower(): value for name, value in asked.headers.items()}
-            assert sent.pop(header) == token
+            assert sent.pop(header) in token.split("|")
             assert CANARY not in str(sent)
-    gets = [asked for asked in site.store.asked if asked.method == "GET"]
+    tried = [asked for asked in site.store.asked if asked.path.startswith("/pictures/")]
+    assert {asked.method for asked in tried} == {"PUT", "GET"}
+    gets = [asked for asked in site.store.asked if asked.method == "GET" and asked not in tried]
     assert {f"?{asked.query}" for asked in gets} == {QUERY.partition("#")[0]}
     assert {asked.headers.get("Authorization") for asked in gets} == {f"Basic {ENCODED}"}
     puts = [asked for asked in site.store.asked if asked.method == "PUT"]

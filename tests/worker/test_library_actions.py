@@ -309,7 +309,7 @@ def test_a_config_files_stack_is_for_jobs_that_ask_for_nothing(selection: Select
         (
             "many",
             {"loras": ["own"]},
-            "INVALID_INPUT: loras: with those of the presets there are 17",
+            "INVALID_INPUT: loras: with those of the presets and tags there are 17",
         ),
         (
             "ranged",

@@ -132,3 +132,33 @@ def test_faults_of_values_and_of_their_meaning_come_together() -> None:
         "only one of them can be the default",
     ):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "said"),
+    [
+        (
+            {"BUCKET_ENDPOINT_URL": "s3.us-west-2.amazonaws.com"},
+            "BUCKET_ENDPOINT_URL: it does not begin",
+        ),
+        (
+            {"BUCKET_ENDPOINT_URL": "https://h/my bucket"},
+            "BUCKET_ENDPOINT_URL: its path holds a blank",
+        ),
+        (
+            {"BUCKET_ENDPOINT_URL": "htps://x"},
+            "BUCKET_ENDPOINT_URL: it does not begin with https://",
+        ),
+        (
+            {"BUCKET_ENDPOINT_URL": "https://a-1.s3.eu-west-1.amazonaws.com", "BUCKET_NAME": "b-1"},
+            "BUCKET_ENDPOINT_URL: it names the bucket 'a-1', and the bucket's name is 'b-1'",
+        ),
+        ({"BUCKET_NAME": "a/b"}, "BUCKET_NAME: what is given as a bucket is no bucket's name"),
+        ({"BUCKET_REGION": "us east"}, "BUCKET_REGION: what is given as a region"),
+        ({"BUCKET_ADDRESSING": "dns"}, "BUCKET_ADDRESSING: 'dns' is none of auto, path, virtual"),
+    ],
+)
+def test_a_bucket_that_cannot_be_meant_stops_the_worker(environ: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        read_settings(environ)
+    assert said in str(caught.value)

@@ -1,6 +1,7 @@
 import base64
 import io
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,39 +12,20 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from lora.fetch.web import Web
-from schemas import parse_job
 from settings import Settings
 from tests.server import LOOPBACK
 from validation import InvalidInput
 from worker.outputs import (
-    Bucket,
     Encoded,
     OutputTooLarge,
-    UploadFailed,
     deliver,
     encode,
     guard_size,
     open_bucket,
-    parameters_text,
     requested_bucket,
     sendable,
 )
-
-
-class FakeBucket:
-    def __init__(self, *, broken: bool = False) -> None:
-        self.objects: dict[str, dict[str, Any]] = {}
-        self.broken = broken
-
-    def put_object(self, **arguments: Any) -> None:
-        if self.broken:
-            from botocore.exceptions import EndpointConnectionError
-
-            raise EndpointConnectionError(endpoint_url="https://canary")
-        self.objects[arguments["Key"]] = arguments
-
-    def generate_presigned_url(self, operation: str, **arguments: Any) -> str:
-        return f"https://bucket/{arguments['Params']['Key']}?{operation}"
+from worker.store import UploadFailed
 
 
 def test_png_is_lossless_and_carries_the_text() -> None:
@@ -64,41 +46,6 @@ def test_quality_makes_smaller_files() -> None:
         low, high = (encode(picture, kind, quality, "") for quality in (10, 95))
         assert len(low.data) < len(high.data)
         assert low.media_type == f"image/{kind}"
-
-
-def test_parameters_text_without_and_with_loras() -> None:
-    pairs = "Steps: 20, Sampler: DDIM, CFG scale: 7.5, Seed: 3, Size: 64x32, Model: demo"
-    values = {"prompt": "a cat", "num_inference_steps": 20, "seed": 3}
-    plain, negative = (
-        parse_job({"input": {**values, "negative_prompt": text}}) for text in (None, "dog")
-    )
-    assert parameters_text(plain, "demo", (64, 32), []) == f"a cat\n{pairs}"
-    text = parameters_text(negative, "demo", (64, 32), [("x", 0.5, "ab" * 32)])
-    assert text == (
-        f'a cat <lora:x:0.5>\nNegative prompt: dog\n{pairs}, Lora hashes: "x: abababababab"'
-    )
-
-
-def test_with_a_bucket_the_answer_holds_urls() -> None:
-    bucket = FakeBucket()
-    urls = deliver(
-        [Encoded(b"1", "image/png"), Encoded(b"2", "image/webp")],
-        "job-1",
-        Bucket(bucket, "pictures"),
-    )
-    assert len(urls) == len(bucket.objects) == 2
-    for url, (key, stored) in zip(urls, bucket.objects.items(), strict=True):
-        assert url == f"https://bucket/{key}?get_object"
-        assert key.startswith("job-1/")
-        assert stored["Bucket"] == "pictures"
-    assert [o["ContentType"] for o in bucket.objects.values()] == ["image/png", "image/webp"]
-
-
-def test_a_bucket_that_refuses_is_told_without_its_address() -> None:
-    with pytest.raises(UploadFailed) as caught:
-        deliver([Encoded(b"1", "image/png")], "job-1", Bucket(FakeBucket(broken=True), "pictures"))
-    assert "EndpointConnectionError" in str(caught.value)
-    assert "canary" not in str(caught.value)
 
 
 def test_no_bucket_without_an_endpoint() -> None:
@@ -129,38 +76,91 @@ def s3() -> Iterator[str]:
     running.stop()
 
 
-def test_a_request_brings_its_own_bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_bucket_the_answer_holds_urls_that_open(s3: str) -> None:
+    bucket = open_bucket(
+        Settings(
+            bucket_endpoint_url=s3,
+            bucket_name="pictures",
+            bucket_access_key_id="id",
+            bucket_secret_access_key="canary",
+            bucket_prefix="/year/2026/",
+        )
+    )
+    assert bucket is not None
+    bucket.client.create_bucket(Bucket="pictures")  # type: ignore[attr-defined]
+    pictures = [Encoded(b"1", "image/png"), Encoded(b"2", "image/webp")]
+    urls = deliver(pictures, "job-1", bucket)
+    assert len(set(urls)) == 2
+    for url, picture in zip(urls, pictures, strict=True):
+        assert "/pictures/year/2026/job-1/" in url
+        assert "canary" not in url
+        fetched = requests.get(url, timeout=60)
+        assert fetched.content == picture.data
+        assert fetched.headers["Content-Type"] == picture.media_type
+
+
+def test_a_request_brings_its_own_bucket(s3: str) -> None:
     given = {"endpointUrl": s3, "accessId": "id", "accessSecret": "canary", "bucketName": "mine"}
     bucket = requested_bucket({"id": "j", "s3Config": given}, LOOPBACK)
     assert bucket is not None
     bucket.client.create_bucket(Bucket="mine")  # type: ignore[attr-defined]
     (url,) = deliver([Encoded(b"picture", "image/webp")], "job-1", bucket)
     assert "/mine/job-1/" in url
-    assert "canary" not in url
-    fetched = requests.get(url, timeout=60)
-    assert fetched.content == b"picture"
-    assert fetched.headers["Content-Type"] == "image/webp"
+    assert requests.get(url, timeout=60).content == b"picture"
+    options = {"region": "eu-west-1", "prefix": "p", "addressing": "path", "bucketName": "gone"}
+    other = requested_bucket({"s3Config": {**given, **options}}, LOOPBACK)
+    assert other is not None
+    assert (other.place.region, other.place.prefix) == ("eu-west-1", "p/")
     with pytest.raises(UploadFailed) as caught:
-        deliver([Encoded(b"1", "image/png")], "job-1", Bucket(bucket.client, "gone"))
-    assert "NoSuchBucket" in str(caught.value) or "ClientError" in str(caught.value)
+        deliver([Encoded(b"1", "image/png")], "job-1", other)
+    assert "there is no bucket 'gone'. Check s3Config.bucketName." in str(caught.value)
 
 
-def test_a_requests_bucket_is_whole_and_on_a_host_that_may_be_asked() -> None:
+def test_a_requests_bucket_is_whole_and_on_a_host_that_may_be_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     whole = {"endpointUrl": "http://127.0.0.1:9", "accessId": "a", "accessSecret": "canary"}
+    named = {**whole, "bucketName": "b-1"}
     assert requested_bucket({}, LOOPBACK) is None
     assert requested_bucket({"s3Config": {}}, LOOPBACK) is None
     cases: list[tuple[object, str]] = [
         (whole, "lacks one of"),
-        ({**whole, "bucketName": 5}, "lacks one of"),
+        ({**whole, "bucketName": ""}, "lacks one of"),
+        ({**named, "accessSecret": None}, "lacks one of"),
         ("canary", "lacks one of"),
-        ({**whole, "bucketName": "b"}, "is not on the open internet"),
-        ({**whole, "bucketName": "b", "endpointUrl": "ftp://canary/"}, "no http(s) URL"),
+        ({**whole, "bucketName": 5}, "s3Config.bucketName is not a text"),
+        ({**named, "canary": "canary"}, "has a field that is none of"),
+        ({**named, "bucketName": "canary@h/"}, "is no bucket's name"),
+        ({**named, "region": "canary canary"}, "is no region's name"),
+        ({**named, "addressing": "canary"}, "addressing is none of auto, path, virtual"),
+        (named, "is not on the open internet"),
+        ({**named, "endpointUrl": "ftp://canary/"}, "does not begin with https://"),
+        ({**named, "endpointUrl": "https://c-1.s3.eu-west-1.amazonaws.com"}, "the bucket 'c-1'"),
     ]
     for given, said in cases:
         with pytest.raises(InvalidInput) as caught:
             requested_bucket({"s3Config": given}, Web())
         assert said in str(caught.value)
         assert "canary" not in str(caught.value)
+
+
+def test_the_host_that_is_asked_is_the_one_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the bucket in the host's name, that name counts."""
+    asked: list[str] = []
+
+    def look_up(host: str, port: int, **_: Any) -> list[Any]:
+        asked.append(host)
+        address = "10.0.0.1" if host.startswith("b-1.") else "93.184.216.34"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    given = {"endpointUrl": "https://evil.example", "accessId": "a", "accessSecret": "s"}
+    given |= {"bucketName": "b-1", "addressing": "virtual"}
+    with pytest.raises(InvalidInput) as caught:
+        requested_bucket({"s3Config": given}, Web())
+    assert "b-1.evil.example is not on the open internet" in str(caught.value)
+    assert requested_bucket({"s3Config": {**given, "addressing": "path"}}, Web()) is not None
+    assert asked == ["b-1.evil.example", "evil.example"]
 
 
 def test_what_is_sendable_is_strict_json_and_nothing_else() -> None:

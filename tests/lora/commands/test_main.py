@@ -83,7 +83,7 @@ def test_generate_is_listed_and_needs_the_workers_code(
     assert "generate" in run(capsys, "--help").out
     ran = run(capsys, "generate", "--prompt", "a circle", "--out", "nowhere")
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("error: TOOL_ERROR: `generate` draws with the worker")
+    assert ran.err.startswith("error: TOOL_ERROR: `generate` works with the worker")
     assert ran.err.count("\n") == 1
 
 

@@ -3,13 +3,14 @@ from pathlib import Path
 import pytest
 
 from lora.engine.engine import LoraEngine
-from lora.errors import LoraError
+from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.hub import Hub
-from lora.fetch.sources import HubFile, Reference
+from lora.fetch.sources import HubFile, Reference, RemoteFile, parse
+from lora.fetch.web import USER_AGENT
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.loader import LoraLibrary
 from tests.adapters import as_bytes, kohya, randn
-from tests.server import LOOPBACK, LoopbackServer
+from tests.server import LOOPBACK, LoopbackServer, Reply
 
 ADAPTER = as_bytes(kohya())
 COMMIT = "c" * 40
@@ -155,3 +156,90 @@ def test_a_peft_repo_without_its_config_is_warned_of(
     server.serve_repo("u/peft", {"adapter_model.safetensors": as_bytes(tensors)})
     library = LoraLibrary(make(tmp_path, server), engine.key_map)
     assert "alpha counts as the rank" in library.load(Reference("u/peft")).warnings[0]
+
+
+def test_a_link_to_a_folder_means_what_is_in_it(server: LoopbackServer) -> None:
+    hub = Hub(endpoint=server.address)
+    files = {"a.safetensors": b"1", "one/b.safetensors": b"2", "one/notes.md": b"3"}
+    files |= {"two/c.safetensors": b"4", "two/d.safetensors": b"5"}
+    server.serve_repo("u/r", files)
+
+    def chosen(path: str, weight_name: str | None = None) -> str:
+        link = Reference(f"{server.address}/u/r/tree/main{path}", weight_name)
+        place = parse(link, server.address)
+        assert isinstance(place, HubFile)
+        return hub.ask(place).url.rpartition(f"{COMMIT}/")[2]
+
+    assert chosen("/one") == "one/b.safetensors"
+    assert chosen("/two", "d.safetensors") == "two/d.safetensors"
+    for path, said in (("/two", "weight_name: c.safetensors, d.safe"), ("/three", "no file three")):
+        with pytest.raises(LoraNotFound) as caught:
+            chosen(path)
+        assert said in str(caught.value)
+
+
+RATE = {"X-Error-Message": "We had to rate limit your IP"}
+
+
+@pytest.mark.parametrize(
+    ("headers", "waits"),
+    [
+        ({"Retry-After": "8"}, [8.0]),
+        (
+            {"RateLimit": '"api";r=0;t=7', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'},
+            [7.0],
+        ),
+        ({"Retry-After": "8", "RateLimit": '"api";r=0;t=7'}, [8.0]),
+        ({"Retry-After": "0"}, []),
+        ({"RateLimit": '"api";r=12;t=70'}, []),
+        ({}, []),
+    ],
+)
+def test_the_hubs_rate_limit_is_waited_for(
+    tmp_path: Path,
+    server: LoopbackServer,
+    monkeypatch: pytest.MonkeyPatch,
+    headers: dict[str, str],
+    waits: list[float],
+) -> None:
+    made: list[float] = []
+    monkeypatch.setattr("lora.volume.resolver.time.sleep", made.append)
+    server.serve_repo("u/r", {"x.safetensors": ADAPTER})
+    busy = Reply(b'{"error": "We had to rate limit your IP"}', 429, {**RATE, **headers})
+    server.replies["/api/models/u/r"].first = [busy]
+    place = make(tmp_path, server).resolve(Reference("u/r")).location
+    assert isinstance(place, RemoteFile)
+    assert [pause for pause in made if pause >= 2] == waits
+    assert len(made) == 1
+
+
+def test_a_rate_limit_that_outlasts_the_deadline_is_told_at_once(
+    tmp_path: Path, server: LoopbackServer
+) -> None:
+    server.serve("/api/models/u/r", status=429, headers={"Retry-After": "999"})
+    with pytest.raises(DownloadFailed) as caught:
+        make(tmp_path, server).resolve(Reference("u/r"))
+    assert "the hub did not answer for u/r (rate limit, HTTP 429)" in str(caught.value)
+    assert caught.value.hint == "The server asks to wait 999 s."
+    assert server.hits["/api/models/u/r"] == 1
+
+
+def test_nobody_waits_for_a_rate_limit_where_an_older_answer_serves(
+    tmp_path: Path, server: LoopbackServer
+) -> None:
+    server.serve_repo("u/r", {"x.safetensors": ADAPTER})
+    make(tmp_path, server).resolve(Reference("u/r"))
+    server.serve("/api/models/u/r", status=429, headers={"Retry-After": "250"})
+    resolved = make(tmp_path, server, ttl=0.0).resolve(Reference("u/r"))
+    assert "may be out of date: the hub did not answer for u/r (rate limit" in str(resolved.warning)
+    assert server.hits["/api/models/u/r"] == 2
+
+
+def test_a_token_that_the_hub_does_not_know_is_named(server: LoopbackServer) -> None:
+    told = {"X-Error-Message": "Invalid credentials in Authorization header"}
+    server.serve("/api/models/u/r", b"{}", status=401, headers=told)
+    with pytest.raises(AccessDenied) as caught:
+        Hub("hf_canary", server.address).ask(HubFile("u/r"))
+    assert "does not accept HF_TOKEN, with which it was asked for u/r" in str(caught.value)
+    assert "have expired" in str(caught.value)
+    assert server.headers["/api/models/u/r"]["user-agent"] == USER_AGENT

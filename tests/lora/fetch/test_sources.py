@@ -13,6 +13,8 @@ from lora.fetch.sources import (
 HF = "https://huggingface.co"
 CIV = "https://civitai.com"
 
+SAFETENSOR, FILE = (("format", "SafeTensor"),), (("fileId", "67"),)
+
 MEANINGS = {
     "name.safetensors": CachedName("name.safetensors"),
     "name": CachedName("name"),
@@ -39,6 +41,10 @@ MEANINGS = {
     f"{HF}/user/repo/resolve/v1/b%20c.safetensors?download=true": HubFile(
         "user/repo", "b c.safetensors", "v1"
     ),
+    f"{HF}/user/repo/raw/main/b.safetensors": HubFile("user/repo", "b.safetensors", "main"),
+    f"{HF}/user/repo/tree/v1/sub": HubFile("user/repo", "sub", "v1"),
+    f"{HF}/user/repo?not-for-all-audiences=true&utm_source=x": HubFile("user/repo"),
+    f"{HF}/user/repo?show_file_info=a%2Fb.safetensors": HubFile("user/repo", "a/b.safetensors"),
     f"{HF}/user/repo/resolve/refs%2Fpr%2F3/b.pt": HubFile("user/repo", "b.pt", "refs/pr/3"),
     "https://hf.co/user/repo/blob/main/b.safetensors": HubFile(
         "user/repo", "b.safetensors", "main"
@@ -47,11 +53,33 @@ MEANINGS = {
     "civitai:12@345": CivitaiFile(12, 345),
     "urn:air:sdxl:lora:civitai:12@345": CivitaiFile(12, 345),
     "urn:air:sdxl:lora:civitai:12": CivitaiFile(12, None),
-    "urn:air:sdxl:lora:civitai:12@345.safetensors": CivitaiFile(12, 345),
+    "urn:air:sdxl:lora:civitai:12@345.safetensors": CivitaiFile(12, 345, None, SAFETENSOR),
+    "air:sdxl:lora:civitai:12@345": CivitaiFile(12, 345),
+    "sdxl:lora:civitai:12@345+67": CivitaiFile(12, 345, None, FILE),
+    "urn:air:sdxl:lora:civitai:12@345+67.ckpt": CivitaiFile(
+        12, 345, None, (("format", "PickleTensor"), *FILE)
+    ),
+    "civitai:12@345+67": CivitaiFile(12, 345, None, FILE),
     f"{CIV}/models/12": CivitaiFile(12, None),
     f"{CIV}/models/12/some-name": CivitaiFile(12, None),
     f"{CIV}/models/12/some-name?modelVersionId=345": CivitaiFile(12, 345),
+    f"{CIV}/models/12?sync-account=red&utm_medium=x#download": CivitaiFile(12, None),
+    f"{CIV}/models/12?modelVersionId=345&fileId=67": CivitaiFile(12, 345, None, FILE),
+    f"{CIV}/model-versions/345": CivitaiFile(None, 345),
+    f"{CIV}/api/v1/model-versions/345": CivitaiFile(None, 345),
+    f"{CIV}/api/v1/models/12": CivitaiFile(12, None),
+    "https://civitai.red/models/12/x?modelVersionId=345": CivitaiFile(12, 345),
+    "https://www.civitai.red/api/download/models/345": CivitaiFile(None, 345),
+    "https://civitai.green/models/12": CivitaiFile(12, None),
     f"{CIV}/api/download/models/345": CivitaiFile(None, 345),
+    f"{CIV}/api/download/models/345?fileId=67&token=": CivitaiFile(None, 345, None, FILE),
+    f"{CIV}/api/download/models/345?modelVersionId=345": CivitaiFile(None, 345),
+    f"{CIV}/api/download/models/345?type=Pruned%20Model&size=pruned&fp=fp16&quantType=Q8_0": CivitaiFile(
+        None,
+        345,
+        None,
+        (("type", "Pruned Model"), ("size", "pruned"), ("fp", "fp16"), ("quantType", "Q8_0")),
+    ),
     f"{CIV}/api/download/models/345?type=Model&format=SafeTensor&token=t": CivitaiFile(
         None, 345, None, (("type", "Model"), ("format", "SafeTensor"))
     ),
@@ -118,6 +146,44 @@ def test_what_cannot_be_meant_is_refused(path: str) -> None:
     with pytest.raises(SourceInvalid) as caught:
         parse(Reference(path))
     assert "canary" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        (f"{HF}/u/r?weight=canary", "weight in its link's query means nothing here"),
+        (f"{HF}/u/r/blob/main/x.pt?token=canary", "token in its link's query means nothing here"),
+        (f"{HF}/u/r/blob/main/x.pt?show_file_info=canary", "show_file_info another"),
+        (f"{CIV}/models/12?canary canary=1", "a part in its link's query means nothing here"),
+        (
+            f"{CIV}/models/12?modelVersionId=canary",
+            "modelVersionId in its link's query is no number",
+        ),
+        (f"{CIV}/models/12?fileId=1&fileId=2", "two values of fileId"),
+        (f"{CIV}/api/download/models/3?token=canary&token=other", "two values of token"),
+        (f"{CIV}/api/download/models/3?modelVersionId=4", "are two versions"),
+        (f"{CIV}/api/download/models/3?primary=canary", "primary in its link's query"),
+        ("https://me:canary@civitai.com/models/12", "names a user"),
+        ("urn:air:sdxl:lora:civitai:12@3.diffuser", "in the format diffuser"),
+    ],
+)
+def test_nothing_that_a_link_says_is_ignored(path: str, said: str) -> None:
+    with pytest.raises(SourceInvalid) as caught:
+        parse(Reference(path))
+    assert said in str(caught.value)
+    assert "canary" not in str(caught.value)
+
+
+def test_a_links_token_is_kept_and_never_shown() -> None:
+    place = parse(Reference(f"{CIV}/api/download/models/345?type=Model&token=canary"))
+    assert isinstance(place, CivitaiFile)
+    assert place.token == "canary"
+    assert "canary" not in repr(place)
+
+
+def test_weight_name_chooses_in_a_folder_of_a_repo() -> None:
+    place = parse(Reference(f"{HF}/user/repo/tree/v1/sub", "w.safetensors"))
+    assert place == HubFile("user/repo", "sub/w.safetensors", "v1")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from lora.fetch import web as web_module
 from lora.fetch.body import Body
 from lora.fetch.rules import WebRules, origin_of
 from lora.fetch.sources import Reference
-from lora.fetch.web import MAX_REDIRECTS, UncheckedConnection, Web
+from lora.fetch.web import MAX_REDIRECTS, USER_AGENT, UncheckedConnection, Web
 from lora.volume.cache import Limits, VolumeCache
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, STALL, LoopbackServer, Reply, gzip_of
@@ -681,3 +681,36 @@ def test_threads_share_one_web(either: LoopbackServer) -> None:
     for thread in threads:
         thread.join()
     assert found == bodies
+
+
+def test_the_program_says_who_it_is_to_every_host(server: LoopbackServer) -> None:
+    with LoopbackServer() as other:
+        server.serve("/a", to=other.serve("/b", b"1"))
+        with LOOPBACK.open(server.url("/a"), stall=9, deadline=time.monotonic() + 9) as body:
+            assert body.read(9) == b"1"
+        agents = {server.headers["/a"]["User-Agent"], other.headers["/b"]["User-Agent"]}
+    assert agents == {USER_AGENT}
+    assert USER_AGENT.startswith("worker-lora ")
+
+
+def test_a_links_token_goes_to_its_own_origin_alone(server: LoopbackServer) -> None:
+    with LoopbackServer() as other:
+        server.serve("/a", to=server.url("/b"))
+        server.serve("/b", to=other.serve("/c", b"1"))
+        rules = {
+            origin_of(server.address): ("Authorization", "Bearer ours"),
+            origin_of(other.address): ("X-Key", "other's"),
+        }
+        web = Web(WebRules(allow_private=True, tokens=rules))
+        deadline = time.monotonic() + 9
+        with web.open(server.url("/a"), stall=9, deadline=deadline, token="theirs"):
+            pass
+        assert [server.headers[path]["Authorization"] for path in ("/a", "/b")] == [
+            "Bearer theirs",
+            "Bearer theirs",
+        ]
+        assert "Authorization" not in other.headers["/c"]
+        assert other.headers["/c"]["X-Key"] == "other's"
+        with web.open(server.url("/a"), stall=9, deadline=deadline):
+            pass
+        assert server.headers["/a"]["Authorization"] == "Bearer ours"

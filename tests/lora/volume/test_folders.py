@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora.volume.folders import on_local_disk
+from lora.volume.folders import mount_of, on_local_disk
 
 MOUNTS = """\
 22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw
@@ -34,3 +34,14 @@ def test_the_nearest_mount_decides(tmp_path: Path, folder: str, local: bool) -> 
 
 def test_without_the_kernels_table_nothing_counts_as_local(tmp_path: Path) -> None:
     assert on_local_disk(tmp_path, tmp_path / "none") is False
+
+
+def test_a_mount_is_found_by_its_place(tmp_path: Path) -> None:
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(MOUNTS)
+    assert mount_of(Path("/runpod-volume/loras"), mounts) == (
+        Path("/runpod-volume"),
+        "fuse.juicefs",
+    )
+    assert mount_of(Path("/elsewhere"), mounts) == (Path("/"), "overlay")
+    assert mount_of(Path("/elsewhere"), tmp_path / "none") is None

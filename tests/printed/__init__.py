@@ -1,0 +1,1 @@
+"""Takes what README and docs print out of the pages, runs it, and compares what comes out."""
