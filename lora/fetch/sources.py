@@ -23,7 +23,7 @@ from pathlib import PurePosixPath
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from lora.errors import SourceInvalid
-from lora.fetch.links import identity_of, number_of, query_of, token_of
+from lora.fetch.links import credential_of, identity_of, number_of, query_of, token_of
 from lora.fetch.redaction import redact_url
 from lora.formats.endings import EXTENSIONS
 
@@ -104,6 +104,11 @@ class RemoteFile:
     """The URL of a PEFT adapter's adapter_config.json."""
     token: str | None = field(default=None, repr=False, compare=False)
     """The bearer token that the request's link named, for the URL's own origin; never written down."""
+
+    @property
+    def credential(self) -> str | None:
+        """What of the request's link opens the file, such as a signature; None if nothing does."""
+        return credential_of(self.url, self.token)
 
 
 @dataclass(frozen=True)

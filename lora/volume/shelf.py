@@ -161,6 +161,7 @@ class Shelf(Folders):
                 modified=fetched.modified,
                 source_sha256=fetched.sha256 if sha256 != fetched.sha256 else None,
                 config=config,
+                opened_by=opened_by(remote),
             )
             write(root, record_path(path), replace(record, before=before), synced=True)
             replace_durably(part, path)
@@ -276,6 +277,11 @@ def _described(adapter: StoredAdapter) -> dict[str, Any]:
 def digest_of(text: str) -> str:
     """16 hex digits that stand for a text in a file's name."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def opened_by(remote: RemoteFile) -> str | None:
+    """What stands in a record for the credentials that the request's link names; None if it names none."""
+    return remote.credential and digest_of(remote.credential)
 
 
 def check_sha256(expected: str | None, actual: str, shown: str) -> None:
