@@ -19,6 +19,7 @@ from lora.errors import SourceInvalid
 from lora.fetch.redaction import redact_url
 from lora.fetch.web import Web
 from validation import InvalidInput
+from worker.jpeg import MAX_SCANS, has_too_many_scans
 from worker.pixels import as_mask, as_rgb, shows_through
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -81,6 +82,8 @@ def _opened(
                 f"{name}: the picture is over {MAX_PIXELS / 1e6:g} megapixels",
                 "Send a smaller one.",
             )
+        if picture.format in ("JPEG", "MPO") and has_too_many_scans(data):
+            raise InvalidInput(f"{name}: the JPEG has over {MAX_SCANS} scans", "Save it anew.")
         if getattr(picture, "is_animated", False) and picture.format not in ("JPEG", "MPO"):
             say(f"{name}: of an animation only the first frame is used")
         if shows_through(picture):

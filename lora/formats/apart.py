@@ -46,12 +46,12 @@ def convert_apart(source: Path, target: Path, limit: int) -> None:
         return
     try:
         told = json.loads(done.stdout)
-        error = told["error"]
+        kind = told["error"]
     except (ValueError, LookupError, TypeError):
         raise LoraTooLarge(TOO_MUCH) from None
-    if error == OSError.__name__:
+    if kind == OSError.__name__:
         raise OSError(told["number"], told["sentence"])
-    raise getattr(errors, error)(told["sentence"], told["hint"])
+    raise getattr(errors, kind)(told["sentence"], told["hint"])
 
 
 def main() -> None:
@@ -67,6 +67,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (data, data))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    told: dict[str, str | int | None]
     try:
         convert(source, target, limit)
     except LoraError as error:

@@ -19,9 +19,16 @@ from lora.fetch.redaction import redact_url
 from lora.formats.names.keys import KeyMap
 from lora.library.activation import Activation, header_of, refuse_half_a_folder
 from lora.library.query import TRAINING, Item, Page, Query, Scanned
-from lora.library.states import Standing, State, put, put_if_unknown, state_of, unknown
+from lora.library.states import Standing, State, put, put_if_unknown, read_state, state_of, unknown
 from lora.library.summary import summarised
-from lora.volume.adapters import STATE, TRAINING_STATE, StoredAdapter, adapters_in, delete
+from lora.volume.adapters import (
+    STATE,
+    TRAINING_STATE,
+    StoredAdapter,
+    adapters_in,
+    delete,
+    states_in,
+)
 from lora.volume.cache import VolumeCache
 from lora.volume.folders import Folders
 from lora.volume.records import Record, read_as, record_path, write_errors_as
@@ -140,12 +147,13 @@ class Catalog:
         return summarised(state, header) if header else state
 
     def _remove_orphans(self) -> None:
-        """Removes the states of adapters that were removed by hand."""
+        """Removes the states of adapters that were removed by hand; only what a worker wrote as a state."""
         roots = (*self._shelf.roots, *([self._training.root] if self._training else []))
-        for path in [path for root in roots for path in root.rglob(f"*{STATE}")]:
-            is_orphan = not path.with_name(path.name.removesuffix(STATE)).exists()
+        for path in [path for root in roots for path in states_in(root)]:
             with suppress(OSError):  # another worker removed it
-                if is_orphan and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
+                is_orphan = not path.with_name(path.name.removesuffix(STATE)).exists()
+                old = time.time() - path.stat().st_mtime > ORPHAN_SECONDS
+                if is_orphan and old and read_state(path):
                     path.unlink()
 
     def activate(self, name: str) -> Item:

@@ -27,11 +27,9 @@ from lora.volume.adapters import StoredAdapter
 from lora.volume.folders import Folders
 from lora.volume.records import DAMAGED, INCOMING, Record, read_as, record_path, touch, write
 from lora.volume.room import Room
+from lora.volume.versions import grows, hash_of, known, stamped
 
 log = logging.getLogger(__name__)
-
-TICK = 2_000_000_000
-"""Nanoseconds: the coarsest clock of a file system that is in use."""
 
 PATIENCE = (0.02, 0.1)
 """Seconds to wait while a record does not fit its file: a worker may be between its two renames."""
@@ -81,7 +79,7 @@ class Shelf(Folders):
         """
         beside = record_path(path)
         for wait in (*PATIENCE, None):
-            status = path.stat()
+            status = first = path.stat()
             record = read_as(Record, beside)
             if record and (current := record.at(status)):
                 touch(beside)
@@ -89,7 +87,10 @@ class Shelf(Folders):
             if record is None or record.fetched is None or wait is None:
                 break
             time.sleep(wait)
-        sha256, fault = _hashed(path)
+        sha256, fault = hash_of(path)
+        if fault and grows(path, first):
+            sentence = f"{path.name} still grows: it is being copied"
+            raise LoraCorrupt(sentence, "Ask for it again when it is whole.") from fault
         hashed = Record(source or path.name, sha256, status.st_size, status.st_mtime_ns, None)
         if not hashed.at(path.stat()) or read_as(Record, beside) != record:
             return self._record(path, source)  # a worker published while it was hashed
@@ -145,8 +146,8 @@ class Shelf(Folders):
                 convert_apart(part, converted, self.limits.file_bytes)
                 part, sha256 = converted, sha256_of(converted)
             read_header(part)
-            before = _known(path)
-            status = _stamped(part, sha256, before)
+            before = known(path)
+            status = stamped(part, sha256, before)
             # Again, because not every server says the size first.
             self.room.make(root, status.st_size, 0, path)
             now = time.time()
@@ -213,37 +214,6 @@ class Shelf(Folders):
             log.warning("%s cannot be set aside: %s", path.name, error.strerror)
             return False
         return True
-
-
-def _stamped(path: Path, sha256: str, before: Record | None) -> os.stat_result:
-    """Gives a file a time that depends on its content and is not that of the file before; its status.
-
-    File systems' clocks tick every few milliseconds, or every second. Two contents of one size that are
-    published within one tick would have the same time otherwise, and the record of one would fit the other.
-    """
-    now = time.time_ns() // 1_000_000 * 1_000_000 + int(sha256[:8], 16) % 1_000_000
-    os.utime(path, ns=(now, now))
-    if before and before.sha256 != sha256 and before.at(path.stat()):
-        os.utime(path, ns=(now + TICK, now + TICK))
-    return path.stat()
-
-
-def _known(path: Path) -> Record | None:
-    """The record of the file that is there, if it is there and has not changed since."""
-    record = read_as(Record, record_path(path))
-    try:
-        return record and record.at(path.stat())
-    except OSError:
-        return None
-
-
-def _hashed(path: Path) -> tuple[str, LoraError | None]:
-    """The sha256 of an adapter file, or what is wrong with the file. Raises: OSError."""
-    try:
-        read_header(path)
-        return sha256_of(path), None
-    except LoraError as error:
-        return "", error
 
 
 def _is_whole(path: Path) -> bool:
