@@ -13,7 +13,7 @@ import pytest
 from diffusers import StableDiffusionXLPipeline
 
 import handler
-from demo.inpainting import INPAINTED
+from demo.documents import INPAINTED, WEIGHTED
 from docs.generate import DOCS, HUB, files, kind_of, leaves
 from lora import errors
 from lora.errors import CodedError
@@ -184,6 +184,10 @@ def test_the_tests_that_the_security_policy_names_exist() -> None:
     named = re.findall(r"`(tests/\S+)`", (ROOT / "SECURITY.md").read_text())
     assert named
     assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_shows_the_prompt_that_drew_its_picture() -> None:
+    assert f'--prompt "{WEIGHTED["prompt"]}" --seed {WEIGHTED["seed"]} ' in README
 
 
 def test_the_inpainting_page_shows_the_request_that_drew_its_pictures() -> None:

@@ -204,5 +204,4 @@ class Catalog:
         name = self._name(adapter)
         hint = "The volume may be full or read-only."
         with write_errors_as(f"the state of {name} cannot be written", hint):
-            put(adapter, state)
-        return Item(name, adapter, state)
+            return Item(name, adapter, put(adapter, state))

@@ -34,10 +34,11 @@ class Item:
 
     def as_answer(self) -> dict[str, Any]:
         """Everything about it, JSON-safe, with no path of this machine."""
-        state = asdict(self.state)
+        hidden = (*FileVersion._fields, "decided")
+        state = {name: value for name, value in asdict(self.state).items() if name not in hidden}
         return {
             "name": self.name,
-            **{name: value for name, value in state.items() if name not in FileVersion._fields},
+            **state,
             "state": str(self.state.state),
             "words": list(self.state.words),
             "file": self.file,

@@ -60,6 +60,8 @@ class State:
     """How many modules it changes."""
     file: str | None = None
     """The published copy of an adapter of the training folder: its name for jobs."""
+    decided: bool = False
+    """Whether somebody activated or deactivated it. What a scan sees never replaces that."""
 
     @property
     def version(self) -> FileVersion:
@@ -92,6 +94,7 @@ def _is_sound(state: State) -> bool:
         and all(value is None or type(value) is int for value in maybe_whole)
         and all(value is None or isinstance(value, str) for value in texts)
         and all(isinstance(word, str) for word in state.words)
+        and type(state.decided) is bool
         and type(state.at) in (int, float)
         and math.isfinite(state.at)
     )
@@ -103,42 +106,45 @@ def state_of(adapter: StoredAdapter) -> State:
     return state if state and state.version == adapter.version else unknown(adapter)
 
 
-def put(adapter: StoredAdapter, state: State) -> None:
-    """Writes a state, in place of any other. Raises: OSError.
+def put(adapter: StoredAdapter, state: State) -> State:
+    """Writes a decision in place of any other state, and returns it. Raises: OSError.
 
     It does not wait for the disk: a state that a loss of power takes can be made again, and with a sync per
     file the first scan of thousands would take minutes.
     """
+    state = replace(state, decided=True)
     write(adapter.root, adapter.state_path, state)
+    return state
 
 
 def put_if_unknown(adapter: StoredAdapter, state: State) -> State:
-    """Writes a state unless the adapter has one that fits it, and returns the one it has then.
+    """Writes what a scan saw unless the adapter has a state that fits it, and returns the one it has then.
 
-    So a scan never undoes a decision. A state of another version is moved away first; if a worker has just
-    replaced it with one of the current version, that one is put back. Raises: OSError.
+    So a scan never undoes a decision. No file system writes a file only if another has certain contents. So a
+    state of another version is moved away, and only then looked at: if it is a decision on this
+    version, which a worker made just then, that one is written in place of the scan's, also over
+    the state that another scan has written meanwhile. Raises: OSError.
     """
     folder, path = adapter.root / INCOMING, adapter.state_path
     folder.mkdir(exist_ok=True)
     with part_file(folder, path.name) as part, part_file(folder, path.name) as taken:
         part.write_text(json.dumps(asdict(state), indent=1))
-        while _is_current(adapter.version, adapter) and not _linked(part, path):
-            present = state_of(adapter)
-            if present.at:
+        while _is_current(state.version, adapter) and not _linked(part, path):
+            present = read_state(path)
+            if present and not _outranks(state, present):
                 return present
             with suppress(FileNotFoundError):  # another worker moved it away
                 path.rename(taken)
-                _put_back_if_wrong(taken, adapter)
+                found = read_state(taken)
+                if found and not _outranks(state, found):
+                    state = found
+                    taken.replace(part)
     return state
 
 
-def _put_back_if_wrong(taken: Path, adapter: StoredAdapter) -> None:
-    """Puts a state back that was moved away, if it is of the adapter's current version."""
-    path, state = adapter.state_path, read_state(taken)
-    if state and _is_current(state.version, adapter) and not _linked(taken, path):
-        present = read_state(path)
-        if present is None or present.version != state.version:
-            taken.replace(path)
+def _outranks(one: State, other: State) -> bool:
+    """Whether a state is to replace another that is there already."""
+    return one.version != other.version or (one.decided and not other.decided)
 
 
 def _is_current(version: FileVersion, adapter: StoredAdapter) -> bool:

@@ -194,6 +194,44 @@ def test_a_scan_undoes_no_activation(catalog: Catalog, root: Path) -> None:
     assert standing(catalog) == {"a.safetensors": "active"}
 
 
+@pytest.mark.parametrize("decision", ["activate", "deactivate"])
+@pytest.mark.parametrize("others", [0, 1, 2])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_decision_in_the_midst_of_scans_stays(
+    catalog: Catalog, root: Path, decision: str, others: int, late: bool, monkeypatch: Any
+) -> None:
+    """A scan takes an old state away; just before, or after that and other scans, somebody decides."""
+    write(root / "a.safetensors", kohya())
+    catalog.activate("a")
+    folder = peft(root / "a-fox")  # not the same adapter: it must not be touched
+    write(root / "a.safetensors", kohya(rank=8))
+    moved, rename = 0, Path.rename
+
+    def busy(path: Path, target: Path) -> Path:
+        nonlocal moved
+        moved += 1
+        if moved > 1:
+            return rename(path, target)
+        if not late:
+            getattr(catalog, decision)("a")
+        result = rename(path, target)
+        for _ in range(others):
+            catalog.scan()
+        if late:
+            getattr(catalog, decision)("a")
+        return result
+
+    monkeypatch.setattr(Path, "rename", busy)
+    catalog.scan()
+    assert moved >= 1
+    expected = "active" if decision == "activate" else "discovered"
+    state = read_state(root / "a.safetensors.state.json")
+    assert state
+    assert (state.state, state.decided) == (expected, True)
+    assert standing(catalog)["a.safetensors"] == expected
+    assert folder.is_dir()
+
+
 @pytest.mark.parametrize(
     "text",
     [

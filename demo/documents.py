@@ -1,6 +1,7 @@
-"""`python -m demo.inpainting`: draws the three pictures of docs/pictures.md with the embedded model.
+"""`python -m demo.documents`: draws the pictures of README and docs/pictures.md with the embedded model.
 
-A picture, a mask, and the picture with its masked part drawn anew: all by jobs through the handler.
+One with a weighted word and a LoRA's tag; then a picture, a mask, and the picture with its masked part drawn
+anew: all by jobs through the handler.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ SHOWN = 192
 
 DRAWN: dict[str, Any] = {"scheduler": "K_EULER", "num_inference_steps": 20, "guidance_scale": 3.0}
 PICTURE = {**DRAWN, "prompt": "a big red circle on a blue background", "seed": 1}
+WEIGHTED = {
+    **DRAWN,
+    "prompt": "a big red circle on a (blue:1.3) background <lora:demo-stripes>",
+    "seed": 1,
+}
 INPAINTED = {**DRAWN, "prompt": "a big yellow star on a blue background", "seed": 3}
 
 
@@ -50,17 +56,24 @@ def draw(worker: Worker, values: dict[str, Any]) -> Image.Image:
 
 
 def main() -> None:
-    """Writes docs/inpainting-picture.png, -mask.png and -result.png."""
+    """Writes docs/weighted.png, and docs/inpainting-picture.png, -mask.png and -result.png."""
     worker, mask = Worker(Settings(model="demo", device="cpu")), make_mask()
-    with tqdm(total=2, unit="picture") as bar:
+    with tqdm(total=3, unit="picture") as bar:
+        weighted = draw(worker, WEIGHTED)
+        bar.update()
         picture = draw(worker, PICTURE)
         bar.update()
         masked = {"image_url": data_uri(picture), "mask_url": data_uri(mask)}
         result = draw(worker, {**INPAINTED, **masked})
         bar.update()
-    for name, made in (("picture", picture), ("mask", mask), ("result", result)):
+    inpainting = {
+        "inpainting-picture": picture,
+        "inpainting-mask": mask,
+        "inpainting-result": result,
+    }
+    for name, made in {"weighted": weighted, **inpainting}.items():
         shown = made.resize((SHOWN, SHOWN), Image.Resampling.BICUBIC)
-        shown.save(DOCS / f"inpainting-{name}.png", optimize=True)
+        shown.save(DOCS / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":
