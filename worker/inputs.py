@@ -20,7 +20,7 @@ from lora.fetch.redaction import redact_url
 from lora.fetch.web import Web
 from validation import InvalidInput
 from worker.jpeg import MAX_SCANS, has_too_many_scans
-from worker.pixels import as_mask, as_rgb, shows_through
+from worker.pixels import BROKEN, as_mask, as_rgb, shows_through
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that Pillow may always read. Of the others some start programs, and few are well tested."""
@@ -89,7 +89,7 @@ def _opened(
         if shows_through(picture):
             say(f"{name}: transparent parts were taken as {behind}")
         return convert(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise InvalidInput(f"{name}: {_what_it_is(data)}", f"Send {_sendable()}.") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -11,6 +12,12 @@ from PIL import Image, ImageCms, ImageOps
 WHITE, BLACK = 255, 0
 
 SIXTEEN_BITS = 65_535
+
+BROKEN = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(SyntaxError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow's readers raise for a picture that is not whole, or means nothing."""
 
 
 def shows_through(picture: Image.Image) -> bool:
@@ -54,7 +61,7 @@ def _upright(picture: Image.Image) -> Image.Image:
     picture.load()
     try:
         return ImageOps.exif_transpose(picture)
-    except (OSError, ValueError, TypeError, LookupError, SyntaxError, struct.error):
+    except BROKEN:
         return picture
 
 
