@@ -5,13 +5,12 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lora.durable import is_orphan
+from lora.durable import is_orphan, part_file
 from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import STEMS
@@ -66,10 +65,9 @@ class Folders:
             try:
                 incoming = root / INCOMING
                 incoming.mkdir(parents=True, exist_ok=True)
-                probe = incoming / f"probe-{uuid.uuid4().hex}.part"
-                probe.touch()
-                now = probe.stat().st_mtime
-                probe.unlink()
+                with part_file(incoming, "probe") as probe:
+                    probe.touch()
+                    now = probe.stat().st_mtime
             except OSError as error:
                 self.lost(root, error)
                 continue

@@ -1,6 +1,6 @@
 """Attackers that try to break promises at random; a failure names its seed.
 
-A few rounds each here. `make attack` gives each ATTACK_SECONDS and a new ATTACK_SEED, and writes the figures to
+A few rounds each here. `make attack` gives each ATTACK_SECONDS and a new ATTACK_SEED, and writes figures to
 ATTACK_FIGURES.
 """
 
