@@ -130,7 +130,7 @@ class ImageJob:
         if self.request.seed_mode == "batch":
             return [self.request]
         seeds = [(self.request.seed + i) % 2**64 for i in range(self.request.num_images)]
-        return [replace(self.request, seed=seed, num_images=1) for seed in seeds]
+        return [replace(self.request, seed=seed, num_images=1, seed_mode="batch") for seed in seeds]
 
     def _draw_with_loras(self) -> Drawn:
         request, timings = self.request, self._timings

@@ -119,7 +119,8 @@ def write(
         value, default = wanted.get(name), getattr(plain, name)
         if name in (wanted.keys() | found.keys()) and found.get(name, default) != value:
             pairs[name] = _quoted(json.dumps(value))
-    return "\n".join([*lines, _joined(pairs)])
+    text = "\n".join([*lines, _joined(pairs)])
+    return text.encode(errors="replace").decode()  # half a surrogate pair has no bytes
 
 
 def _wanted(

@@ -171,7 +171,9 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
             return dict.fromkeys(slots, f"the module has no {algorithm.parameter}")
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
-            if "fit together" not in misfit:  # else the file is at fault, whatever the model
+            if (
+                "the layer" in misfit or "the parameter" in misfit
+            ):  # else the file alone is at fault
                 contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
             return dict.fromkeys(slots, misfit)
         count = len(recipe.used & module.keys.keys())

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 import zlib
@@ -27,6 +28,9 @@ from lora.durable import part_file, published, rename_folder, replace_durably, s
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
 from lora.tools import HEADER_ALIGNMENT
+
+_HIDDEN = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.part$")
+"""What `lora.durable.part_file` calls a file or folder until it is whole."""
 
 PIECE = 8 << 20
 """How many bytes are written or read at a time."""
@@ -235,10 +239,14 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turns the system's refusals to write `path` into a ToolError of one sentence."""
+    """Turns the system's refusals to write `path` into a ToolError of one sentence.
+
+    A file within a folder that has no name yet is told by the name that the folder will have.
+    """
     try:
         yield
     except OSError as error:
+        path = Path(*(_HIDDEN.sub(r"\1", part) for part in path.parts))
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             hint = "Free some space."
             raise ToolError(f"there is no room on the disk for {path}", hint) from error

@@ -15,7 +15,7 @@ from runpod import serverless
 
 from docs.generate import leaves
 from lora.__main__ import COMMANDS as LORA_COMMANDS
-from lora.__main__ import _generate, _parser
+from lora.__main__ import OF_WORKER, _of_worker, _parser
 from lora.errors import CodedError
 from settings import Settings
 from tests.conftest import ROOT
@@ -149,7 +149,7 @@ def _script(name: str, words: list[str]) -> None:
 
 @cache
 def _lora_parser() -> argparse.ArgumentParser:
-    return _parser({**LORA_COMMANDS, "generate": _generate()})
+    return _parser({**LORA_COMMANDS, **{name: _of_worker(name) for name in OF_WORKER}})
 
 
 def _lora(words: list[str]) -> None:

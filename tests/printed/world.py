@@ -45,9 +45,10 @@ class World:
             self.web.serve_repo(repo, {name: _demo_adapter(adapter)})
         for model, (version, adapter) in CIVITAI.items():
             self._serve_civitai(model, version, _demo_adapter(adapter))
-        picture = folder / "fox.png"
-        Image.new("RGB", (64, 64), "red").save(picture)
-        self.web.serve("/fox.png", picture.read_bytes())
+        for name, colour in (("fox", "red"), ("picture", "red"), ("mask", "white")):
+            picture = folder / f"{name}.png"
+            Image.new("RGB", (64, 64), colour).save(picture)
+            self.web.serve(f"/{name}.png", picture.read_bytes())
         self.web.serve_bucket(BUCKET[1])
 
     def close(self) -> None:

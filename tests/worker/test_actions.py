@@ -100,7 +100,7 @@ def test_a_file_is_pinned_unpinned_and_deleted(demo_worker: Worker, server: Loop
         ({"action": "loras.prefetch", "loras": [5, {"path": "x", "y": 1}]}, "loras[0] names no"),
         (
             {"action": "loras.prefetch", "loras": [{"path": "x", "strength": 1}, {"url": 5}]},
-            "loras[0].strength is not a field; loras[1].path: 5 is not a string",
+            "loras[0].strength is not a field (leave it out); loras[1].path: 5 is not a string",
         ),
         (
             {"action": "loras.inspect", "path": "x", "lora": "y"},

@@ -320,7 +320,7 @@ def test_words_are_carried_and_must_agree(tmp_path: Path) -> None:
     changed = write(tmp_path / "changed.safetensors", lora | {"bundle_emb.cat.clip_l": randn(2, 8)})
     with pytest.raises(ToolError) as caught:
         combine([LoraUse(one), LoraUse(changed)], tmp_path / "out2", CombineOptions())
-    assert "differently" in str(caught.value)
+    assert "and they differ" in str(caught.value)
 
 
 def test_a_budget_for_the_whole_file_is_kept(tmp_path: Path) -> None:

@@ -510,7 +510,7 @@ def test_disk_that_is_full_in_the_middle_leaves_nothing(tmp_path: Path, lora: Pa
         timeout=PATIENCE,
     )
     assert (done.returncode, done.stderr) == (2, "")
-    assert f"no room on the disk for {models.UNET}" in done.stdout
+    assert f"no room on the disk for {tmp_path / 'out' / 'unet' / models.UNET}. " in done.stdout
     assert [one.name for one in tmp_path.iterdir()] == ["lora.safetensors"]
 
 

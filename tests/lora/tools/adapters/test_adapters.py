@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from lora.engine.stack import LoraUse
-from lora.errors import LoraCorrupt, LoraNotFound, LoraUnsupported, ToolError
+from lora.errors import LoraCorrupt, LoraIncompatible, LoraNotFound, LoraUnsupported, ToolError
 from lora.formats.header import read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.names.naming import Naming
@@ -59,7 +59,8 @@ def test_every_tensor_of_a_file_is_in_a_part(tmp_path: Path, name: str) -> None:
 def test_a_file_written_under_its_own_keys_is_the_same(tmp_path: Path, name: str) -> None:
     path = narrow.source(tmp_path, name)
     for key_map in (narrow.key_map(), None):
-        write_adapter(tmp_path / "out.safetensors", read_adapter(path, key_map))
+        options = WriteOptions(overwrite=True)
+        write_adapter(tmp_path / "out.safetensors", read_adapter(path, key_map), options)
         before, after = load_file(path), load_file(tmp_path / "out.safetensors")
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -89,7 +90,7 @@ def test_half_a_layer_is_not_carried(tmp_path: Path) -> None:
 def test_a_layer_of_another_shape_is_not_carried_for_a_model(tmp_path: Path) -> None:
     tensors = {f"{SELF}.lora_up.weight": randn(32, 2), f"{SELF}.lora_down.weight": randn(2, 64)}
     path = write(tmp_path / "a.safetensors", tensors)
-    with pytest.raises(LoraUnsupported) as caught:
+    with pytest.raises(LoraIncompatible) as caught:
         read_adapter(path, narrow.key_map())
     assert "do not fit the layer" in str(caught.value)
     assert len(read_adapter(path, narrow.key_map(), check_shapes=False).parts) == 1
@@ -405,7 +406,7 @@ def test_a_full_disk_leaves_what_was_there(
         output.write_text("before")
     before = sorted(tmp_path.rglob("*"))
     with full_disk(), pytest.raises(ToolError) as caught:
-        write_adapter(output, adapter, WriteOptions(naming, format=written))
+        write_adapter(output, adapter, WriteOptions(naming, format=written, overwrite=True))
     assert "no room on the disk" in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
     assert naming is Naming.PEFT or output.read_text() == "before"
@@ -416,7 +417,7 @@ def test_a_reader_of_what_was_there_goes_on_reading_it(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.write_text("before")
     with output.open() as reader:
-        write_adapter(output, adapter)
+        write_adapter(output, adapter, WriteOptions(overwrite=True))
         assert reader.read() == "before"
     assert len(read_adapter(output).parts) == 5
 

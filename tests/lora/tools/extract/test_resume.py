@@ -46,7 +46,9 @@ run(Path(sys.argv[1]), POLICIES[sys.argv[2]], tell)
 def run(folder: Path, policy: RankPolicy, tell=lambda *told: None) -> ExtractReport:
     names = ("source.safetensors", "target.safetensors")
     with Checkpoint.open(folder / names[0]) as one, Checkpoint.open(folder / names[1]) as other:
-        return extract(one, other, folder / "lora.safetensors", ExtractOptions(policy), tell)
+        return extract(
+            one, other, folder / "lora.safetensors", ExtractOptions(policy, overwrite=True), tell
+        )
 
 
 def killed(folder: Path, policy: str, step: int) -> None:
