@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-text same test test-quick check docs format evaluate bench-lora bench-cache bench-jobs bench-tools bench-text evaluate-text clean
+.PHONY: demo demo-text same test test-quick check docs format attack evaluate bench-lora bench-cache bench-jobs bench-tools bench-text evaluate-text clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -37,6 +37,11 @@ docs: $(VENV)/ready-dev
 format: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+
+# Attackers of each promise, at random, for 20 minutes; what they did is kept.
+attack: $(VENV)/ready-dev
+	ATTACK_SECONDS=100 ATTACK_SEED=$${SEED:-$$(date +%s)} ATTACK_FIGURES=benchmarks/results/attack.json OMP_NUM_THREADS=1 \
+	    $(RUN) -m pytest tests/promises/test_it_holds_under_attack.py
 
 evaluate: $(VENV)/ready
 	$(RUN) -m benchmarks.demo_model

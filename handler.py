@@ -26,7 +26,8 @@ import torch
 
 from lora.engine.engine import Budgets, LoraEngine, RestoreFailed
 from lora.errors import CodedError
-from lora.fetch.sources import Reference, parse, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from lora.fetch.web import quiet_libraries
 from lora.volume.loader import LoraLibrary
 from pipelines.image import ImagePipeline

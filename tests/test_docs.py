@@ -198,3 +198,10 @@ def test_the_inpainting_page_shows_the_request_that_drew_its_pictures() -> None:
     assert parse_job(job).warnings == ()
     urls = {name: shown[name] for name in ("image_url", "mask_url")}
     assert shown == {**INPAINTED, **urls}
+
+
+def test_each_promise_names_a_test_that_is_there() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)`", text)
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).is_file()] == []

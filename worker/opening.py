@@ -68,6 +68,7 @@ def open_cache(settings: Settings) -> VolumeCache:
         WebRules(
             allow_private=settings.lora_allow_private_urls,
             allowed_hosts=split_list(settings.lora_allowed_hosts),
+            share_private=settings.lora_share_private,
             tokens=auth_headers(settings.lora_auth_headers),
         ),
         hub=(settings.hf_endpoint, settings.hf_token),
