@@ -274,10 +274,7 @@ def generate_image(job: Job) -> Answer:
 
 
 def main() -> None:
-    """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input.
-
-    Raises: SystemExit with a sentence if the settings or the weights cannot be used.
-    """
+    """Serves RunPod's jobs until the process ends, or one with --test_input. Raises: SystemExit, a sentence."""
     os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # runpod's own DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
