@@ -274,7 +274,7 @@ def generate_image(job: Job) -> Answer:
 
 
 def main() -> None:
-    """Serves RunPod's jobs until the process ends, or one with --test_input. Raises: SystemExit, a sentence."""
+    """Serves RunPod's jobs until the process ends, or one with --test_input. Raises: SystemExit."""
     os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # runpod's own DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
