@@ -28,12 +28,14 @@ RUN --mount=type=secret,id=HF_TOKEN \
     if [ -s /run/secrets/HF_TOKEN ]; then export HF_TOKEN="$(cat /run/secrets/HF_TOKEN)"; fi; \
     python download_weights.py && HF_HUB_OFFLINE=1 python download_weights.py --check
 
-COPY handler.py schemas.py entries.py validation.py pyproject.toml ./
+COPY handler.py schemas.py entries.py text_settings.py validation.py pyproject.toml ./
 COPY lora/ lora/
 COPY pipelines/ pipelines/
+COPY text/ text/
 COPY worker/ worker/
 COPY demo/model/ demo/model/
 COPY demo/loras/ demo/loras/
+COPY demo/text/ demo/text/
 
 # RunPod mounts the network volume as root's, so root is the default; RUN_AS=worker where it may be written.
 ARG RUN_AS=root

@@ -7,10 +7,14 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo same test test-quick check docs format evaluate bench-lora bench-cache bench-jobs bench-tools clean
+.PHONY: demo demo-text same test test-quick check docs format attack evaluate bench-lora bench-cache bench-jobs bench-tools bench-text evaluate-text clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
+
+# The same for text: a sheet of answers in the terminal.
+demo-text: $(VENV)/ready
+	$(RUN) -m demo.text
 
 test: $(VENV)/ready-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
@@ -34,6 +38,11 @@ format: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+# Attackers of each promise, at random, for 20 minutes; what they did is kept.
+attack: $(VENV)/ready-dev
+	ATTACK_SECONDS=100 ATTACK_SEED=$${SEED:-$$(date +%s)} ATTACK_FIGURES=benchmarks/results/attack.json OMP_NUM_THREADS=1 \
+	    $(RUN) -m pytest tests/promises/test_it_holds_under_attack.py
+
 evaluate: $(VENV)/ready
 	$(RUN) -m benchmarks.demo_model
 
@@ -53,6 +62,12 @@ bench-jobs: $(VENV)/ready-dev
 
 bench-tools: $(VENV)/ready
 	$(RUN) -m benchmarks.tools
+
+bench-text: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.text
+
+evaluate-text: $(VENV)/ready
+	$(RUN) -m benchmarks.demo_text_model
 
 $(VENV)/ready: requirements.txt
 	$(PYTHON) -m venv $(VENV)

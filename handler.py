@@ -19,13 +19,15 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, cached_property
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
 
 from lora.engine.engine import Budgets, LoraEngine, RestoreFailed
 from lora.errors import CodedError
-from lora.fetch.sources import Reference, parse, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from lora.fetch.web import quiet_libraries
 from lora.volume.loader import LoraLibrary
 from pipelines.image import ImagePipeline
@@ -272,10 +274,7 @@ def generate_image(job: Job) -> Answer:
 
 
 def main() -> None:
-    """Loads the models, then serves RunPod's jobs until the process ends, or one job with --test_input.
-
-    Raises: SystemExit with a sentence if the settings or the weights cannot be used.
-    """
+    """Serves RunPod's jobs until the process ends, or one with --test_input. Raises: SystemExit, with why."""
     os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # runpod's own DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
@@ -295,4 +294,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    is_text = os.environ.get("WORKER_KIND", "").strip() == "text"
+    import_module("worker.text_serve").serve() if is_text else main()

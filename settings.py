@@ -38,6 +38,9 @@ def _setting(env: str, default: Any, description: str, **about: Any) -> Any:
 class Settings:
     """The worker's settings. A test holds docs/settings.md and `.runpod/hub.json` to these fields."""
 
+    kind: str = _setting("WORKER_KIND", "image",
+        "What the worker makes: `image`, or `text` from a language model (docs/text.md)",
+        options=("image", "text"))
     model: str = _setting("WORKER_MODEL", STOCK_MODEL,
         "Base model: a Hugging Face repo, a folder in diffusers layout, a single .safetensors "
         "checkpoint, or `demo` for the embedded model")
@@ -93,6 +96,9 @@ class Settings:
         "`*.example.com` means every host below example.com. Empty allows all public hosts")
     lora_allow_private_urls: bool = _setting("LORA_ALLOW_PRIVATE_URLS", False,
         "`1` allows URLs with hosts in the worker's own network, which are refused otherwise")
+    lora_share_private: bool = _setting("LORA_SHARE_PRIVATE", False,
+        "`1` lets a LoRA that the signature, token or password in one request's link opened serve requests "
+        "without it. Otherwise its source is asked with each request's own")
     lora_auth_headers: str = _setting("LORA_AUTH_HEADERS", "",
         'Tokens for other hosts, as JSON: `{"models.example.com": "Authorization: Bearer …"}`; each is '
         "sent to its own host alone, over https unless the key says `http://…`", secret=True)

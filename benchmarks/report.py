@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,22 @@ def write_result(name: str, figures: dict[str, Any]) -> Path:
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "python": platform.python_version(),
         },
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": _versions(),
         "figures": figures,
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def _versions() -> dict[str, str]:
+    """The versions of the packages that are there; a machine for one benchmark may lack some."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def fill_in(page: str, name: str, text: str) -> None:

@@ -13,15 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-import handler  # noqa: F401 - with it, every class of error is there
+import handler  # noqa: F401 - with these, every class of error is there
+import worker.text_serve  # noqa: F401
 from entries import LORA_ENTRY
 from lora.errors import CodedError
 from schemas import IMAGE_REQUEST
 from settings import Settings
+from text_settings import TextSettings
 from validation import PATTERNS
 from worker.actions import Actions
 from worker.parts import Parts
 from worker.selection import PRESET
+from worker.text_input import CHAT, COMPLETION, SCHEMAS, WITHOUT_EFFECT
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, HUB = ROOT / "docs", ROOT / ".runpod" / "hub.json"
@@ -55,7 +58,8 @@ def files() -> dict[Path, str]:
             "Fields of actions": _action_fields(),
         },
         "library.md": {"Presets": _fields(PRESET["properties"])},
-        "settings.md": {"Settings": _settings()},
+        "settings.md": {"Settings": _settings(fields(Settings))},
+        "text.md": {"Parameters": _text_fields(), "Text settings": _settings(text_settings())},
         "errors.md": {"Codes": _errors(errors)},
     }
     made = {HUB: json.dumps(_hub_json(), indent=2) + "\n"}
@@ -109,8 +113,21 @@ def _action_fields() -> Rows:
             yield f"`{name}`", *row
 
 
-def _settings() -> Rows:
-    for setting in fields(Settings):
+def _text_fields() -> Rows:
+    """The fields of text requests, without those of pictures' requests and those that change nothing."""
+    shared = {*IMAGE_REQUEST["properties"], *WITHOUT_EFFECT, "messages"} - {"prompt", "seed"}
+    both = {**SCHEMAS[COMPLETION]["properties"], **SCHEMAS[CHAT]["properties"]}
+    yield from _fields({name: rule for name, rule in both.items() if name not in shared})
+
+
+def text_settings() -> list[Any]:
+    """The settings that only a worker for text has."""
+    own = {setting.metadata["env"] for setting in fields(Settings)}
+    return [one for one in fields(TextSettings) if one.metadata["env"] not in own]
+
+
+def _settings(settings: Iterable[Any]) -> Rows:
+    for setting in settings:
         default = int(setting.default) if isinstance(setting.default, bool) else setting.default
         shown = f"`{default}`" if str(default) else ""
         about = setting.metadata
@@ -189,8 +206,18 @@ def _hub_json() -> dict[str, Any]:
             "gpuCount": 1,
             "gpuIds": "ADA_24,AMPERE_24,AMPERE_48",
             "allowedCudaVersions": ["12.8", "12.9", "13.0"],
-            "presets": [{"name": "SDXL", "defaults": {"LORA_CACHE_DIR": "/runpod-volume/loras"}}],
-            "env": [_env_input(setting) for setting in fields(Settings)],
+            "presets": [
+                {"name": "SDXL", "defaults": {"LORA_CACHE_DIR": "/runpod-volume/loras"}},
+                {
+                    "name": "Text",
+                    "defaults": {
+                        "WORKER_KIND": "text",
+                        "MODEL_NAME": "Qwen/Qwen2.5-7B-Instruct",
+                        "LORA_CACHE_DIR": "/runpod-volume/loras",
+                    },
+                },
+            ],
+            "env": [_env_input(setting) for setting in (*fields(Settings), *text_settings())],
         },
     }
 

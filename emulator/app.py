@@ -16,6 +16,7 @@ from emulator.bodies import Json
 from emulator.client_api import WEBHOOK_PAUSE, ClientApi
 from emulator.job import Status
 from emulator.jobs import JobQueue
+from emulator.openai_api import OpenAiApi
 from emulator.worker_api import WorkerApi
 from emulator.workers import WorkerPool
 
@@ -65,6 +66,8 @@ def new_app(
     workers = WorkerApi(queue, pool).router
     app.include_router(_views(queue, pool, client_key))
     app.include_router(clients, prefix=prefix, dependencies=[client_key])
+    openai = OpenAiApi(queue).router
+    app.include_router(openai, prefix=f"{prefix}/openai", dependencies=[client_key])
     app.include_router(workers, prefix=prefix, dependencies=[own_key])
     return app
 

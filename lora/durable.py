@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import logging
 import os
@@ -14,14 +15,70 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-READABLE = 50
+READABLE = 30
 """Characters of a file's name in the name of its part, which a file system limits to 255 bytes."""
+
+
+def process_name(pid: int | str = "self") -> str:
+    """A name that no other process has or had: this machine's boot, the pid's namespace, pid and start time.
+
+    Raises: FileNotFoundError or ProcessLookupError if there is no such process, or only a zombie; OSError if
+    it may not be read, or there is no /proc.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    namespace = Path(f"/proc/{pid}/ns/pid").readlink()
+    number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
+    # man proc_pid_stat: field 3 is the state, 22 the start in ticks since boot
+    state, *others = rest.rpartition(")")[2].split()
+    if state in ("Z", "X"):
+        raise ProcessLookupError
+    return f"{boot}/{namespace}/{number}/{others[18]}"
+
+
+def is_gone(owner: str) -> bool:
+    """Whether the process that had this name was one of this machine, and has ended."""
+    try:
+        here = process_name().split("/")
+        boot, namespace, pid, _ = owner.split("/")
+        number = int(pid)
+    except (OSError, ValueError):  # there is no /proc here, or was none there
+        return False
+    if [boot, namespace] != here[:2]:
+        return False
+    try:
+        return process_name(number) != owner
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+
+
+def is_orphan(part: Path) -> bool:
+    """Whether a part's name is that of a process of this machine that has ended."""
+    *_, owner, _, ending = ("." * 4 + part.name).split(".")
+    return ending == "part" and is_gone(owner.replace("_", "/"))
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Removes the parts of `name` that killed processes left in the folder."""
+    with suppress(OSError):
+        for part in folder.glob(f".{glob.escape(name[:READABLE])}.*.part"):
+            if is_orphan(part):
+                shutil.rmtree(part, ignore_errors=True)
+                part.unlink(missing_ok=True)
 
 
 @contextmanager
 def part_file(folder: Path, name: str = "") -> Iterator[Path]:
-    """A path in `folder` that nobody else has. What lies there when the block ends is removed."""
-    part = folder / f".{name[:READABLE]}.{uuid.uuid4().hex}.part"
+    """A path in `folder` that nobody else has. What lies there when the block ends is removed.
+
+    Its name tells which process has it, so that what a killed one leaves is known: see `is_orphan`.
+    """
+    try:
+        owner = process_name().replace("/", "_")
+    except OSError:
+        owner = "unknown"
+    part = folder / f".{name[:READABLE]}.{owner}.{uuid.uuid4().hex[:16]}.part"
     try:
         yield part
     finally:

@@ -24,6 +24,8 @@ PARTS = (
     "schemas",
     "entries",
     "settings",
+    "text",
+    "text_settings",
     "validation",
     "lora",
     "emulator",

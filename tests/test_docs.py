@@ -58,6 +58,7 @@ def test_every_table_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "settings.md": ("| `LORA_MODE` |",),
         "library.md": ("| `prompt_prefix` |",),
         "errors.md": ("| `CACHE_FULL` |",),
+        "text.md": ("| `repetition_penalty` |", "| `MAX_NUM_SEQS` |"),
     }
     for name, cells in spoilt.items():
         text = (DOCS / name).read_text()
@@ -67,7 +68,7 @@ def test_every_table_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_text(text)
     monkeypatch.setattr("docs.generate.DOCS", tmp_path)
     made = files()
-    for name in ("requests.md", "settings.md", "library.md"):
+    for name in ("requests.md", "settings.md", "library.md", "text.md"):
         assert made[tmp_path / name] == (DOCS / name).read_text()
     errors_page = made[tmp_path / "errors.md"]
     assert "NOTHING" not in errors_page
@@ -197,3 +198,10 @@ def test_the_inpainting_page_shows_the_request_that_drew_its_pictures() -> None:
     assert parse_job(job).warnings == ()
     urls = {name: shown[name] for name in ("image_url", "mask_url")}
     assert shown == {**INPAINTED, **urls}
+
+
+def test_each_promise_names_a_test_that_is_there() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)`", text)
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).is_file()] == []

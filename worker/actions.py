@@ -15,7 +15,8 @@ import torch
 
 from entries import LORA_ENTRY, NAMES_NO_LORA, as_entry
 from lora.errors import CodedError
-from lora.fetch.sources import Reference, parse, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
 from validation import (

@@ -16,10 +16,11 @@ import requests
 from PIL import Image, features
 
 from lora.errors import SourceInvalid
-from lora.fetch.sources import redact_url
+from lora.fetch.redaction import redact_url
 from lora.fetch.web import Web
 from validation import InvalidInput
-from worker.pixels import as_mask, as_rgb, shows_through
+from worker.jpeg import MAX_SCANS, has_too_many_scans
+from worker.pixels import BROKEN, as_mask, as_rgb, shows_through
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that Pillow may always read. Of the others some start programs, and few are well tested."""
@@ -81,12 +82,14 @@ def _opened(
                 f"{name}: the picture is over {MAX_PIXELS / 1e6:g} megapixels",
                 "Send a smaller one.",
             )
+        if picture.format in ("JPEG", "MPO") and has_too_many_scans(data):
+            raise InvalidInput(f"{name}: the JPEG has over {MAX_SCANS} scans", "Save it anew.")
         if getattr(picture, "is_animated", False) and picture.format not in ("JPEG", "MPO"):
             say(f"{name}: of an animation only the first frame is used")
         if shows_through(picture):
             say(f"{name}: transparent parts were taken as {behind}")
         return convert(picture)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise InvalidInput(f"{name}: {_what_it_is(data)}", f"Send {_sendable()}.") from error
 
 

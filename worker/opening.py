@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lora.errors import CodedError
 from lora.fetch.rules import WebRules, auth_headers, origin_of
@@ -16,10 +16,12 @@ from pipelines.weights import DEMO_LORAS
 from settings import Settings, split_list
 from worker.endpoints import check_names, place_of
 
+Kind = TypeVar("Kind", bound=Settings)
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
+
+def read_settings(environ: Mapping[str, str], kind: type[Kind] = Settings) -> Kind:  # type: ignore[assignment]
     """The worker's settings, every one of which can be opened. Raises: SettingsError, with every fault."""
-    return Settings.from_env(environ, _faults)
+    return kind.from_env(environ, _faults)  # type: ignore[return-value]
 
 
 def _faults(settings: Settings) -> Iterator[str]:
@@ -66,6 +68,7 @@ def open_cache(settings: Settings) -> VolumeCache:
         WebRules(
             allow_private=settings.lora_allow_private_urls,
             allowed_hosts=split_list(settings.lora_allowed_hosts),
+            share_private=settings.lora_share_private,
             tokens=auth_headers(settings.lora_auth_headers),
         ),
         hub=(settings.hf_endpoint, settings.hf_token),

@@ -106,7 +106,7 @@ def requested_bucket(job: Mapping[str, Any], web: Web) -> Bucket | None:
         web.check(place.asked)
     except SourceInvalid as error:
         raise InvalidInput(f"s3Config.endpointUrl: {error.sentence}", error.hint) from error
-    return Bucket(place, given["accessId"], given["accessSecret"], S3_CONFIG)
+    return Bucket(place, given["accessId"], given["accessSecret"], S3_CONFIG, web.rules)
 
 
 def _asked_for(given: Mapping[str, str]) -> Place:

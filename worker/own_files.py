@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def own_file(source: str) -> Path | None:
 
     Raises: LoraNotFound if nothing is there, ToolError if it is no adapter file.
     """
-    path = Path(source).expanduser()
+    path = Path(source)
+    with suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
     if path.is_dir():
         path = file_of(path)
     if not path.is_file():

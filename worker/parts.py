@@ -56,7 +56,7 @@ class Parts:
     def volume_trouble(self) -> str | None:
         """What is wrong with the volume, as a warning: it cannot be written, or is not there."""
         shelf = self.library.cache.shelf
-        return shelf.trouble or missing_volume(shelf.root)
+        return shelf.look_again() or missing_volume(shelf.root)
 
     @property
     def warnings(self) -> tuple[str, ...]:

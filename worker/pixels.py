@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps
@@ -10,6 +12,12 @@ from PIL import Image, ImageCms, ImageOps
 WHITE, BLACK = 255, 0
 
 SIXTEEN_BITS = 65_535
+
+BROKEN = (
+    *(OSError, EOFError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError),
+    *(SyntaxError, struct.error, zlib.error, Image.DecompressionBombError),
+)
+"""What Pillow's readers raise for a picture that is not whole, or means nothing."""
 
 
 def shows_through(picture: Image.Image) -> bool:
@@ -38,7 +46,7 @@ def as_rgb(picture: Image.Image, *, behind: int = WHITE) -> Image.Image:
     chunks of PNG and for broken EXIF).
     """
     profile = picture.info.get("icc_profile")
-    picture = ImageOps.exif_transpose(picture)
+    picture = _upright(picture)
     if picture.mode.startswith(("I", "F")):
         picture = _eight_bits(picture)
     if _may_show_through(picture):
@@ -46,6 +54,15 @@ def as_rgb(picture: Image.Image, *, behind: int = WHITE) -> Image.Image:
         under = Image.new("RGBA", whole.size, (behind, behind, behind, 255))
         picture = Image.alpha_composite(under, whole).convert("RGB")
     return _in_srgb(picture, profile).convert("RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """The picture as its EXIF says it is to be held; as it is, if what that says cannot be read."""
+    picture.load()
+    try:
+        return ImageOps.exif_transpose(picture)
+    except BROKEN:
+        return picture
 
 
 def as_mask(picture: Image.Image) -> Image.Image:

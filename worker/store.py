@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from lora.errors import CodedError
+from lora.errors import CodedError, SourceInvalid
+from lora.fetch.rules import WebRules
+from lora.fetch.web import checked_pools
 from worker.endpoints import Place
 
 WEEK = 7 * 86_400
@@ -21,6 +23,7 @@ PAUSES = (0.5, 1.0, 2.0, 4.0)
 """Seconds before each further try, where the store says that it is busy or the connection broke."""
 
 SILENCE, NO_CONNECTION, NO_TRUST = "silence", "no connection", "no trust"
+FORBIDDEN = "forbidden"
 
 BUSY = (408, 425, 429, 500, 502, 503, 504)
 
@@ -87,6 +90,8 @@ class Bucket:
     key_id: str = field(repr=False)
     secret: str = field(repr=False)
     names: Names = SETTINGS
+    rules: WebRules | None = field(default=None, repr=False)
+    """Where its connections may lead; None for an operator's own bucket."""
     client: S3Client = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -154,6 +159,7 @@ class Bucket:
             connect_timeout=GIVE_UP / 3,
             read_timeout=GIVE_UP / 2,
             retries={"total_max_attempts": 1},
+            proxies={} if self.rules else None,  # those of the environment go around the rules
         )
         client: S3Client = Session().client(
             "s3",
@@ -163,6 +169,10 @@ class Bucket:
             aws_secret_access_key=self.secret,
             config=config,
         )
+        if self.rules:
+            # Each connection goes to an address that was checked, whatever the host's name says next.
+            manager = client._endpoint.http_session._manager  # type: ignore[attr-defined]
+            manager.pool_classes_by_scheme = checked_pools(self.rules)
         return client
 
 
@@ -180,6 +190,7 @@ def _words(names: Names, bucket: str, *, reading: bool) -> dict[str, tuple[str, 
         "RequestTimeTooSkewed": ("this machine's clock is wrong", "the clock"),
         SILENCE: (f"the store did not answer within {GIVE_UP:.0f} s", names.endpoint),
         NO_CONNECTION: ("the store cannot be reached", names.endpoint),
+        FORBIDDEN: ("its host leads to an address that may not be asked", names.endpoint),
         NO_TRUST: ("the store's certificate is not trusted", names.endpoint),
     }
 
@@ -214,8 +225,9 @@ def _translated(work: Callable[[], Made]) -> Made:
         raise _Refused(NO_TRUST) from None
     except their.ParamValidationError:
         raise _Refused("ParamValidation") from None
-    except (their.HTTPClientError, their.ConnectionError):
-        raise _Refused(NO_CONNECTION) from None
+    except (their.HTTPClientError, their.ConnectionError) as error:
+        forbidden = isinstance(error.kwargs.get("error"), SourceInvalid)
+        raise _Refused(FORBIDDEN if forbidden else NO_CONNECTION) from None
     except their.BotoCoreError as error:
         raise _Refused(type(error).__name__) from None
 

@@ -95,7 +95,7 @@ class LoraEngine:
         changed in the way that its algorithm needs; RestoreFailed if a weight of this block, or of an earlier
         one, cannot be restored.
         """
-        with self._alone():
+        with self.alone():
             self.undo.run()
             block = Block(self)
             try:
@@ -110,17 +110,18 @@ class LoraEngine:
         Raises: RestoreFailed if it fails again: then the pipeline must not draw. EngineBusy.
         """
         if self.undo.pending:
-            with self._alone():
+            with self.alone():
                 self.undo.run()
 
     def free(self) -> None:
         """Drops everything that is kept for later blocks. Raises: EngineBusy if a block is open."""
-        with self._alone():
+        with self.alone():
             self.prepared.clear()
             self.originals.forget()
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def alone(self) -> Iterator[None]:
+        """Keeps every other block out while this one runs. Raises: EngineBusy if another is open."""
         if not self._busy.acquire(blocking=False):
             raise EngineBusy("a stack of LoRAs is applied already; one block at a time")
         try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lora.engine.dynamic import AdaptedForward
 from lora.engine.originals import Originals
+from lora.engine.row_layer import RowLayer
 from lora.errors import CodedError
 
 
@@ -36,7 +37,9 @@ class Undo:
         """Whether anything is changed."""
         return bool(self.content or self._forwards)
 
-    def replace_forward(self, module: nn.Module, forward: AdaptedForward) -> Callable[..., Tensor]:
+    def replace_forward(
+        self, module: nn.Module, forward: AdaptedForward | RowLayer
+    ) -> Callable[..., Tensor]:
         """Replaces the class's `forward` (or one that an offloading hook has set) on this instance.
 
         Returns the `forward` that was there before.

@@ -7,23 +7,16 @@ download URLs. A token goes with both as `Authorization: Bearer`.
 
 from __future__ import annotations
 
-import json
 import re
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import requests
-
-from lora.errors import DownloadFailed, LoraCorrupt, LoraIncompatible, LoraNotFound
-from lora.fetch.answers import denied, later, status_in_words, wait_of
-from lora.fetch.sources import ASK_TIMEOUT, CIVITAI, CivitaiFile, RemoteFile
+from lora.errors import LoraIncompatible, LoraNotFound
+from lora.fetch.asking import ask, table, tables, text
+from lora.fetch.sources import CIVITAI, CivitaiFile, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import PICKLES, SAFETENSORS
-
-MAX_ANSWER = 20_000_000
-"""Bytes of an answer that are read."""
 
 MAX_LISTED = 10
 """Most files or versions that an error lists."""
@@ -57,29 +50,32 @@ class Civitai:
         )
         if version_id is None:
             shown = f"civitai:{model}"
-            versions = self._get(f"models/{model}", shown, wanted.token).get("modelVersions")
-            if not versions:
+            versions = tables(
+                self._get(f"models/{model}", shown, wanted.token).get("modelVersions")
+            )
+            if not versions or type(version_id := versions[0].get("id")) is not int:
                 raise LoraNotFound(f"{shown} has no version")
             self._check_family(versions, shown)
-            version_id = versions[0].get("id")
         version = self._get(f"model-versions/{version_id}", shown, wanted.token)
-        if model is not None and version.get("modelId") not in (None, model):
+        owner = version.get("modelId", model)
+        owner = owner if type(owner) is int else model
+        if model is not None and owner != model:
             raise LoraNotFound(
                 f"version {version_id} is not one of civitai:{model}",
-                f"It is one of civitai:{version['modelId']}.",
+                f"It is one of civitai:{owner}.",
             )
-        shown = f"civitai:{version.get('modelId', model)}@{version_id}"
+        shown = f"civitai:{owner}@{version_id}"
         chosen = _choose(version, wanted, shown)
-        name, url = str(chosen.get("name") or "lora"), chosen.get("downloadUrl")
+        name, url = text(chosen.get("name")) or "lora", chosen.get("downloadUrl")
         if not isinstance(url, str):
             raise LoraNotFound(f"{shown} has no download URL for {name}")
-        sha256 = (chosen.get("hashes") or {}).get("SHA256")
+        sha256 = text(table(chosen.get("hashes")).get("SHA256")).lower()
         return RemoteFile(
             url=url,
             identity=f"{shown}/{chosen.get('id', name)}",
             shown=f"{shown}/{name}",
             file_name=name,
-            sha256=str(sha256).lower() if sha256 else None,
+            sha256=sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None,
             fixed=True,
         )
 
@@ -96,37 +92,22 @@ class Civitai:
                 f"Name one that fits: {', '.join(listed[:MAX_LISTED])}.",
             )
 
-    def _get(self, path: str, shown: str, token: str | None) -> dict[str, Any]:
+    def _get(self, path: str, shown: str, token: str | None) -> Mapping[str, Any]:
         """One answer of the API. Raises: LoraError."""
-        deadline = time.monotonic() + ASK_TIMEOUT
         url = f"{self.endpoint.rstrip('/')}/api/v1/{path}"
-        try:
-            with self.web.open(url, stall=ASK_TIMEOUT, deadline=deadline, token=token) as body:
-                status, after = body.status, wait_of(body.headers)
-                if status in (401, 403):
-                    raise denied(shown, body)
-                answer = json.loads(body.read(MAX_ANSWER)) if status == 200 else None
-        except requests.RequestException as error:
-            raise DownloadFailed(f"Civitai did not answer for {shown}", later(None)) from error
-        except ValueError as error:
-            raise LoraCorrupt(f"Civitai's answer for {shown} is no JSON") from error
-        if status == 404:
+        answer = ask(self.web, url, "Civitai", shown, token)
+        if answer.refusal:
+            raise answer.refusal
+        if answer.status != 200:
             raise LoraNotFound(f"{shown} does not exist on Civitai")
-        if status != 200:
-            said = status_in_words(status)
-            raise DownloadFailed(
-                f"Civitai did not answer for {shown} ({said})", later(after), after
-            )
-        if not isinstance(answer, dict):
-            raise LoraCorrupt(f"Civitai's answer for {shown} is no JSON object")
-        return answer
+        return answer.fields
 
 
-def _choose(version: dict[str, Any], wanted: CivitaiFile, shown: str) -> dict[str, Any]:
+def _choose(version: Mapping[str, Any], wanted: CivitaiFile, shown: str) -> dict[str, Any]:
     """The version's one file that is all that the link and weight_name say; where they say nothing, its
     primary model file, preferably .safetensors. Raises: LoraNotFound, with the files that are there.
     """
-    files = [file for file in version.get("files") or [] if isinstance(file, dict)]
+    files = tables(version.get("files"))
     matches = [file for file in files if wanted.file_name in (None, file.get("name"))]
     said = wanted.wanted or (() if wanted.file_name else (("type", "Model"),))
     for name, value in said:
@@ -155,7 +136,7 @@ def _with_fact(files: list[dict[str, Any]], name: str, value: str) -> list[dict[
 
     def said(file: dict[str, Any]) -> str:
         fact = file.get("id" if name == "fileId" else name)
-        fact = (file.get("metadata") or {}).get(name) if fact is None else fact
+        fact = table(file.get("metadata")).get(name) if fact is None else fact
         return "" if fact is None else str(fact).lower()
 
     exact = [file for file in files if said(file) == value.lower()]

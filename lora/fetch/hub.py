@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
-import httpx2
-from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.hf_api import ModelInfo, RepoSibling
-
-from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
-from lora.fetch.answers import later, status_in_words, wait_of
-from lora.fetch.sources import ASK_TIMEOUT, HUB, HubFile, RemoteFile
-from lora.fetch.web import USER_AGENT
+from lora.errors import AccessDenied, LoraError, LoraNotFound
+from lora.fetch.asking import Answer, ask, table, tables, text
+from lora.fetch.redaction import redact_url
+from lora.fetch.rules import WebRules, origin_of
+from lora.fetch.sources import HUB, HubFile, RemoteFile
+from lora.fetch.web import Web
 from lora.formats.endings import EXTENSIONS, PICKLES, SAFETENSORS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
+
+
+class _Sibling(NamedTuple):
+    """A file of a repo."""
+
+    name: str
+    sha256: str | None
+    size: int | None
 
 
 @dataclass(frozen=True)
@@ -30,71 +33,80 @@ class Hub:
 
     token: str | None = field(default=None, repr=False)
     endpoint: str = HUB
+    web: Web | None = field(default=None, repr=False)
+    """What asks it; by default only this endpoint may lie in the private network."""
 
     def ask(self, hub_file: HubFile) -> RemoteFile:
         """The adapter's file, at a fixed commit.
 
         Raises: LoraNotFound (no such repo, revision or file, or several candidates, which it lists);
-        AccessDenied (gated or private); DownloadFailed (the hub does not answer).
+        AccessDenied (gated or private); DownloadFailed (the hub does not answer); LoraCorrupt (what it
+        answers is not its API's).
         """
         info = self._model_info(hub_file)
-        files = {sibling.rfilename: sibling for sibling in info.siblings or []}
+        files = {one.name: one for one in map(_sibling, tables(info.get("siblings"))) if one.name}
         chosen = _choose(files, hub_file)
-        path = PurePosixPath(chosen.rfilename)
-        commit = info.sha or hub_file.revision or "main"
+        path = PurePosixPath(chosen.name)
+        commit = text(info.get("sha")) or hub_file.revision or "main"
 
         def url(name: str) -> str:
-            return hf_hub_url(hub_file.repo, name, revision=commit, endpoint=self.endpoint)
+            return f"{self._base}/{hub_file.repo}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
         config = str(path.with_name(PEFT_CONFIG))
         return RemoteFile(
-            url=url(chosen.rfilename),
-            identity=f"hf://{hub_file.repo}@{commit}/{chosen.rfilename}",
-            shown=f"{hub_file.repo}@{commit[:12]}/{chosen.rfilename}",
+            url=url(chosen.name),
+            identity=f"hf://{hub_file.repo}@{commit}/{chosen.name}",
+            shown=f"{hub_file.repo}@{commit[:12]}/{chosen.name}",
             file_name=path.name,
-            sha256=chosen.lfs.sha256 if chosen.lfs else None,
+            sha256=chosen.sha256,
             size=chosen.size,
             fixed=True,
             config_url=url(config) if path.stem == PEFT_STEM and config in files else None,
         )
 
-    def _model_info(self, hub_file: HubFile) -> ModelInfo:
+    @property
+    def _base(self) -> str:
+        return self.endpoint.rstrip("/")
+
+    def _model_info(self, hub_file: HubFile) -> Mapping[str, Any]:
         """What the hub says of the repo, its files included. Raises: as `ask`."""
         shown = hub_file.repo + (f"/{hub_file.file_name}" if hub_file.file_name else "")
-        # token=False keeps the client from using a token that it finds on this machine.
-        api = HfApi(
-            endpoint=self.endpoint, token=self.token or False, headers={"user-agent": USER_AGENT}
-        )
-        try:
-            return api.model_info(
-                hub_file.repo, revision=hub_file.revision, files_metadata=True, timeout=ASK_TIMEOUT
-            )
-        except GatedRepoError as error:
-            raise AccessDenied(f"{shown} is gated", "Accept its terms and set HF_TOKEN.") from error
-        except RevisionNotFoundError as error:
-            raise LoraNotFound(f"{shown} has no revision {hub_file.revision!r}") from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
-            hint = "Check the name; for a private repo, set HF_TOKEN."
-            raise LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint) from error
-        except HfHubHTTPError as error:
-            raise _refusal(error, shown, has_token=bool(self.token)) from error
-        except (httpx2.HTTPError, OSError) as error:
-            raise DownloadFailed(f"the hub did not answer for {shown}", later(None)) from error
+        revision = f"/revision/{quote(hub_file.revision, safe='')}" if hub_file.revision else ""
+        url = f"{self._base}/api/models/{hub_file.repo}{revision}?blobs=true"
+        web = self.web or Web(WebRules(own=frozenset({origin_of(self.endpoint)})))
+        answer = ask(web, url, "the hub", redact_url(shown), self.token)
+        if answer.status != 200:
+            raise self._refusal(answer, hub_file, redact_url(shown))
+        return answer.fields
+
+    def _refusal(self, answer: Answer, hub_file: HubFile, shown: str) -> LoraError:
+        """The error of ours for an answer that is no repo."""
+        why = answer.headers.get("X-Error-Code", "")
+        if why == "GatedRepo":
+            return AccessDenied(f"{shown} is gated", "Accept its terms and set HF_TOKEN.")
+        if why == "RevisionNotFound":
+            return LoraNotFound(f"{shown} has no revision {redact_url(hub_file.revision or '')!r}")
+        if answer.refusal and why != "RepoNotFound":
+            if answer.status == 401 and self.token:
+                sentence = f"the hub does not accept HF_TOKEN, with which it was asked for {shown}"
+                return AccessDenied(sentence, "It may be wrong, or have expired.")
+            return AccessDenied(f"the hub refuses access to {shown}", "Check HF_TOKEN.")
+        hint = "Check the name; for a private repo, set HF_TOKEN."
+        return LoraNotFound(f"there is no repo {hub_file.repo} on the hub", hint)
 
 
-def _refusal(error: HfHubHTTPError, shown: str, *, has_token: bool) -> LoraError:
-    """The error of ours for an answer that huggingface_hub has no name for."""
-    status, after = error.response.status_code, wait_of(error.response.headers)
-    if status == 401 and has_token:
-        sentence = f"the hub does not accept HF_TOKEN, with which it was asked for {shown}"
-        return AccessDenied(sentence, "It may be wrong, or have expired.")
-    if status in (401, 403):
-        return AccessDenied(f"the hub refuses access to {shown}", "Check HF_TOKEN.")
-    said = status_in_words(status)
-    return DownloadFailed(f"the hub did not answer for {shown} ({said})", later(after), after)
+def _sibling(said: Mapping[str, Any]) -> _Sibling:
+    """A file as the hub says it; what it says in another form than its API's counts as not said."""
+    lfs, size = table(said.get("lfs")), said.get("size")
+    sha256 = text(lfs.get("sha256"))
+    return _Sibling(
+        text(said.get("rfilename")),
+        sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None,
+        size if type(size) is int and size >= 0 else None,
+    )
 
 
-def _choose(files: dict[str, RepoSibling], hub_file: HubFile) -> RepoSibling:
+def _choose(files: dict[str, _Sibling], hub_file: HubFile) -> _Sibling:
     """The named file; else the one adapter file of the named folder or of the repo, a .safetensors one rather
     than a pickle. Raises: LoraNotFound.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from urllib.parse import SplitResult, parse_qsl, urlencode
+from urllib.parse import SplitResult, parse_qsl, urlencode, urlsplit
 
 from lora.errors import SourceInvalid
 
@@ -54,6 +54,23 @@ def number_of(said: dict[str, str], name: str, shown: str) -> int | None:
     if not NUMBER.fullmatch(said[name]):
         raise SourceInvalid(f"{shown}: {name} in its link's query is no number")
     return int(said[name])
+
+
+def credential_of(url: str, token: str | None = None) -> str | None:
+    """What of a link opens its file: user, password, signature and token; None if it names none of these."""
+    parts = urlsplit(url)
+    signed = [pair for pair in parse_qsl(parts.query) if SIGNING.fullmatch(pair[0])]
+    user, at, _ = parts.netloc.rpartition("@")
+    return repr((user, signed, token)) if at or signed or token else None
+
+
+def without_credentials(url: str, harmless: Container[str]) -> str:
+    """The URL without its user and, if that says more than the `harmless` names, its query and fragment."""
+    parts = urlsplit(url)
+    parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
+    if parts.fragment or any(name not in harmless for name, _ in parse_qsl(parts.query)):
+        parts = parts._replace(query="", fragment="")
+    return parts.geturl()
 
 
 def identity_of(parts: SplitResult) -> str:

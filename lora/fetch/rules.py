@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import base64
 import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from lora.errors import SourceInvalid
 
 PORTS = {"http": 80, "https": 443}
 
-_NETWORKS = ("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24", "3fff::/20")
+_NETWORKS = (
+    *("168.63.129.16/32", "192.0.0.0/24", "192.88.99.0/24"),
+    *("3fff::/20", "::/96", "64:ff9b:1::/48", "5f00::/16"),
+)
 NOT_PUBLIC = tuple(map(ipaddress.ip_network, _NETWORKS))
 """Networks that some version of Python takes for public: Azure's and Oracle's services for their own
-machines, relays of 6to4, examples in documents."""
+machines, relays of 6to4, examples in documents, translators' and segment routing's own."""
 
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+SIIT = ipaddress.ip_network("::ffff:0:0:0/96")
+ISATAP = 0x5EFE
+"""The third quarter of an ISATAP address, but for one bit; the fourth is an IPv4 address (RFC 5214)."""
 
 
 def is_public(address: str) -> bool:
@@ -27,7 +34,7 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo and ip.teredo[1])
-        if ip in NAT64:
+        if ip in NAT64 or ip in SIIT or (int(ip) >> 32) & 0xFDFFFFFF == ISATAP:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
@@ -49,6 +56,8 @@ class WebRules:
     """Origins of servers that the operator set up: neither rule above applies to them."""
     tokens: Mapping[str, tuple[str, str]] = field(default_factory=dict, repr=False)
     """Origin -> (header's name, its value)."""
+    share_private: bool = False
+    """Whether a file that the token in a request's link opened serves requests without that token, too."""
 
     def check(self, host: str, addresses: Sequence[str]) -> None:
         """Raises: SourceInvalid if the host must not be asked; `addresses` are all that it has."""
@@ -74,6 +83,18 @@ def origin_of(url: str) -> str:
     if parts.scheme not in PORTS or not parts.hostname:
         raise ValueError("it is no http(s) URL")
     return f"{parts.scheme}://{parts.hostname}:{parts.port or PORTS[parts.scheme]}"
+
+
+def user_of(url: str) -> str:
+    """The user and password of a URL, as HTTP's basic authorization writes them; empty if there are none."""
+    user, at, _ = urlsplit(url).netloc.rpartition("@")
+    return base64.b64encode(unquote_to_bytes(user)).decode() if at else ""
+
+
+def without_user(url: str) -> str:
+    """The URL without its user and password."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def auth_headers(text: str) -> dict[str, tuple[str, str]]:

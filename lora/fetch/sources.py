@@ -23,7 +23,8 @@ from pathlib import PurePosixPath
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from lora.errors import SourceInvalid
-from lora.fetch.links import identity_of, number_of, query_of, token_of
+from lora.fetch.links import credential_of, identity_of, number_of, query_of, token_of
+from lora.fetch.redaction import redact_url
 from lora.formats.endings import EXTENSIONS
 
 HUB, CIVITAI = "https://huggingface.co", "https://civitai.com"
@@ -104,6 +105,11 @@ class RemoteFile:
     token: str | None = field(default=None, repr=False, compare=False)
     """The bearer token that the request's link named, for the URL's own origin; never written down."""
 
+    @property
+    def credential(self) -> str | None:
+        """What of the request's link opens the file, such as a signature; None if nothing does."""
+        return credential_of(self.url, self.token)
+
 
 @dataclass(frozen=True)
 class HubFile:
@@ -153,7 +159,7 @@ def parse(reference: Reference, hub: str = HUB, civitai: str = CIVITAI) -> Locat
         raise SourceInvalid("the LoRA's source is neither a URL nor a plain name", GRAMMAR_HINT)
     parts = PurePosixPath(path).parts
     if path.startswith(("/", "~")) or ".." in parts:
-        raise SourceInvalid(f"{path!r} leads out of the LoRA cache", GRAMMAR_HINT)
+        raise SourceInvalid(f"{reference.shown!r} leads out of the LoRA cache", GRAMMAR_HINT)
     if hub_file := _hub_name(path, reference, whole=False):
         return hub_file
     if "@" in path:
@@ -271,20 +277,3 @@ def _civitai_url(parts: SplitResult, reference: Reference) -> CivitaiFile | None
         version = int(download[1])
     model = int(page[1]) if page else None
     return CivitaiFile(model, version, reference.weight_name, tuple(wanted), token_of(said, shown))
-
-
-def redact_url(text: str) -> str:
-    """A URL without user, password, query and fragment, which may hold secrets.
-
-    Text that is no URL, but may be a misspelt one, loses them too.
-    """
-    if _HUB_NAME.fullmatch(text) or _CIVITAI_NAME.fullmatch(text):
-        return text
-    scheme, separator, rest = text.rpartition("://")
-    bare = re.split(r"[?#]", rest)[0]
-    host, slash, path = bare.partition("/")
-    if scheme == "hf" and _HUB_NAME.fullmatch(bare):
-        return f"hf://{bare}"
-    if not separator and "@" in bare:
-        return bare.rpartition("@")[2]
-    return f"{scheme}{separator}{host.rpartition('@')[2]}{slash}{path}"

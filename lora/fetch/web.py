@@ -144,7 +144,7 @@ class _Adapter(HTTPAdapter):
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _pools(self._rules)
+        self.poolmanager.pool_classes_by_scheme = checked_pools(self._rules)
 
 
 class UncheckedConnection(RuntimeError):
@@ -185,8 +185,8 @@ class _Connection(HTTPConnection):
             return super().getresponse()
 
 
-def _pools(rules: WebRules) -> dict[str, Any]:
-    """urllib3's classes of pools, with connections that keep these rules."""
+def checked_pools(rules: WebRules) -> dict[str, Any]:
+    """urllib3's classes of pools, with connections that keep these rules; for any client of urllib3."""
     plain = type("Plain", (_Connection,), {"rules": rules})
     # TLS still checks the certificate against the host's name.
     secure = type("Secure", (plain, HTTPSConnection), {})

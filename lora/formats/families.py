@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from lora.formats.header import Header
@@ -33,25 +34,28 @@ widths, which families may share."""
 
 
 NAMED_SO: tuple[tuple[str, str], ...] = (
-    ("refiner", "SDXL refiner"),
-    ("sdxl", "SDXL"),
-    ("diffusion-xl", "SDXL"),
-    ("sd_v1", "SD 1.5"),
-    ("diffusion-v1", "SD 1.5"),
-    ("sd_v2", "SD 2"),
-    ("diffusion-v2", "SD 2"),
-    ("diffusion-v3", "SD 3"),
-    ("sd3", "SD 3"),
-    ("flux", "Flux"),
-    ("wan", "Wan"),
-    ("qwen", "Qwen-Image"),
+    (r"refiner", "SDXL refiner"),
+    (r"sdxl", "SDXL"),
+    (r"diffusion-xl", "SDXL"),
+    (r"sd_v1", "SD 1.5"),
+    (r"diffusion-v1", "SD 1.5"),
+    (r"sd_v2", "SD 2"),
+    (r"diffusion-v2", "SD 2"),
+    (r"diffusion-v3", "SD 3"),
+    (r"sd3", "SD 3"),
+    (r"(?<![a-z])flux(?![a-z])", "Flux"),
+    (r"(?<![a-z])wan(?![a-z])", "Wan"),
+    (r"(?<![a-z])qwen[ _-]?image", "Qwen-Image"),
 )
-"""Part of a base model's name -> its family; the first that fits counts."""
+"""What a base model's name has in it -> its family; the first that fits counts.
+
+A maker's name is no family: Qwen makes language models, too, and only shapes tell those.
+"""
 
 
 def family_of(base: str) -> str | None:
-    """The family of a base model by its name."""
-    return next((family for part, family in NAMED_SO if part in base.lower()), None)
+    """The family of a base model by its name; None if the name alone does not tell it."""
+    return next((family for part, family in NAMED_SO if re.search(part, base.lower())), None)
 
 
 def identify(header: Header) -> str | None:

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from lora.errors import LoraCorrupt, LoraError, LoraUnsupported
 
-MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+MAX_HEADER_BYTES = 10_000_000
+"""A tenth of the format's own limit: JSON takes up to 25 times its bytes in memory, and the largest adapters'
+headers with all their tags have two million."""
 
 MAX_DIMENSIONS, MAX_NUMBERS = 64, 1 << 60
 """The largest that torch can describe, even for an empty tensor."""

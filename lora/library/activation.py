@@ -21,15 +21,17 @@ from lora.errors import (
     LoraTooLarge,
     LoraUnsupported,
 )
-from lora.fetch.sources import CachedName, RemoteFile, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import CachedName, RemoteFile
 from lora.formats.adapter import LoraFile, load
 from lora.formats.alphas import CONFIG_IN_FILE, Alphas
+from lora.formats.apart import convert_apart
 from lora.formats.contents import MAX_SHOWN
 from lora.formats.endings import SAFETENSORS
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, read_config
-from lora.formats.pickles import convert, looks_like_pickle
+from lora.formats.pickles import looks_like_pickle
 from lora.library.states import Standing, State, put, unknown
 from lora.library.summary import summarised
 from lora.volume.adapters import StoredAdapter, adapter_at
@@ -151,7 +153,7 @@ def _copy_whole(weights: Path, config: str | None, target: Path, limit: int) -> 
     if weights.suffix == SAFETENSORS or not looks_like_pickle(weights):
         return _copy(weights, config, target)
     with part_file(target.parent) as converted:
-        convert(weights, converted, limit)
+        convert_apart(weights, converted, limit)
         return _copy(converted, config, target)
 
 

@@ -15,12 +15,20 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from lora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, nearest
+from lora.fetch.redaction import redact_url
 from lora.formats.names.keys import KeyMap
 from lora.library.activation import Activation, header_of, refuse_half_a_folder
 from lora.library.query import TRAINING, Item, Page, Query, Scanned
-from lora.library.states import Standing, State, put, put_if_unknown, state_of, unknown
+from lora.library.states import Standing, State, put, put_if_unknown, read_state, state_of, unknown
 from lora.library.summary import summarised
-from lora.volume.adapters import STATE, TRAINING_STATE, StoredAdapter, adapters_in, delete
+from lora.volume.adapters import (
+    STATE,
+    TRAINING_STATE,
+    StoredAdapter,
+    adapters_in,
+    delete,
+    states_in,
+)
 from lora.volume.cache import VolumeCache
 from lora.volume.folders import Folders
 from lora.volume.records import Record, read_as, record_path, write_errors_as
@@ -120,7 +128,7 @@ class Catalog:
             return adapter
         names = [self._name(adapter) for adapter in self._adapters()]
         hint = nearest(name, names) or f"The library has {len(names)} LoRAs."
-        raise LoraNotFound(f"the library has no LoRA {name!r}", hint)
+        raise LoraNotFound(f"the library has no LoRA {redact_url(name)!r}", hint)
 
     def _glance(self, adapter: StoredAdapter) -> State:
         """The state that the header shows. Raises: OSError."""
@@ -129,7 +137,7 @@ class Catalog:
             state = replace(state, source=self._name(adapter))
         elif adapter.weights:
             record = read_as(Record, record_path(adapter.root / adapter.weights))
-            if record and (record.size, record.mtime_ns) == adapter.version[:2]:
+            if record and (record := record.of(*adapter.version[:2])):
                 state = replace(state, source=record.source, sha256=record.sha256)
         try:
             refuse_half_a_folder(adapter)
@@ -139,12 +147,13 @@ class Catalog:
         return summarised(state, header) if header else state
 
     def _remove_orphans(self) -> None:
-        """Removes the states of adapters that were removed by hand."""
+        """Removes the states of adapters that were removed by hand; only what a worker wrote as a state."""
         roots = (*self._shelf.roots, *([self._training.root] if self._training else []))
-        for path in [path for root in roots for path in root.rglob(f"*{STATE}")]:
-            is_orphan = not path.with_name(path.name.removesuffix(STATE)).exists()
+        for path in [path for root in roots for path in states_in(root)]:
             with suppress(OSError):  # another worker removed it
-                if is_orphan and time.time() - path.stat().st_mtime > ORPHAN_SECONDS:
+                is_orphan = not path.with_name(path.name.removesuffix(STATE)).exists()
+                old = time.time() - path.stat().st_mtime > ORPHAN_SECONDS
+                if is_orphan and old and read_state(path):
                     path.unlink()
 
     def activate(self, name: str) -> Item:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.durable import part_file, published, rename_folder, replace_durably, sync_folder
+from lora.durable import part_file, published, rename_folder, replace_durably, sweep, sync_folder
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
 from lora.tools import HEADER_ALIGNMENT
@@ -263,6 +263,7 @@ def published_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     folder is there; between the two moves nothing is at `path`. Raises: ToolError if the disk is full or
     fails, or something else than an empty folder is at `path` and not to be overwritten.
     """
+    sweep(path.parent, path.name)
     with part_file(path.parent, path.name) as part:
         try:
             with write_errors(path):
@@ -283,6 +284,7 @@ def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") 
     Raises: ToolError if the disk is full or fails.
     """
     table: Mapping[str, Any] = {wrapper: dict(tensors)} if wrapper else dict(tensors)
+    sweep(path.parent, path.name)
     try:
         with write_errors(path), published(path) as part, part.open("xb") as stream:
             torch.save(table, stream)

@@ -90,7 +90,7 @@ def adapter_at(root: Path, path: str) -> StoredAdapter | None:
     Weights in a PEFT folder mean the folder.
     """
     target = root / path
-    is_folder = target.is_dir()
+    is_folder = os.path.isdir(target)  # noqa: PTH112 - False for a name that no file can have
     folder = target if is_folder else target.parent
     below = "" if folder == root else str(folder.relative_to(root))
     names = PEFT_FILES if is_folder or target.name in PEFT_FILES else (target.name,)
@@ -99,7 +99,9 @@ def adapter_at(root: Path, path: str) -> StoredAdapter | None:
     for adapter in _made_of(files, root, below):
         if adapter.path == wanted:
             weights = adapter.weights
-            return adapter._replace(pinned=bool(weights) and pin_path(root / str(weights)).exists())
+            return adapter._replace(
+                pinned=bool(weights) and _status(pin_path(root / str(weights))) is not None
+            )
     return None
 
 
@@ -121,6 +123,13 @@ def delete(adapter: StoredAdapter) -> None:
     if adapter.is_folder:
         with suppress(OSError):  # something else is in it
             (adapter.root / adapter.path).rmdir()
+
+
+def states_in(root: Path) -> Iterator[Path]:
+    """Every file in the folder and below it that is named as a state; hidden names are passed over."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if not name.startswith(".")]
+        yield from (Path(folder, name) for name in names if name.endswith(STATE) and name[0] != ".")
 
 
 def is_hidden(path: str) -> bool:

@@ -23,6 +23,7 @@ from lora.errors import LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import Limits, OnBytes
 from lora.fetch.hub import Hub
+from lora.fetch.redaction import redact_url
 from lora.fetch.sources import CachedName, Reference, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import SAFETENSORS
@@ -31,7 +32,7 @@ from lora.volume.fetching import Fetch, SharedFetches
 from lora.volume.lease import Lease
 from lora.volume.records import pin_path, write_errors_as
 from lora.volume.resolver import REFUSED, Refusals, Resolved, Resolver
-from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name
+from lora.volume.shelf import CacheEntry, Damaged, Shelf, check_sha256, file_name, opened_by
 
 __all__ = ["FALLBACK_ROOT", "CacheEntry", "Limits", "OnBytes", "Resolved", "VolumeCache"]
 
@@ -75,13 +76,14 @@ class VolumeCache:
 
         A file that is older than the TTL is asked for again if its content can change; if the source fails
         then, the old file serves, with a warning. `refresh` asks in any case, and fails if the source does.
+        A file that another request's token opened is asked for with this one's, unless the rules share it.
         Whatever fails, nothing new appears under the file's name and no temporary file stays.
         Raises: LoraError.
         """
         location, refresh, warning = resolved
         if isinstance(location, CachedName):
             return self.find(location)
-        key = location.identity, location.sha256, location.token, refresh
+        key = location.identity, location.sha256, location.credential, refresh
         fetch = partial(self._fetch, location, refresh)
         entry = self._shared.run(key, location.shown, fetch, on_bytes)
         return entry.warned(warning) if warning else entry
@@ -115,7 +117,7 @@ class VolumeCache:
     def _not_found(self, name: str, *, own: bool = False) -> LoraNotFound:
         hint = nearest(name.removesuffix(SAFETENSORS), self.shelf.names(own=own))
         hint = hint or f"The cache holds {len(self.shelf.names(own=True))} files."
-        return LoraNotFound(f"the cache in {self.shelf.root} has no file {name!r}", hint)
+        return LoraNotFound(f"the cache has no file {redact_url(name)!r}", hint)
 
     def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
         fetch = Fetch(remote, self.shelf, self.web, self._lease, on_bytes)
@@ -123,27 +125,29 @@ class VolumeCache:
             kept = self.shelf.kept(remote)
         except Damaged as error:
             return fetch.run(None).warned(f"{error}; it was fetched again")
-        if kept and (remote.fixed or (not refresh and fetch.is_current(kept))):
+        open_to_all = self.web.rules.share_private or kept is None or kept.record.opened_by is None
+        ours = open_to_all or (kept and kept.record.opened_by == opened_by(remote))
+        if kept and ours and (remote.fixed or (not refresh and fetch.is_current(kept))):
             return kept
         try:
             # If there is an old file, only one job waits for a source in trouble.
             kinds = (LoraError,) if kept else REFUSED
-            key = f"{remote.identity} {remote.token}"  # another token may open it
+            key = f"{remote.url} {remote.token}"  # another signature or token may open it
             with self._refusals.remembered(key, ask_anyway=refresh, kinds=kinds):
                 return fetch.run(kept)
         except LoraError as error:
-            if kept is None or refresh:
+            if kept is None or refresh or not ours:
                 raise
             return kept.warned(f"{kept.name} may be out of date: {error.sentence}")
 
     def pin(self, name: str) -> None:
         """Keeps a file for ever, on all workers. Raises: LoraNotFound, SourceInvalid, CacheFull."""
-        with write_errors_as(f"{name} cannot be pinned"):
+        with write_errors_as(f"{redact_url(name)} cannot be pinned"):
             self._pin(name).touch()
 
     def unpin(self, name: str) -> None:
         """Takes a pin away, if there is one. Raises: LoraNotFound, SourceInvalid, CacheFull."""
-        with write_errors_as(f"{name} cannot be unpinned"):
+        with write_errors_as(f"{redact_url(name)} cannot be unpinned"):
             self._pin(name).unlink(missing_ok=True)
 
     def _pin(self, name: str) -> Path:
@@ -160,6 +164,6 @@ class VolumeCache:
         adapter = self.shelf.adapter(name)
         if adapter is None:
             raise self._not_found(name, own=True)
-        with write_errors_as(f"{name} cannot be deleted"):
+        with write_errors_as(f"{redact_url(name)} cannot be deleted"):
             delete(adapter)
         return adapter.weights or adapter.path

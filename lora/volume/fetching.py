@@ -36,14 +36,14 @@ class Fetch:
     web: Web
     lease: Callable[[Path, float], Lease]
     on_bytes: OnBytes
-    begun: float = field(default_factory=time.time)
     deadline: float = 0.0
     """When `run` must be done, by time.monotonic()."""
 
     def is_current(self, entry: CacheEntry) -> bool:
         """Whether the file need not be asked for: its content cannot change, or it was asked for lately."""
         asked = entry.record.asked
-        lately = asked is not None and time.time() - asked < self.shelf.limits.ttl
+        # Another worker's clock may be ahead of this one's.
+        lately = asked is not None and abs(time.time() - asked) < self.shelf.limits.ttl
         return self.remote.fixed or bool(self.remote.sha256) or lately
 
     def run(self, old: CacheEntry | None) -> CacheEntry:
@@ -63,7 +63,7 @@ class Fetch:
     def _into(self, root: Path, old: CacheEntry | None) -> CacheEntry:
         def newer(entry: CacheEntry | None) -> CacheEntry | None:
             """The entry if another worker fetched it meanwhile."""
-            if entry is None or (old and (entry.record.asked or 0.0) < self.begun):
+            if entry is None or (old and entry.record.asked == old.record.asked):
                 return None
             return entry if old or self.is_current(entry) else None
 

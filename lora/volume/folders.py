@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import logging
-import time
-import uuid
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from lora.durable import is_orphan, part_file
 from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import STEMS
@@ -40,7 +40,7 @@ class Folders:
         self._stale_after = stale_after
         self._local = {folder: on_local_disk(folder) for folder in self.roots}
         self.trouble: str | None = None
-        """Why files go to the fallback, as long as they do."""
+        """Why files go to the fallback, as far as the last writer knew: see `look_again`."""
 
     @property
     def roots(self) -> tuple[Path, ...]:
@@ -53,21 +53,27 @@ class Folders:
             return root
         raise OSError(errno.EROFS, "neither the volume nor this container's disk can be written")
 
+    def look_again(self) -> str | None:
+        """Why files go to the fallback, if they still do."""
+        if self.trouble:
+            next(self.writable(), None)
+        return self.trouble
+
     def writable(self) -> Iterator[Path]:
         """The folders that can be written, the volume first, without the leftovers of dead workers."""
         for root in self.roots:
             try:
                 incoming = root / INCOMING
                 incoming.mkdir(parents=True, exist_ok=True)
-                probe = incoming / f"probe-{uuid.uuid4().hex}.part"
-                probe.touch()
-                probe.unlink()
+                with part_file(incoming, "probe") as probe:
+                    probe.touch()
+                    now = probe.stat().st_mtime
             except OSError as error:
                 self.lost(root, error)
                 continue
             if root == self.root:
                 self.trouble = None
-            _sweep(root, self._stale_after)
+            _sweep(root, self._stale_after, now)
             yield root
 
     def lost(self, root: Path, error: OSError) -> None:
@@ -169,7 +175,7 @@ def mount_of(folder: Path, mounts: Path = MOUNTS) -> Mount | None:
         lines = mounts.read_text().splitlines()
     except OSError:
         return None
-    target, best = folder.resolve(), None
+    target, best = Path(os.path.realpath(folder)), None
     for line in lines:
         # "36 35 98:0 / /mnt rw,noatime master:1 - ext3 /dev/root rw" (man proc_pid_mountinfo)
         before, _, after = line.partition(" - ")
@@ -179,11 +185,13 @@ def mount_of(folder: Path, mounts: Path = MOUNTS) -> Mount | None:
     return best
 
 
-def _sweep(root: Path, age: float) -> None:
-    """Removes old damaged files, and parts and leases that nobody wrote to for `age` seconds."""
+def _sweep(root: Path, age: float, now: float) -> None:
+    """Removes old damaged files, parts of processes that ended, and parts and leases that nobody wrote to for
+    `age` seconds. `now`: the folder's own time, to which this machine's clock may not be near.
+    """
     for folder, oldest in ((INCOMING, age), (DAMAGED, DAMAGED_DAYS * 86_400)):
         with suppress(OSError):
             for path in (root / folder).iterdir():
                 with suppress(OSError):  # another worker finished or swept it just now
-                    if time.time() - path.stat().st_mtime > oldest:
+                    if now - path.stat().st_mtime > oldest or is_orphan(path):
                         path.unlink()

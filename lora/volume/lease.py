@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from lora.durable import part_file
+from lora.durable import is_gone, part_file, process_name
 
 log = logging.getLogger(__name__)
 
@@ -26,22 +26,6 @@ BEATS = 5
 """Signs of life within the silence that counts as death."""
 
 Made = TypeVar("Made")
-
-
-def process_name(pid: int | str = "self") -> str:
-    """A name that no other process has or had: this machine's boot, the pid's namespace, pid and start time.
-
-    Raises: FileNotFoundError or ProcessLookupError if there is no such process, or only a zombie; OSError if
-    it may not be read, or there is no /proc.
-    """
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    namespace = Path(f"/proc/{pid}/ns/pid").readlink()
-    number, _, rest = Path(f"/proc/{pid}/stat").read_text().partition(" ")
-    # man proc_pid_stat: field 3 is the state, 22 the start in ticks since boot
-    state, *others = rest.rpartition(")")[2].split()
-    if state in ("Z", "X"):
-        raise ProcessLookupError
-    return f"{boot}/{namespace}/{number}/{others[18]}"
 
 
 @dataclass
@@ -140,7 +124,10 @@ class LeaseWatch:
             return False
         if text != self._seen:
             self._seen, self._since = text, time.monotonic()
-        return _owner_is_gone(text) or time.monotonic() - self._since > self._silence
+        return (
+            is_gone(text.split(" ", maxsplit=1)[0])
+            or time.monotonic() - self._since > self._silence
+        )
 
     def remove(self) -> bool:
         """Removes the lease that `is_dead` saw, and no other: another waiter may have been faster.
@@ -161,22 +148,3 @@ class LeaseWatch:
                 if taken.read_text() != self._seen:
                     os.link(taken, self._path)  # it is alive: put back, unless there is a newer one
         return True
-
-
-def _owner_is_gone(text: str) -> bool:
-    """Whether the owner was a process of this machine, and has ended."""
-    owner = text.split(" ", maxsplit=1)[0]
-    try:
-        here = process_name().split("/")
-        boot, namespace, pid, _ = owner.split("/")
-        number = int(pid)
-    except (OSError, ValueError):  # there is no /proc here, or was none there
-        return False
-    if [boot, namespace] != here[:2]:
-        return False
-    try:
-        return process_name(number) != owner
-    except (FileNotFoundError, ProcessLookupError):
-        return True
-    except OSError:
-        return False

@@ -156,7 +156,7 @@ class LoraLibrary:
             if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:
                 raise FileNotFoundError(entry.path) from error
             raise LoraCorrupt(f"the file cannot be read ({error.strerror})") from error
-        if not record.fits(status):
+        if not record.at(status):
             raise FileNotFoundError(entry.path)
         with self._guard:
             self._warm.put(key, file, record.size)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lora.fetch.civitai import Civitai
 from lora.fetch.hub import Hub
-from lora.fetch.rules import WebRules, auth_headers, origin_of
+from lora.fetch.rules import WebRules, auth_headers, origin_of, user_of, without_user
 from lora.fetch.sources import CIVITAI, HUB
 from lora.fetch.web import Web
 from lora.volume.cache import FALLBACK_ROOT, Limits, VolumeCache
@@ -27,6 +27,7 @@ NUMBERS: Mapping[str, tuple[float, float]] = {
 VARIABLES = (
     *("HF_TOKEN", "HF_ENDPOINT", "CIVITAI_TOKEN", "CIVITAI_ENDPOINT"),
     *("LORA_CACHE_DIR", "LORA_AUTH_HEADERS", "LORA_ALLOWED_HOSTS", "LORA_ALLOW_PRIVATE_URLS"),
+    "LORA_SHARE_PRIVATE",
     *NUMBERS,
 )
 """The environment variables that say how a cache is opened; they mean here what they mean to the worker."""
@@ -53,9 +54,9 @@ def open_cache(
     """
     values = _values(os.environ if environ is None else environ)
     numbers = {name: _number(name, values[name]) for name in NUMBERS}
-    private = values["LORA_ALLOW_PRIVATE_URLS"].lower()
-    if private not in BOOLEANS:
-        raise ValueError("LORA_ALLOW_PRIVATE_URLS is none of 0, 1, false, true")
+    allow_private, share_private = (
+        _boolean(name, values[name]) for name in ("LORA_ALLOW_PRIVATE_URLS", "LORA_SHARE_PRIVATE")
+    )
     try:
         headers = auth_headers(values["LORA_AUTH_HEADERS"])
     except ValueError as error:
@@ -69,7 +70,8 @@ def open_cache(
             ttl=numbers["LORA_TTL_HOURS"] * 3600,
         ),
         WebRules(
-            allow_private=BOOLEANS[private],
+            allow_private=allow_private,
+            share_private=share_private,
             allowed_hosts=tuple(values["LORA_ALLOWED_HOSTS"].replace(",", " ").split()),
             tokens=headers,
         ),
@@ -86,6 +88,12 @@ def _values(environ: Mapping[str, str]) -> dict[str, str]:
         if close := get_close_matches(name, VARIABLES, n=1, cutoff=0.9):
             raise ValueError(f"{name} is not a setting (did you mean {close[0]}?)")
     return {name: environ.get(name, "").strip() for name in VARIABLES}
+
+
+def _boolean(name: str, text: str) -> bool:
+    if text.lower() not in BOOLEANS:
+        raise ValueError(f"{name} is none of 0, 1, false, true")
+    return BOOLEANS[text.lower()]
 
 
 def _number(name: str, text: str) -> float:
@@ -118,6 +126,8 @@ def make_cache(
         origin = origin_of(endpoint or public)
         if endpoint:
             own.add(origin)
+        if user := user_of(endpoint):  # in no URL, so in no record and no error either
+            tokens[origin] = ("Authorization", f"Basic {user}")
         if token:
             tokens[origin] = ("Authorization", f"Bearer {token}")
     web = Web(replace(rules, own=frozenset(own), tokens=tokens))
@@ -125,7 +135,7 @@ def make_cache(
         root,
         limits,
         web,
-        hub=Hub(hub[1] or None, hub[0] or HUB),
-        civitai=Civitai(web, civitai[0] or CIVITAI, family),
+        hub=Hub(hub[1] or None, without_user(hub[0]) or HUB, web),
+        civitai=Civitai(web, without_user(civitai[0]) or CIVITAI, family),
         fallback=FALLBACK_ROOT,
     )

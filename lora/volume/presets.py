@@ -8,14 +8,17 @@ is read anew each time. This module reads and writes it; `worker.selection` chec
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lora.durable import published
-from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, ToolError, nearest
+from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, LoraTooLarge, ToolError, nearest
+from lora.fetch.redaction import redact_url
 from lora.formats.names.blocks import MAX_SCALE
 from lora.volume.lease import Lease
 from lora.volume.records import INCOMING, write_errors_as
@@ -57,7 +60,9 @@ class Presets:
         if name not in presets:
             names = sorted(presets)
             listed = f"There are: {', '.join(names[:20])}." if names else "There are none."
-            raise LoraNotFound(f"there is no preset {name!r}", nearest(name, names) or listed)
+            raise LoraNotFound(
+                f"there is no preset {redact_url(name)!r}", nearest(name, names) or listed
+            )
         if not isinstance(presets[name], dict):
             raise LoraCorrupt(f"{FILE}: {name} is not an object", "Mend it on the volume.")
         return dict(presets[name])
@@ -65,7 +70,8 @@ class Presets:
     def set(self, name: str, preset: Preset) -> None:
         """Writes a preset, in place of one with its name; the others stay.
 
-        Raises: CacheFull if it cannot be written; LoraCorrupt if the file is no JSON object, and is left so.
+        Raises: CacheFull if it cannot be written; LoraTooLarge if nobody could read it then; LoraCorrupt if
+        the file is no JSON object, and is left so.
         """
         self._change(lambda presets: {**presets, name: dict(preset)})
 
@@ -112,7 +118,13 @@ class Presets:
                 data = None
                 while data is None or self._read()[0] != data:
                     data, presets = self._read()
-                    part.write_text(json.dumps(change(presets), indent=1))
+                    text = json.dumps(change(presets), indent=1)
+                    if len(text) > MAX_BYTES:
+                        raise LoraTooLarge(
+                            f"{FILE} would be over {MAX_BYTES // 1_000_000} MB, and unreadable",
+                            "Shorten the preset, or delete others.",
+                        )
+                    part.write_text(text)
 
 
 def read_config(path: Path) -> tuple[dict[str, Any], ...]:
@@ -175,9 +187,13 @@ def cached_names(entries: tuple[dict[str, Any], ...], root: Path) -> tuple[dict[
     def name_of(path: str) -> str:
         if not path.startswith(("/", "~", "./", "../")):
             return path
-        file = Path(path).expanduser().resolve()
-        if file.is_relative_to(root.resolve()):
-            return str(file.relative_to(root.resolve()))
+        named = Path(path)
+        with suppress(RuntimeError):  # there is no such user
+            named = named.expanduser()
+        # Not `resolve`, which raises RuntimeError for links in a circle.
+        file, folder = os.path.realpath(named), os.path.realpath(root)
+        if Path(file).is_relative_to(folder):
+            return str(Path(file).relative_to(folder))
         sentence = f"{Path(path).name} does not lie in the LoRA cache"
         raise ToolError(sentence, "Put it into LORA_CACHE_DIR, or name a URL or a repo.")
 

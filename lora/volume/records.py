@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,14 @@ class Record:
     """The hash of the downloaded file, if that was converted."""
     config: str | None = None
     """The text of the adapter_config.json that belongs to it."""
+    opened_by: str | None = None
+    """A hash of the signature, user or token in the link that it was fetched by; None if there was none."""
+    before: Record | None = None
+    """That of the file which this one's replaces: the record is written first, so either may be there."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.before, dict):  # as it was read
+            object.__setattr__(self, "before", _made(Record, self.before))
 
     @property
     def asked(self) -> float | None:
@@ -55,9 +63,20 @@ class Record:
         """The hash of the file as its source has it."""
         return self.source_sha256 or self.sha256
 
-    def fits(self, status: os.stat_result) -> bool:
-        """Whether the file still has the size and time that it had when it was hashed."""
-        return (self.size, self.mtime_ns) == (status.st_size, status.st_mtime_ns)
+    @property
+    def versions(self) -> tuple[Record, ...]:
+        """This record and the one before, each alone."""
+        alone = replace(self, before=None) if self.before else self
+        return (alone, self.before) if self.before else (alone,)
+
+    def of(self, size: int, mtime_ns: int) -> Record | None:
+        """That of the two versions which had this size and time when it was hashed; None if neither had."""
+        fitting = (one for one in self.versions if (one.size, one.mtime_ns) == (size, mtime_ns))
+        return next(fitting, None)
+
+    def at(self, status: os.stat_result) -> Record | None:
+        """As `of`, for a file with this status."""
+        return self.of(status.st_size, status.st_mtime_ns)
 
 
 Kind = TypeVar("Kind")
@@ -76,18 +95,24 @@ def pin_path(path: Path) -> Path:
 def read_as(kind: type[Kind], path: Path) -> Kind | None:
     """A dataclass that `write` wrote, without the fields that a newer version added; None if unreadable."""
     try:
-        values = json.loads(path.read_text())
-        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
-        return kind(**{name: value for name, value in values.items() if name in names})
-    except (OSError, ValueError, TypeError, AttributeError):
+        return _made(kind, json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def write(root: Path, path: Path, value: Any) -> None:
-    """Writes a dataclass, whole or not at all, without waiting for the disk. Raises: OSError."""
+def _made(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def write(root: Path, path: Path, value: Any, *, synced: bool = False) -> None:
+    """Writes a dataclass, whole or not at all. Raises: OSError.
+
+    `synced`: it is on the disk before it has its name. Most need not wait for that.
+    """
     folder = root / INCOMING
     folder.mkdir(parents=True, exist_ok=True)
-    with published(path, folder, synced=False) as part:
+    with published(path, folder, synced=synced) as part:
         part.write_text(json.dumps(asdict(value), indent=1))
         path.parent.mkdir(parents=True, exist_ok=True)
 

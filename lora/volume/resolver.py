@@ -14,8 +14,17 @@ from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import pause_after
 from lora.fetch.hub import Hub
+from lora.fetch.links import without_credentials
 from lora.fetch.rules import origin_of
-from lora.fetch.sources import CachedName, CivitaiFile, HubFile, Reference, RemoteFile, parse
+from lora.fetch.sources import (
+    FILE_FACTS,
+    CachedName,
+    CivitaiFile,
+    HubFile,
+    Reference,
+    RemoteFile,
+    parse,
+)
 from lora.volume.records import read_as, write
 from lora.volume.shelf import Shelf, digest_of
 
@@ -38,6 +47,15 @@ class Lookup:
 
     file: dict[str, Any]
     when: float
+
+
+def _kept(answer: RemoteFile) -> Lookup:
+    """What is written down of an answer. Without its secrets its URL may not do, but names the file: such an
+    answer is as old as can be, and counts while the hub does not give another.
+    """
+    url = without_credentials(answer.url, {*FILE_FACTS, "fileId"})
+    when = time.time() if url == answer.url else 0.0
+    return Lookup(asdict(replace(answer, url=url)), when)
 
 
 class _Question(NamedTuple):
@@ -119,22 +137,23 @@ class Resolver:
         known, when = None, 0.0
         for root in self._shelf.roots:
             lookup = read_as(Lookup, root / LOOKUPS / name)
-            if lookup and lookup.when > when:
+            if lookup and lookup.when >= when:
                 with suppress(TypeError):
                     known, when = RemoteFile(**lookup.file), lookup.when
-        fresh = fixed or time.time() - when < self._shelf.limits.ttl
+        lately = abs(time.time() - when) < self._shelf.limits.ttl  # another's clock may be ahead
+        fresh = when and (fixed or lately)
         if known and fresh and not refresh:
             return Resolved(known)
         try:
             with self._refusals.remembered(f"{question.key} {question.token}", ask_anyway=refresh):
                 answer = self._patiently(question.ask, can_wait=known is None or refresh)
-        except DownloadFailed as error:
+        except LoraError as error:
             if known is None or refresh:
                 raise
             return Resolved(known, warning=f"{known.shown} may be out of date: {error.sentence}")
         with suppress(OSError):  # only the next look-up suffers
             root = self._shelf.prepare()
-            write(root, root / LOOKUPS / name, Lookup(asdict(answer), time.time()))
+            write(root, root / LOOKUPS / name, _kept(answer))
         return Resolved(answer, refresh)
 
     def _patiently(self, ask: Callable[[], RemoteFile], *, can_wait: bool) -> RemoteFile:

@@ -18,14 +18,16 @@ from lora.durable import part_file, replace_durably, sha256_of
 from lora.errors import LoraCorrupt, LoraError, naming
 from lora.fetch.download import Fetched, Limits
 from lora.fetch.sources import RemoteFile
+from lora.formats.apart import convert_apart
 from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
 from lora.formats.peft import config_beside
-from lora.formats.pickles import convert, looks_like_pickle
+from lora.formats.pickles import looks_like_pickle
 from lora.volume.adapters import StoredAdapter
 from lora.volume.folders import Folders
 from lora.volume.records import DAMAGED, INCOMING, Record, read_as, record_path, touch, write
 from lora.volume.room import Room
+from lora.volume.versions import grows, hash_of, known, stamped
 
 log = logging.getLogger(__name__)
 
@@ -77,23 +79,27 @@ class Shelf(Folders):
         """
         beside = record_path(path)
         for wait in (*PATIENCE, None):
-            status = path.stat()
+            status = first = path.stat()
             record = read_as(Record, beside)
-            if record and record.fits(status):
+            if record and (current := record.at(status)):
                 touch(beside)
-                return record
+                return current
             if record is None or record.fetched is None or wait is None:
                 break
             time.sleep(wait)
-        sha256, fault = _hashed(path)
+        sha256, fault = hash_of(path)
+        if fault and grows(path, first):
+            sentence = f"{path.name} still grows: it is being copied"
+            raise LoraCorrupt(sentence, "Ask for it again when it is whole.") from fault
         hashed = Record(source or path.name, sha256, status.st_size, status.st_mtime_ns, None)
-        if not hashed.fits(path.stat()) or read_as(Record, beside) != record:
+        if not hashed.at(path.stat()) or read_as(Record, beside) != record:
             return self._record(path, source)  # a worker published while it was hashed
         if record and record.fetched is not None:
-            if record.sha256 != sha256:
+            known = next((one for one in record.versions if one.sha256 == sha256), None)
+            if known is None:
                 text = f"{path.name} was changed on the volume since it was fetched"
                 raise Damaged(text) from fault
-            hashed = replace(record, size=hashed.size, mtime_ns=hashed.mtime_ns)
+            hashed = replace(known, size=hashed.size, mtime_ns=hashed.mtime_ns)
         elif fault:
             raise fault
         with suppress(OSError):  # a read-only volume: the next worker hashes it again
@@ -129,17 +135,19 @@ class Shelf(Folders):
     ) -> CacheEntry:
         """Checks the bytes of `part`, converts a pickle, and gives the file its name in `root`.
 
-        The record appears first, so that a file with a record is never taken for an operator's.
+        The record appears first, so that a file with a record is never taken for an operator's, and it names
+        the file that is there, too: if this ends between the two, that one serves on.
         Raises: LoraError, OSError; then nothing new lies under the name.
         """
         check_sha256(remote.sha256, fetched.sha256, remote.shown)
         path, sha256 = root / file_name(remote), fetched.sha256
         with naming(remote.shown), part_file(root / INCOMING, path.name) as converted:
             if looks_like_pickle(part):
-                convert(part, converted, self.limits.file_bytes)
+                convert_apart(part, converted, self.limits.file_bytes)
                 part, sha256 = converted, sha256_of(converted)
             read_header(part)
-            status = _stamped(part, sha256)
+            before = known(path)
+            status = stamped(part, sha256, before)
             # Again, because not every server says the size first.
             self.room.make(root, status.st_size, 0, path)
             now = time.time()
@@ -154,8 +162,9 @@ class Shelf(Folders):
                 modified=fetched.modified,
                 source_sha256=fetched.sha256 if sha256 != fetched.sha256 else None,
                 config=config,
+                opened_by=opened_by(remote),
             )
-            write(root, record_path(path), record)
+            write(root, record_path(path), replace(record, before=before), synced=True)
             replace_durably(part, path)
         return CacheEntry(path, path.name, record, True, self.is_local(path))
 
@@ -207,33 +216,13 @@ class Shelf(Folders):
         return True
 
 
-def _stamped(path: Path, sha256: str) -> os.stat_result:
-    """Gives a file a time that depends on its content, and returns its status.
-
-    File systems' clocks tick every few milliseconds. Two contents of one size that are published within one
-    tick would have the same time otherwise, and the record of one would fit the other.
-    """
-    now = time.time_ns() // 1_000_000 * 1_000_000 + int(sha256[:8], 16) % 1_000_000
-    os.utime(path, ns=(now, now))
-    return path.stat()
-
-
-def _hashed(path: Path) -> tuple[str, LoraError | None]:
-    """The sha256 of an adapter file, or what is wrong with the file. Raises: OSError."""
-    try:
-        read_header(path)
-        return sha256_of(path), None
-    except LoraError as error:
-        return "", error
-
-
 def _is_whole(path: Path) -> bool:
     record = read_as(Record, record_path(path))
     try:
         read_header(path)
-        if record is None or (record.fetched is None and not record.fits(path.stat())):
+        if record is None or (record.fetched is None and not record.at(path.stat())):
             return True  # an operator put another file under the name of one that has a record
-        return sha256_of(path) == record.sha256
+        return sha256_of(path) in {one.sha256 for one in record.versions}
     except (OSError, LoraError):
         return False
 
@@ -241,6 +230,7 @@ def _is_whole(path: Path) -> bool:
 def _described(adapter: StoredAdapter) -> dict[str, Any]:
     beside, used = record_path(adapter.root / str(adapter.weights)), None
     record = read_as(Record, beside)
+    record = record and (record.of(*adapter.version[:2]) or record)
     with suppress(OSError):  # evicted just now
         used = beside.stat().st_mtime if record else None
     return {
@@ -257,6 +247,11 @@ def _described(adapter: StoredAdapter) -> dict[str, Any]:
 def digest_of(text: str) -> str:
     """16 hex digits that stand for a text in a file's name."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def opened_by(remote: RemoteFile) -> str | None:
+    """What stands in a record for the credentials that the request's link names; None if it names none."""
+    return remote.credential and digest_of(remote.credential)
 
 
 def check_sha256(expected: str | None, actual: str, shown: str) -> None:

@@ -20,6 +20,7 @@ from lora.errors import CodedError
 from settings import Settings
 from tests.conftest import ROOT
 from tests.printed.blocks import Wrong
+from text_settings import TextSettings
 
 FOREIGN_PROGRAMS = {"cd", "curl", "export", "git", "node", "pip", "pre-commit"}
 FOREIGN_FLAGS = {"--build-arg", "--help", "--platform", "--secret"}
@@ -55,7 +56,9 @@ def look_up_span(code: str) -> None:
 
 def look_up_variables(text: str) -> None:
     """Looks up every name of a variable of ours. Raises: Wrong if it is no setting."""
-    known = {setting.metadata["env"] for setting in fields(Settings)} | FOREIGN_VARIABLES
+    known = {
+        setting.metadata["env"] for kind in (Settings, TextSettings) for setting in fields(kind)
+    } | FOREIGN_VARIABLES
     known |= {leaf.code for leaf in leaves(CodedError)} | _docker_arguments()
     for name in _VARIABLE.findall(text):
         if name not in known:

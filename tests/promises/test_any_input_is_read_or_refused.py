@@ -24,7 +24,8 @@ from torch import nn
 from lora.engine.engine import Budgets, LoraEngine
 from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraCorrupt, LoraError
-from lora.fetch.sources import Reference, parse, redact_url
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from lora.formats.adapter import LoraFile, load
 from lora.formats.header import DTYPE_BYTES, read_header
 from lora.formats.names.keys import SLOTS

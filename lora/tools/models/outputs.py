@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.durable import part_file, write_durably
+from lora.durable import part_file, sweep, write_durably
 from lora.errors import ToolError
 from lora.formats.header import read_header
 from lora.formats.tensors import DTYPES
@@ -51,6 +51,7 @@ class FileToWrite:
         if self.kind is Format.SAFETENSORS:
             yield path
             return
+        sweep(path.parent, path.name)
         with part_file(path.parent, path.name) as temporary:
             yield temporary
             write_pytorch(path, _mapped(temporary), self.wrapper)

@@ -144,9 +144,9 @@ def test_faults_of_civitai_have_their_codes(cache: VolumeCache, server: Loopback
         "civitai:13": ("LORA_NOT_FOUND", "has no version"),
         "civitai:13@3": ("LORA_NOT_FOUND", "It is one of civitai:12."),
         "civitai:14": ("LORA_ACCESS_DENIED", "CIVITAI_TOKEN"),
-        "civitai:15": ("LORA_CORRUPT", "is no JSON"),
+        "civitai:15": ("LORA_CORRUPT", "is not the JSON of its API"),
         "civitai:16": ("LORA_DOWNLOAD_FAILED", "HTTP 503"),
-        "civitai:17": ("LORA_CORRUPT", "no JSON object"),
+        "civitai:17": ("LORA_CORRUPT", "is not the JSON of its API"),
     }
     for reference, (code, said) in cases.items():
         with pytest.raises(LoraError) as caught:

@@ -57,7 +57,7 @@ def test_hub_errors_have_their_codes(server: LoopbackServer) -> None:
         assert str(caught.value).startswith(code), hub_file
         assert said in str(caught.value)
         assert "hf_canary" not in str(caught.value)
-    assert server.headers["/api/models/u/many"]["authorization"] == "Bearer hf_canary"
+    assert server.headers["/api/models/u/many"]["Authorization"] == "Bearer hf_canary"
 
 
 def test_safetensors_are_preferred_to_pickles(server: LoopbackServer) -> None:
@@ -242,4 +242,4 @@ def test_a_token_that_the_hub_does_not_know_is_named(server: LoopbackServer) -> 
         Hub("hf_canary", server.address).ask(HubFile("u/r"))
     assert "does not accept HF_TOKEN, with which it was asked for u/r" in str(caught.value)
     assert "have expired" in str(caught.value)
-    assert server.headers["/api/models/u/r"]["user-agent"] == USER_AGENT
+    assert server.headers["/api/models/u/r"]["User-Agent"] == USER_AGENT

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import shutil
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,14 @@ import torch
 from safetensors.torch import save_file
 
 from lora.engine.engine import LoraEngine
-from lora.errors import LoraCorrupt, LoraNotFound, SourceInvalid
+from lora.errors import LoraCorrupt, LoraError, LoraNotFound, SourceInvalid
 from lora.fetch.sources import Reference
 from lora.formats.adapter import load
 from lora.library.catalog import TRAINING, Catalog, Query
 from lora.library.states import read_state
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.loader import LoraLibrary
-from tests.adapters import SELF_ATTENTION, kohya, loha, randn, sd15, write
+from tests.adapters import SELF_ATTENTION, as_bytes, kohya, loha, randn, sd15, write
 
 BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
@@ -621,3 +624,73 @@ def test_an_adapter_that_changes_while_it_is_checked_is_not_decided(
         catalog.activate("a")
     assert "was changed while it was checked" in str(caught.value)
     assert standing(catalog) == {"a.safetensors": "discovered"}
+
+
+@pytest.mark.parametrize("text", ['{"precious": true}', "", "[]", '{"state": "active"}', "\udcff"])
+def test_files_that_only_are_named_as_states_are_not_swept(
+    catalog: Catalog, root: Path, training: Path, text: str
+) -> None:
+    long_ago = time.time() - 900_000
+    foreign = [
+        root / "notes.state.json",
+        training / "run" / "optimizer.state.json",
+        training / ".git" / "x.state.json",
+        root / ".trash" / "y.state.json",
+    ]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, errors="surrogateescape")
+        os.utime(path, (long_ago, long_ago))
+    catalog.scan()
+    assert all(path.exists() for path in foreign)
+
+
+def test_a_hidden_state_of_ours_is_not_swept_either(catalog: Catalog, root: Path) -> None:
+    write(root / "a.safetensors", kohya())
+    catalog.scan()
+    hidden = root / ".trash" / "a.safetensors.state.json"
+    hidden.parent.mkdir()
+    (root / "a.safetensors.state.json").rename(hidden)
+    os.utime(hidden, (1, 1))
+    catalog.scan()
+    assert hidden.exists()
+
+
+def test_a_scan_of_a_folder_that_others_change_all_the_time_ends_well(
+    catalog: Catalog, root: Path
+) -> None:
+    ended = threading.Event()
+
+    def churn(number: int) -> None:
+        chance, body = random.Random(number), as_bytes(kohya())
+        while not ended.is_set():
+            folder = root / f"d{chance.randrange(3)}"
+            with suppress(OSError):
+                folder.mkdir(exist_ok=True)
+                file = folder / f"f{chance.randrange(9)}.safetensors"
+                file.write_bytes(body[: chance.randrange(len(body))])
+                (folder / "loop").symlink_to(folder / "loop")
+                if chance.random() < 0.3:
+                    shutil.rmtree(folder)
+
+    threads = [threading.Thread(target=churn, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(60):
+            catalog.scan()
+            catalog.page(Query())
+            catalog._shelf.describe()
+            catalog._shelf.names()
+    finally:
+        ended.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "画" * 100, "a/" * 2000 + "b", "x\0y", "x" * 240])
+def test_names_that_no_file_can_have_are_not_there(catalog: Catalog, name: str) -> None:
+    for action in (catalog.activate, catalog.deactivate, catalog.delete):
+        with pytest.raises(LoraError) as caught:
+            action(name)
+        assert caught.value.code in ("LORA_NOT_FOUND", "LORA_SOURCE_INVALID")

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
-from lora.errors import CacheFull, LoraError, LoraNotFound, SourceInvalid
+from lora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, SourceInvalid
 from lora.fetch.hub import Hub
 from lora.fetch.sources import CachedName, Reference
 from lora.volume.cache import CacheEntry, Limits, VolumeCache
@@ -15,6 +15,7 @@ from lora.volume.records import record_path
 from lora.volume.room import files_to_evict
 from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, LoopbackServer
+from tests.waiting import until
 
 ADAPTER = as_bytes(kohya())
 
@@ -283,3 +284,28 @@ def test_a_very_long_name_in_any_script_is_kept_short(
     entry = get(cache, server.url(f"/{name}.safetensors"))
     assert entry.path.read_bytes() == ADAPTER
     assert len(entry.path.name.encode()) < 128
+
+
+def test_a_file_that_is_being_copied_is_said_to_grow(cache: VolumeCache) -> None:
+    path = cache.shelf.root / "copy.safetensors"
+    ended = threading.Event()
+
+    def copy() -> None:
+        with path.open("wb", buffering=0) as stream:
+            stream.write(ADAPTER[:-1000])
+            while not ended.wait(0.01):
+                stream.write(b"x")
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        until(path.exists)
+        with pytest.raises(LoraCorrupt) as caught:
+            cache.find(CachedName("copy"))
+    finally:
+        ended.set()
+        thread.join()
+    assert "copy.safetensors still grows" in str(caught.value)
+    with pytest.raises(LoraCorrupt) as caught:
+        cache.find(CachedName("copy"))
+    assert "grows" not in str(caught.value)

@@ -230,6 +230,7 @@ def test_where_nothing_tells_of_processes_only_silence_does(
 
     mine = process_name()
     monkeypatch.setattr(lease_module, "process_name", no_proc)
+    monkeypatch.setattr("lora.durable.process_name", no_proc)
     lease = Lease(path, 10)
     assert lease.take()
     watch = LeaseWatch(path, 10)

@@ -8,14 +8,16 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, ToolError
+from lora.errors import CacheFull, LoraCorrupt, LoraNotFound, LoraTooLarge, ToolError
 from lora.volume.lease import Lease
-from lora.volume.presets import Presets, cached_names, read_config
+from lora.volume.presets import MAX_BYTES, Presets, cached_names, read_config
+from lora.volume.records import INCOMING
 from tests.waiting import PATIENCE
 
 WATERCOLOR = {"loras": ["user/watercolor"], "trigger_words": ["wtrclr"]}
@@ -230,3 +232,19 @@ def test_paths_in_the_cache_are_names_and_others_are_refused(tmp_path: Path) -> 
         with pytest.raises(ToolError) as caught:
             cached_names(({"path": path, "scale": 1.0},), tmp_path)
         assert "does not lie in the LoRA cache" in caught.value.sentence
+
+
+@pytest.mark.parametrize("letter", ["x", "\U0001f600", '"', "\n"])
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path, letter: str) -> None:
+    presets = Presets(tmp_path)
+    presets.set("good", {"loras": ["a"]})
+    before = presets.path.read_bytes()
+    with pytest.raises(LoraTooLarge):
+        presets.set("large", {"loras": ["a"], "description": letter * MAX_BYTES})
+    assert presets.path.read_bytes() == before
+    assert list((tmp_path / INCOMING).iterdir()) == []
+    for number in range(3):  # none is too large, but all are
+        with suppress(LoraTooLarge):
+            presets.set(f"n{number}", {"loras": ["a"], "description": "y" * (MAX_BYTES * 4 // 10)})
+        assert "good" in presets.read()
+    assert presets.path.stat().st_size <= MAX_BYTES

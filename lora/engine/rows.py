@@ -1,0 +1,186 @@
+"""One forward that serves many requests: every row of the batch has its own stack of adapters.
+
+y[r] = W x[r] + up (scales[r] * (down x[r])), where `down` and `up` hold the factors of all adapters of the
+batch side by side, and `scales` has a row per request: 0 where an adapter is not the request's. So a layer
+costs two more products, however many adapters, ranks, scales and stacks the batch has. An adapter keeps its
+columns as long as it is placed: one that arrives or leaves moves no other. A row is whatever the first axis
+of a layer's input counts: a sequence of a batch of texts, a picture of a batch of pictures.
+
+What is not low-rank has no place here (`Rows.misfit`): it takes a turn alone, in `LoraEngine.applied`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from lora.engine.dynamic import make_factors
+from lora.engine.engine import LoraEngine
+from lora.engine.modules import takes_low_rank
+from lora.engine.row_layer import Added, RowLayer, on_device, table_of
+from lora.engine.stack import Stack
+from lora.errors import LoraUnsupported
+from lora.formats.adapter import LoraFile
+from lora.formats.algorithms import LowRank
+from lora.formats.contents import Layer
+from lora.formats.names.keys import Target
+
+
+class Batch(NamedTuple):
+    """What `use` has made of the stacks of a batch."""
+
+    keys: frozenset[str]
+    layers: dict[RowLayer, Added]
+
+
+class Rows:
+    """Places adapters side by side in a model's layers, and says for each batch which row has which."""
+
+    def __init__(self, engine: LoraEngine, budget: int = 1_000_000_000) -> None:
+        """`budget`: the bytes of placed factors; beyond it, the one used longest ago makes room."""
+        self._engine, self._budget = engine, budget
+        self._layers: dict[Target, RowLayer] = {}
+        self._placed: OrderedDict[str, tuple[int, list[RowLayer]]] = OrderedDict()
+        self._batches: dict[object, Batch] = {}
+        self._now: frozenset[str] = frozenset()
+
+    @contextmanager
+    def opened(self) -> Iterator[Rows]:
+        """While the block runs, `use` may be called; at first no row has an adapter.
+
+        However it ends, every module has its own `forward` afterwards. No weight is ever written.
+        Raises: EngineBusy if a stack is applied or another block is open; RestoreFailed.
+        """
+        with self._engine.alone():
+            self._engine.undo.run()
+            try:
+                yield self
+            finally:
+                self._engine.undo.forwards()
+                self._now = frozenset()
+
+    def misfit(self, file: LoraFile) -> str | None:
+        """Why an adapter must be applied alone; None if it can share a batch."""
+        for layer in file.layers:
+            low_rank = layer.algorithm.is_low_rank and layer.parameter == "weight"
+            if not low_rank or not takes_low_rank(self._engine.module(layer.target)):
+                return f"{layer.target} has {layer.algorithm.name} on its {layer.parameter}"
+        return "it teaches words" if file.embeddings else None
+
+    def use(self, stacks: Sequence[Stack]) -> None:
+        """Row i of the forwards that follow has `stacks[i]`. Where no stack has a scale, no forward is ours.
+
+        Raises: LoraUnsupported for a file with a `misfit`; LoraIncompatible if its factors or a scale
+        overflow the model's precision. Then no row has an adapter.
+        """
+        stacks = [[use for use in stack if any(use.factors)] for stack in stacks]
+        name = tuple(tuple((u.lora.identity, u.all_scales) for u in stack) for stack in stacks)
+        batch = self._batches.get(name)
+        try:
+            if batch is None:
+                batch = self._made(stacks)
+                self._batches = {name: batch, **dict(list(self._batches.items())[:7])}
+            self._attach(batch)
+        except BaseException:
+            self._engine.undo.forwards()
+            self._now = frozenset()
+            raise
+
+    def _attach(self, batch: Batch) -> None:
+        undo = self._engine.undo
+        undo.forwards(keep={layer.module for layer in batch.layers})
+        for layer, added in batch.layers.items():
+            layer.original = undo.replace_forward(layer.module, layer)
+            layer.added = added
+        self._now = batch.keys
+        for key in batch.keys:
+            self._placed.move_to_end(key)
+
+    def _made(self, stacks: Sequence[Stack]) -> Batch:
+        files = {use.lora.identity: use.lora for stack in stacks for use in stack}
+        for file in files.values():
+            self._place(file, files.keys())
+        used = {layer for key in files for layer in self._placed[key][1]}
+        groups: dict[object, list[RowLayer]] = {}
+        for layer in used:
+            entries = tuple((k, c) for k, c in layer.columns.items() if k in files)
+            target = layer.target
+            groups.setdefault((layer.place, target.component, target.block, entries), []).append(
+                layer
+            )
+        added: dict[RowLayer, Added] = {}
+        for place in {layer.place for layer in used}:
+            mine = [layers for layers in groups.values() if layers[0].place == place]
+            tables = [table_of(layers[0], stacks) for layers in mine]
+            for layers, table, scales in zip(mine, tables, on_device(place, tables), strict=True):
+                for layer in layers:
+                    added[layer] = layer.between(table.start, table.start + table.width, scales)
+        return Batch(frozenset(files), added)
+
+    def place(self, file: LoraFile) -> None:
+        """Puts an adapter's factors beside those of the others, ready for `use`; nothing is applied.
+
+        Raises: as `use`.
+        """
+        self._place(file, self._now)
+
+    @torch.no_grad()
+    def _place(self, file: LoraFile, keep: Collection[str]) -> None:
+        """`keep`: the identities of adapters that may not make room for it."""
+        key = file.identity
+        if key in self._placed:
+            return
+        if reason := self.misfit(file):
+            raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
+        planned = [(self._engine.module(layer.target), layer) for layer in file.layers]
+        factors = [(module, str(layer.target), [_factors(layer)]) for module, layer in planned]
+        made = make_factors(factors)
+        size = sum(each.size for each in made)
+        self._make_room(size, keep)
+        layers = [
+            self._layers.setdefault(layer.target, RowLayer(module, layer.target))
+            for module, layer in planned
+        ]
+        self._placed[key] = size, layers
+        try:
+            for layer, own in zip(layers, made, strict=True):
+                layer.insert(key, own, own.parts[0].scaling)
+        except BaseException:
+            self._drop(key)
+            raise
+
+    def _make_room(self, size: int, keep: Collection[str]) -> None:
+        held = self.size
+        for key in [key for key in self._placed if key not in keep]:
+            if held + size <= self._budget:
+                return
+            held -= self._placed[key][0]
+            self._drop(key)
+
+    def remove(self, key: str) -> None:
+        """Frees the columns of the adapter with this identity. Raises: ValueError if a batch uses it now."""
+        if key in self._now:
+            raise ValueError("the batch under way uses this adapter")
+        if key in self._placed:
+            self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        for layer in self._placed.pop(key)[1]:
+            layer.columns.pop(key, None)
+        self._batches = {name: b for name, b in self._batches.items() if key not in b.keys}
+
+    @property
+    def size(self) -> int:
+        """The bytes of the factors that are placed."""
+        return sum(size for size, _ in self._placed.values())
+
+
+def _factors(layer: Layer) -> LowRank:
+    factors = layer.algorithm.low_rank()
+    if factors is None:
+        raise TypeError(f"{layer.algorithm.name} has no factors")
+    return factors

@@ -1,0 +1,84 @@
+"""The settings of a worker for text: what worker-vllm calls them, and the LoRA settings of every worker."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from settings import Settings, SettingsError, _setting
+
+
+# fmt: off
+@dataclass(frozen=True)
+class TextSettings(Settings):
+    """A text worker's settings: `Settings` with other names, and more. docs/text.md has the table."""
+
+    model: str = _setting("MODEL_NAME", "demo",
+        "Base model: a Hugging Face repo, a folder, or `demo` for the embedded one")
+    dtype: str = _setting("DTYPE", "auto",
+        "Precision of the weights; `auto` is the model's own on a GPU and float32 on a CPU",
+        options=("auto", "half", "float16", "bfloat16", "float", "float32"))
+    concurrency: int = _setting("MAX_CONCURRENCY", 30, "Jobs that the worker takes at once", minimum=1)
+    deadline: float = _setting("REQUEST_TIMEOUT", 3600.0,
+        "Seconds after which a request ends with DEADLINE_EXCEEDED; 0 for no limit but the job's own "
+        "executionTimeout", minimum=0)
+    revision: str = _setting("MODEL_REVISION", "", "Branch, tag or commit of the base model's repo")
+    tokenizer: str = _setting("TOKENIZER_NAME", "",
+        "Repo or folder of the tokenizer, where it is not the base model's")
+    served_name: str = _setting("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "",
+        "What requests and answers call the base model, in place of its own name")
+    chat_template: str = _setting("CUSTOM_CHAT_TEMPLATE", "",
+        "A chat template in place of the model's own: its text, or a file")
+    context: int = _setting("MAX_MODEL_LEN", 0,
+        "Most tokens of a prompt and its text together; 0 for what the model has", minimum=0)
+    quantisation: str = _setting("QUANTIZATION", "",
+        "`nf4` (with double quantisation; `bitsandbytes` means the same) or `int8` packs the weights as "
+        "they are loaded, by bitsandbytes", options=("", "nf4", "bitsandbytes", "int8"))
+    max_memory_gb: float = _setting("MAX_MEMORY_GB", 0.0,
+        "Most GB of weights on the GPU; the rest stays in the machine's memory; 0 for no limit", minimum=0)
+    most_rows: int = _setting("MAX_NUM_SEQS", 16, "Texts that are written at once", minimum=1)
+    enable_lora: str = _setting("ENABLE_LORA", "", "Has no effect: LoRAs are always served")
+    max_loras: str = _setting("MAX_LORAS", "", "Has no effect: a batch may have any number of LoRAs")
+    max_lora_rank: str = _setting("MAX_LORA_RANK", "", "Has no effect: a LoRA may have any rank")
+    lora_modules: str = _setting("LORA_MODULES", "",
+        'Adapters with names for `model`, as JSON: `[{"name": "pirate", "path": "user/repo"}]`',
+        secret=True)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            _ = self.modules
+        except ValueError as error:
+            raise SettingsError(f"LORA_MODULES: {error}") from None
+
+    @classmethod
+    def from_env(
+        cls,
+        environ: Mapping[str, str],
+        more_faults: Callable[[Any], Iterable[str]] = lambda settings: (),
+    ) -> TextSettings:
+        """As `Settings.from_env`; the names of an image worker's own settings are passed over."""
+        own = {setting.metadata["env"] for setting in fields(cls)}
+        images = {setting.metadata["env"] for setting in fields(Settings)} - own
+        mine = {name: text for name, text in environ.items() if name not in images}
+        return super().from_env(mine, more_faults)  # type: ignore[return-value]
+
+    @property
+    def name(self) -> str:
+        """What requests call the base model."""
+        return self.served_name or ("demo-text" if self.model == "demo" else self.model)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """The adapters of LORA_MODULES: name -> source. Raises: ValueError."""
+        text = self.lora_modules.strip()
+        try:
+            entries = json.loads(text) if text else []
+            entries = [entries] if isinstance(entries, dict) else entries
+            found = {str(entry["name"]): str(entry["path"]) for entry in entries}
+        except (ValueError, TypeError, KeyError):
+            raise ValueError('it is no JSON list of objects with "name" and "path"') from None
+        return found
