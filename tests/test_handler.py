@@ -552,7 +552,7 @@ def test_a_cache_that_cannot_be_written_is_told_in_every_answer(
     demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shelf = demo_worker.parts.library.cache.shelf
-    monkeypatch.setattr(shelf, "trouble", "the volume is gone")
+    monkeypatch.setattr(shelf, "look_again", lambda: "the volume is gone")
     assert demo_worker(job())["warnings"] == ["the volume is gone"]
 
 

@@ -61,7 +61,7 @@ class Parts:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings for every answer: a volume that cannot be written, or is not there."""
-        return (self.volume_trouble,) if self.volume_trouble else ()
+        return (trouble,) if (trouble := self.volume_trouble) else ()
 
 
 VOLUMES = (Path("/runpod-volume"), Path("/workspace"))

@@ -29,7 +29,7 @@ from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
 from lora.tools import HEADER_ALIGNMENT
 
-_HIDDEN = re.compile(r"^\.(.+)\.[0-9a-f]{32}\.part$")
+_HIDDEN = re.compile(r"^\.(.+)\.[^.]+\.[0-9a-f]{16}\.part$")
 """What `lora.durable.part_file` calls a file or folder until it is whole."""
 
 PIECE = 8 << 20

@@ -483,8 +483,8 @@ def test_a_fault_has_its_outcome(
 def test_the_table_in_the_docs_is_the_tests() -> None:
     text = (ROOT / "docs" / "reliability.md").read_text()
     rows = re.findall(r"^\| (.+?) +\| (.+?) +\|$", text, re.MULTILINE)
-    assert rows[0] == ("fault", "outcome")
-    assert rows[2:] == [(one.name, one.outcome) for one in FAULTS]
+    head = rows.index(("fault", "outcome"))
+    assert rows[head + 2 :] == [(one.name, one.outcome) for one in FAULTS]
 
 
 def test_every_row_names_its_code() -> None:

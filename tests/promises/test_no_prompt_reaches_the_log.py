@@ -113,6 +113,7 @@ def test_no_text_of_a_request_is_logged(
 def test_what_the_libraries_say_would_be_heard(
     demo_worker: Worker, heard: pytest.LogCaptureFixture
 ) -> None:
+    logging.getLogger("diffusers.pipelines").setLevel(logging.DEBUG)  # `pipelines` keeps it quiet
     demo_worker.parts.pipeline._base.encode_prompt(told(800), device="cpu")
     told_of = {record.name.partition(".")[0] for record in heard.records}
     assert {"transformers", "diffusers"} <= told_of

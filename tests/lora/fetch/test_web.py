@@ -338,7 +338,7 @@ def test_no_web_is_made_if_urllib3_does_not_take_our_connections(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pools = {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}
-    monkeypatch.setattr("lora.fetch.web._pools", lambda rules: pools)
+    monkeypatch.setattr("lora.fetch.web.checked_pools", lambda rules: pools)
     with pytest.raises(UncheckedConnection):
         Web()
 
