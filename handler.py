@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lora.engine.engine import Budgets, LoraEngine, RestoreFailed
+from lora.engine.engine import Budgets, EngineBusy, LoraEngine, RestoreFailed
 from lora.errors import CodedError
 from lora.fetch.redaction import redact_url
 from lora.fetch.sources import Reference, parse
@@ -156,7 +156,7 @@ class Worker:
             return failure(error)
         except torch.OutOfMemoryError:
             log.warning("out of memory")
-        except torch.AcceleratorError as error:
+        except (torch.AcceleratorError, EngineBusy) as error:  # no later job could draw either
             return failure(unexpected(error), refresh=True)
         except Exception as error:  # noqa: BLE001 - the last line: a job must end in an answer
             return failure(unexpected(error))

@@ -22,7 +22,7 @@ from PIL import Image
 
 import handler
 from handler import PHASES, Worker
-from lora.engine.engine import RestoreFailed
+from lora.engine.engine import EngineBusy, RestoreFailed
 from lora.errors import CodedError
 from lora.volume.loader import LoraLibrary
 from settings import Settings
@@ -220,6 +220,7 @@ def test_worker_sdxls_published_inputs_run_unchanged(
         (torch.OutOfMemoryError("canary"), "OUT_OF_MEMORY", True),
         (RestoreFailed("1 weights"), "INTERNAL", True),
         (torch.AcceleratorError("canary"), "INTERNAL", True),
+        (EngineBusy("canary"), "INTERNAL", True),
         (KeyError("canary"), "INTERNAL", False),
     ],
 )

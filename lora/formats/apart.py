@@ -6,6 +6,7 @@ time that it takes. The process has none of this one's secrets in its environmen
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -62,6 +63,7 @@ def main() -> None:
     from lora.formats.pickles import convert
 
     torch.set_num_threads(1)
+    gc.disable()  # it would walk millions of empty lists again and again; the process ends soon
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
     data = pages * resource.getpagesize() + int(limit * COPIES) + ROOM
     resource.setrlimit(resource.RLIMIT_DATA, (data, data))

@@ -1,16 +1,19 @@
 """Worker processes for the tests of the shared cache: real ones, which can be killed.
 
-`python -m tests.lora.workers HANDLE` imports the cache once, and forks a process for each job that it is
-told. So a hundred of them cost little, and none is a fork of the test run, which has threads.
+`python -m tests.lora.workers HANDLE [MODULE ...]` imports the cache and the modules once, and forks a process
+for each job that it is told. So a hundred of them cost little, and none is a fork of the test run, which has
+threads.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -19,8 +22,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -58,9 +62,10 @@ class Job:
 
     what: str
     """`fetch`: gets the file once in each thread. `read`: gets it time and again. `watch`: reads whatever
-    lies in the folder time and again, without the cache. The last two go on until they are killed."""
+    lies in the folder time and again, without the cache. The last two go on until they are killed. `tool`:
+    runs the command line `lora` with the `arguments`."""
     folder: str
-    url: str
+    url: str = ""
     lease: float = PATIENCE
     threads: int = 1
     refresh: bool = False
@@ -68,6 +73,7 @@ class Job:
     """Everybody gets the lease."""
     die_before: int | None = None
     """The number of the file operation in the folder before which it kills itself."""
+    arguments: tuple[str, ...] = ()
 
 
 class UselessLease(Lease):
@@ -125,7 +131,17 @@ def _watch(job: Job, tell: Tell) -> None:
         time.sleep(0.005)
 
 
-JOBS = {"fetch": _fetch, "read": _read, "watch": _watch}
+def _tool(job: Job, tell: Tell) -> None:
+    from lora.__main__ import main
+
+    tell(asks=time.monotonic())
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        code = main(job.arguments)
+    tell(code=code, said=said.getvalue())
+
+
+JOBS = {"fetch": _fetch, "read": _read, "watch": _watch, "tool": _tool}
 
 
 def _open(job: Job) -> tuple[VolumeCache, Resolved]:
@@ -220,6 +236,7 @@ class WorkerProcess:
         with self._stream:
             news = list(self._news())
         if self._handle is not None:
+            select.select([self._handle], [], [])  # its pipe closes before it is gone
             os.close(self._handle)
             self._handle = None
         return news
@@ -247,11 +264,15 @@ class WorkerProcess:
 class Workers:
     """Starts worker processes; those that still run in the end are killed."""
 
+    def __init__(self, *modules: str) -> None:
+        """`modules`: what they have imported."""
+        self._modules = modules
+
     def __enter__(self) -> Workers:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             handle = theirs.fileno()
-            command = [sys.executable, "-m", "tests.lora.workers", str(handle)]
+            command = [sys.executable, "-m", "tests.lora.workers", str(handle), *self._modules]
             self._server = subprocess.Popen(command, cwd=ROOT, pass_fds=[handle])
         self._started: list[WorkerProcess] = []
         return self
@@ -277,4 +298,6 @@ class Workers:
 
 
 if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        import_module(name)
     serve(socket.socket(fileno=int(sys.argv[1])))
