@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lora.errors import CodedError
 from text.chat import ChatTemplate, ChatTemplateFailed
+from text.structured import Grammars
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +106,11 @@ class TextModel:
                 f"{self.name} has no chat template", "Send a prompt, or set CUSTOM_CHAT_TEMPLATE."
             )
         return self.with_template(self.template)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes grammars over its tokens. Raises: SchemaUnsupported."""
+        return Grammars(self.tokenizer, self.ends)
 
     def with_template(self, source: str) -> ChatTemplate:
         """A template with this tokenizer's special tokens. Raises: ChatTemplateFailed."""

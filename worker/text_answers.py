@@ -13,13 +13,15 @@ from text.detokenise import HALF, Detokeniser
 from text.generation import Generation
 from text.sampling import Chosen
 from worker.parts import Answer
-from worker.text_input import CHAT, TextRequest
+from worker.text_input import TextRequest
+from worker.text_parameters import CHAT
 
 DONE = "data: [DONE]\n\n"
 
 KINDS = {
     "INVALID_INPUT": "invalid_request_error",
     "CHAT_TEMPLATE_FAILED": "invalid_request_error",
+    "SCHEMA_UNSUPPORTED": "invalid_request_error",
     "LORA_INCOMPATIBLE": "invalid_request_error",
     "LORA_UNSUPPORTED": "invalid_request_error",
     "LORA_SOURCE_INVALID": "invalid_request_error",

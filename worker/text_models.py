@@ -203,6 +203,11 @@ def prompt_of(
             raise InvalidInput(f"prompt: {wrong[0]} is no token of this model")
     if not tokens:
         raise InvalidInput("prompt: it has no token")
+    for name in ("logit_bias", "stop_token_ids"):
+        if wrong := [
+            int(t) for t in request.rules[name] or () if not 0 <= int(t) < text.vocabulary
+        ]:
+            raise InvalidInput(f"{name}: {wrong[0]} is no token of this model")
     most = request.rules["max_tokens"] or request.rules.get("max_completion_tokens") or 1
     if len(tokens) + most > text.context:
         raise InvalidInput(

@@ -229,6 +229,8 @@ class TextWorker:
         stop.check()
         tokens = prompt_of(request, self.text, ready, plain(request.messages))
         room = self.text.context - len(tokens)
+        schema = request.schema
+        grammar = None if schema is None else self.text.grammars.grammar(schema)
         texts = tuple(
             Generation(
                 tokens,
@@ -237,6 +239,7 @@ class TextWorker:
                 check=stop.check,
                 notify=notify,
                 special=not request.rules["skip_special_tokens"],
+                grammar=grammar and grammar.copy(),
             )
             for number in range(request.count)
         )

@@ -326,7 +326,25 @@ def test_an_adapters_own_chat_template_is_taken(worker: TextWorker, cache: Path)
         ),
         ({"openai_route": "/v1/embeddings", "openai_input": {}}, "INVALID_INPUT", "embeddings"),
         ({"openai_route": "/v1/chat/completions"}, "INVALID_INPUT", "openai_input"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "INVALID_INPUT", "response"),
+        ({"prompt": "a", "response_format": {"type": "grammar"}}, "INVALID_INPUT", "json_schema"),
+        (
+            {"prompt": "a", "response_format": {"type": "json_schema"}},
+            "INVALID_INPUT",
+            "schema is not an object",
+        ),
+        (
+            {
+                "prompt": "a",
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+            },
+            "SCHEMA_UNSUPPORTED",
+            "not",
+        ),
+        ({"messages": QUESTION, "tools": [{"type": "function"}]}, "INVALID_INPUT", "no functions"),
+        ({"messages": QUESTION, "tool_choice": "required"}, "INVALID_INPUT", "no functions"),
+        ({"prompt": "a", "sampling_params": {"logit_bias": {"999": 1}}}, "INVALID_INPUT", "999"),
+        ({"prompt": "a", "sampling_params": {"logit_bias": {"9": 1e9}}}, "INVALID_INPUT", "100"),
+        ({"prompt": "a", "sampling_params": {"stop_token_ids": [-1]}}, "INVALID_INPUT", "-1"),
         ({"action": "no.such"}, "INVALID_INPUT", "statistics"),
     ],
 )
@@ -335,6 +353,44 @@ def test_bad_input_gets_openais_shape_with_our_code(
 ) -> None:
     error = refused(worker, **values)
     assert (error["code"], said in error["message"]) == (code, True), error
+
+
+def test_a_schema_is_held_to_streamed_or_not_with_an_adapter_or_without(
+    worker: TextWorker,
+) -> None:
+    schema = {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 1, "maxItems": 3}
+    form = {"type": "json_schema", "json_schema": {"name": "votes", "schema": schema}}
+    body = {
+        "messages": QUESTION,
+        "response_format": form,
+        "max_tokens": 200,
+        "seed": 3,
+        "n": 2,
+        "tools": None,
+        "tool_choice": "none",
+    }
+    for loras in ([], ["plain"], ["dora"]):
+        whole = ask(worker, openai_input={**body, "loras": loras})
+        told = asyncio.run(pieces(worker, openai_input={**body, "loras": loras, "stream": True}))
+        made = ["", ""]
+        for event in events(told):
+            for choice in event["choices"]:
+                made[choice["index"]] += choice["delta"].get("content", "")
+        assert made == [choice["message"]["content"] for choice in whole["choices"]]
+        for text in made:
+            assert set(json.loads(text)) <= {"yes", "no"} and json.loads(text)
+
+
+def test_a_json_object_is_a_whole_object_or_ends_for_its_length(worker: TextWorker) -> None:
+    rules = {"max_tokens": 150, "temperature": 1, "seed": 1, "min_tokens": 3}
+    answer = ask(
+        worker,
+        prompt="a",
+        response_format={"type": "json_object"},
+        sampling_params={**rules, "logit_bias": {str(tokenizer().encode("}")[0]): 30}},
+    )
+    assert isinstance(json.loads(words(answer)), dict)
+    assert "min_tokens has no effect with response_format" in answer["warnings"][0]
 
 
 def test_what_has_no_effect_is_told(worker: TextWorker) -> None:
