@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -264,14 +263,3 @@ def _first_line(error: BaseException) -> str:
     """What a library says, without the paths of this machine."""
     words = (str(error).strip() or type(error).__name__).splitlines()[0].split()
     return " ".join(word for word in words if "/" not in word or "huggingface.co" in word)[:300]
-
-
-def template_beside(folder: Path) -> str | None:
-    """The chat template that an adapter's folder brings; None if it has none."""
-    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.is_file():
-        return jinja.read_text()
-    if config.is_file():
-        template = json.loads(config.read_text()).get("chat_template")
-        return template if isinstance(template, str) else None
-    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from lora.engine.rows import Rows
 from lora.engine.stack import LoraUse, Stack
-from lora.errors import CodedError, LoraUnsupported, nearest
+from lora.errors import CodedError, LoraUnsupported, naming, nearest
 from lora.fetch.sources import Reference
 from lora.formats.peft import PEFT_STEM
 from lora.library.catalog import Catalog
@@ -16,7 +16,7 @@ from lora.library.query import TRAINING, Query
 from lora.library.states import Standing
 from lora.volume.loader import Loaded, LoraLibrary
 from schemas import MAX_LORAS
-from text.loading import TextModel, template_beside
+from text.loading import TextModel
 from text_settings import TextSettings
 from validation import InvalidInput
 from worker.parts import Answer
@@ -48,11 +48,18 @@ class Ready:
 
     stack: Stack
     loaded: tuple[Loaded, ...] = ()
-    template: str | None = None
-    """The chat template that one of them brings."""
     warnings: tuple[str, ...] = ()
     report: list[Answer] = field(default_factory=list)
     """What the answer says of each."""
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the first of them brings; None if none does. Raises: LoraCorrupt."""
+        for use, one in zip(self.stack, self.loaded, strict=True):
+            with naming(one.reference.shown):
+                if use.scale and (template := one.template):
+                    return template
+        return None
 
 
 class Models:
@@ -136,16 +143,12 @@ class Models:
         if not chosen.uses:
             return Ready((), warnings=chosen.warnings)
         loaded = tuple(self._library.load_all([use.lora for use in chosen.uses]))
-        warnings, template = list(chosen.warnings), None
+        warnings = list(chosen.warnings)
         for one in loaded:
             warnings += [*_check(one, strict=strict), *one.warnings]
-        for one, use in zip(loaded, chosen.uses, strict=True):
-            if use.scale and template is None and one.entry.path.stem == PEFT_STEM:
-                template = template_beside(one.entry.path.parent)
         return Ready(
             tuple(use.of(one.file) for use, one in zip(chosen.uses, loaded, strict=True)),
             loaded,
-            template,
             tuple(warnings),
             [self._about(use, one) for use, one in zip(chosen.uses, loaded, strict=True)],
         )
@@ -189,7 +192,8 @@ def prompt_of(
 ) -> list[int]:
     """The prompt's tokens. Raises: ChatTemplateFailed; InvalidInput if it leaves no room for a text."""
     if messages:
-        chat = text.with_template(ready.template) if ready.template else text.chat
+        own = ready.template
+        chat = text.with_template(own) if own else text.chat
         more = request.rules["chat_template_kwargs"] or {}
         words = chat.render(
             messages, **{"add_generation_prompt": request.rules["add_generation_prompt"], **more}

@@ -293,6 +293,19 @@ def test_an_adapters_own_chat_template_is_taken(worker: TextWorker, cache: Path)
     assert words(answer) == right("plain", tokens)
     (path / "chat_template.jinja").write_text("{{ ''.__class__ }}{{ 9 ** 9 ** 9 }}")
     assert refused(worker, messages=QUESTION, loras=["speaks"])["code"] == "CHAT_TEMPLATE_FAILED"
+    (path / "chat_template.jinja").unlink()
+    config = path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    again = ask(worker, messages=QUESTION, loras=["speaks"], sampling_params=GREEDY)
+    assert words(again) == words(answer)
+    unused = ask(
+        worker, messages=QUESTION, loras=[{"path": "speaks", "scale": 0}], sampling_params=GREEDY
+    )
+    assert words(unused) == right(None, prompt_tokens())
+    config.write_text("{")
+    error = refused(worker, messages=QUESTION, loras=["speaks"])
+    assert error["code"] == "LORA_CORRUPT" and "speaks" in error["message"]
+    assert words(ask(worker, prompt="abc", loras=["speaks"], sampling_params=GREEDY))
 
 
 @pytest.mark.parametrize(
