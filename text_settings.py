@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from settings import Settings, SettingsError, _setting
+from settings import Settings, SettingsError, _setting, split_list
 
 
 # fmt: off
@@ -24,6 +24,9 @@ class TextSettings(Settings):
     deadline: float = _setting("REQUEST_TIMEOUT", 3600.0,
         "Seconds after which a request ends with DEADLINE_EXCEEDED; 0 for no limit but the job's own "
         "executionTimeout", minimum=0)
+    other_bases: str = _setting("WORKER_BASES", "",
+        "Other base models that a request's `model` may name, separated by commas: repos or folders. One "
+        "is loaded at a time; another takes its place when the requests before have ended")
     revision: str = _setting("MODEL_REVISION", "", "Branch, tag or commit of the base model's repo")
     tokenizer: str = _setting("TOKENIZER_NAME", "",
         "Repo or folder of the tokenizer, where it is not the base model's")
@@ -70,6 +73,24 @@ class TextSettings(Settings):
     def name(self) -> str:
         """What requests call the base model."""
         return self.served_name or ("demo-text" if self.model == "demo" else self.model)
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Every base that may be served: what requests call it -> its source; the worker's own first."""
+        return {self.name: self.model, **{one: one for one in split_list(self.other_bases)}}
+
+    def base_of(self, model: str) -> str:
+        """The source of the base that `model` means: that of `base` or `base:adapter`, else ours."""
+        named = [name for name in self.bases if model == name or model.startswith(f"{name}:")]
+        return self.bases[named[0]] if named else self.model
+
+    def of_base(self, source: str) -> TextSettings:
+        """The settings with another base, without what was said of ours alone."""
+        if source == self.model:
+            return self
+        return replace(
+            self, model=source, revision="", tokenizer="", served_name="", chat_template=""
+        )
 
     @property
     def modules(self) -> dict[str, str]:

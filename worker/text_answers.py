@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lora.errors import CodedError
@@ -186,9 +186,9 @@ def _event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def models_answer(base: str, adapters: Sequence[str]) -> Answer:
-    """The base and the adapters that can be named as `model`."""
+def models_answer(bases: Iterable[str], now: str, adapters: Sequence[str]) -> Answer:
+    """What can be named as `model`: the bases, and the adapters of the one that is loaded `now`."""
     about = {"object": "model", "created": int(time.time()), "owned_by": "worker"}
-    names = [{"id": base, **about, "root": base, "parent": None}]
-    names += [{"id": name, **about, "root": name, "parent": base} for name in adapters]
+    names = [{"id": base, **about, "root": base, "parent": None} for base in bases]
+    names += [{"id": name, **about, "root": name, "parent": now} for name in adapters]
     return {"object": "list", "data": names}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora.engine.rows import Rows
 from lora.engine.stack import LoraUse, Stack
 from lora.errors import CodedError, LoraUnsupported, naming, nearest
 from lora.fetch.sources import Reference
+from lora.formats.adapter import LoraFile
 from lora.formats.peft import PEFT_STEM
-from lora.library.catalog import Catalog
 from lora.library.query import TRAINING, Query
 from lora.library.states import Standing
 from lora.volume.loader import Loaded, LoraLibrary
@@ -19,9 +18,9 @@ from schemas import MAX_LORAS
 from text.loading import TextModel
 from text_settings import TextSettings
 from validation import InvalidInput
-from worker.parts import Answer
+from worker.parts import Answer, Parts
 from worker.reports import about, unused_keys
-from worker.selection import NONE, Selection, ready
+from worker.selection import NONE, ready
 from worker.text_input import TextRequest
 
 VOCABULARY = ("embed_tokens", "wte", "lm_head", "embed_in", "embed_out")
@@ -69,12 +68,12 @@ class Models:
         self,
         settings: TextSettings,
         library: LoraLibrary,
-        catalog: Catalog,
-        selection: Selection,
-        rows: Rows,
+        parts: Parts,
+        misfit: Callable[[LoraFile], str | None],
     ) -> None:
-        self._settings, self._library, self._catalog = settings, library, catalog
-        self._selection, self._rows = selection, rows
+        """`misfit` says why an adapter cannot share a batch."""
+        self._settings, self._library, self._misfit = settings, library, misfit
+        self._catalog, self._selection = parts.catalog, parts.selection
 
     def adapters(self) -> list[str]:
         """The names that `model` may have besides the base's: LORA_MODULES, and what the library has active.
@@ -100,7 +99,7 @@ class Models:
         if self._library.cache.shelf.existing(name):
             return LoraUse(Reference(name))
         cached = (one.removesuffix(f"/{PEFT_STEM}") for one in self._library.cache.shelf.names())
-        names = [base, *modules, *cached]
+        names = [*self._settings.bases, *modules, *cached]
         raise ModelNotFound(
             f"there is no model {model[:200]!r}",
             nearest(name, names) or f"The base is {base}; /v1/models lists the adapters.",
@@ -154,7 +153,7 @@ class Models:
         )
 
     def _about(self, use: LoraUse[Reference], loaded: Loaded) -> Answer:
-        alone = self._rows.misfit(loaded.file)
+        alone = self._misfit(loaded.file)
         return {
             **about(loaded),
             "layers": loaded.file.modules if use.scale else 0,

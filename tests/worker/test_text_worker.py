@@ -447,24 +447,24 @@ def test_who_stops_listening_ends_the_text_within_a_step(worker: TextWorker) -> 
         await stream.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(leave())
-    until(lambda: worker.scheduler.counts["running"] == 0)
+    until(lambda: worker.base.scheduler.counts["running"] == 0)
 
 
 def test_a_cancelled_task_ends_the_text(worker: TextWorker) -> None:
     async def cancel() -> None:
         values = {"prompt": "abc", "sampling_params": {"max_tokens": 250, "ignore_eos": True}}
         task = asyncio.ensure_future(pieces(worker, **values))
-        while not worker.scheduler.counts["running"]:
+        while not worker.base.scheduler.counts["running"]:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(cancel())
-    until(lambda: worker.scheduler.counts["running"] == 0)
+    until(lambda: worker.base.scheduler.counts["running"] == 0)
 
 
 def test_after_all_this_every_weight_is_what_it_was(worker: TextWorker) -> None:
-    until(lambda: not worker.engine.undo.pending)
-    now = worker.text.model.state_dict()
+    until(lambda: not worker.base.engine.undo.pending)
+    now = worker.base.text.model.state_dict()
     assert all(torch.equal(now[name], was) for name, was in base().state_dict().items())
