@@ -145,6 +145,18 @@ def load_model(wanted: Wanted) -> TextModel:
     return describe(wanted.source, model, tokenizer, config, wanted)
 
 
+def load_shape(source: str, revision: str | None, token: str | None) -> nn.Module:
+    """The model's modules without their numbers: what adapters can change. Raises: ModelUnusable."""
+    folder = _folder(source, revision, token, ("config.json",))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelUnusable(f"{source} cannot be read ({_first_line(error)})") from error
+    return model
+
+
 def describe(
     name: str, model: nn.Module, tokenizer: Any, config: Any, wanted: Wanted = Wanted()
 ) -> TextModel:
@@ -176,7 +188,9 @@ def describe(
     )
 
 
-def _folder(source: str, revision: str | None, token: str | None) -> Path:
+def _folder(
+    source: str, revision: str | None, token: str | None, files: tuple[str, ...] = FILES
+) -> Path:
     if source == DEMO:
         return DEMO_FOLDER
     if Path(source).is_dir():
@@ -184,7 +198,7 @@ def _folder(source: str, revision: str | None, token: str | None) -> Path:
     given: dict[str, Any] = {
         "revision": revision or None,
         "token": token or None,
-        "allow_patterns": list(FILES),
+        "allow_patterns": list(files),
     }
     try:
         try:

@@ -23,7 +23,7 @@ DTYPES = {"half": "float16", "float": "float32"}
 
 
 @dataclass(frozen=True)
-class _Face:
+class Face:
     """What the actions ask of a pipeline."""
 
     name: str
@@ -46,9 +46,14 @@ class Base:
         self.engine = LoraEngine({COMPONENT: self.text.model}, budgets)
         self.library = library_of(settings, self.engine)
         self.scheduler = Scheduler(self.text, self.engine, settings.most_rows, on_end)
-        face: Any = _Face(settings.name, self.text.device)
+        face: Any = Face(settings.name, self.text.device)
         self.parts = Parts(face, self.engine, self.library, None, settings, threading.Lock())
         self.models = Models(settings, self.library, self.parts, self.scheduler.rows.misfit)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many texts wait, and how many are under way."""
+        return self.scheduler.counts
 
     def close(self) -> None:
         """Ends all its texts, and lets go of the model, whoever still holds this object."""

@@ -11,9 +11,9 @@ import asyncio
 import contextvars
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -36,6 +36,7 @@ from worker.text_bases import Bases
 from worker.text_input import MODELS, TextRequest, parse_text_job, plain
 from worker.text_models import Ready, prompt_of
 from worker.text_statistics import Statistics
+from worker.text_vllm import VllmBase
 
 log = logging.getLogger("worker")
 
@@ -76,11 +77,14 @@ class TextWorker:
         log.info("%s is ready after %.1f s", self.settings.name, time.perf_counter() - begun)
         return self
 
-    def _load(self, source: str) -> Base:
-        return Base(self.settings.of_base(source), self.statistics.ended)
+    def _load(self, source: str) -> Base | VllmBase:
+        settings = self.settings.of_base(source)
+        if settings.engine == "vllm":
+            return VllmBase(settings)
+        return Base(settings, self.statistics.ended)
 
     @property
-    def base(self) -> Base:
+    def base(self) -> Base | VllmBase:
         """The base that is loaded. Raises: ModelUnusable if there is none now."""
         if self.bases.now is None:
             raise ModelUnusable("no base model is loaded now")
@@ -104,8 +108,9 @@ class TextWorker:
         begun = time.perf_counter()
         stop = Stop(seconds_for(job, self.settings.deadline))
         try:
-            async for piece in self._pieces(job, stop):
-                yield piece
+            async with aclosing(self._pieces(job, stop)) as pieces:
+                async for piece in pieces:
+                    yield piece
         except CodedError as error:
             log.info("job failed: %s", error.code)
             yield error_answer(error)
@@ -118,7 +123,7 @@ class TextWorker:
             seconds = round(time.perf_counter() - begun, 3)
             log.info("job ended", extra={"about": {"event": "job", "seconds": seconds}})
 
-    async def _pieces(self, job: Job, stop: Stop) -> AsyncIterator[Any]:
+    async def _pieces(self, job: Job, stop: Stop) -> AsyncGenerator[Any]:
         if action_of(job):
             async with self._entered(None, stop) as base:
                 yield await self._in_a_thread(lambda: self._act(base, job))
@@ -130,11 +135,16 @@ class TextWorker:
                 yield models_answer(self.settings.bases, base.settings.name, names)
             return
         async with self._entered(self.settings.base_of(request.model), stop) as base:
-            async for piece in self._written(base, request, stop):
-                yield piece
+            if isinstance(base, VllmBase):
+                written = base.written(request, stop, self._in_a_thread)
+            else:
+                written = self._written(base, request, stop)
+            async with aclosing(written) as pieces:
+                async for piece in pieces:
+                    yield self._checked(piece)
 
     @asynccontextmanager
-    async def _entered(self, source: str | None, stop: Stop) -> AsyncIterator[Base]:
+    async def _entered(self, source: str | None, stop: Stop) -> AsyncIterator[Base | VllmBase]:
         """The base for a job, which stays while the block runs. Raises: DeadlineExceeded; ModelUnusable."""
         async with AsyncExitStack() as held:
             try:
@@ -144,7 +154,7 @@ class TextWorker:
                 raise stop.deadline_exceeded() from None
             yield base
 
-    async def _written(self, base: Base, request: TextRequest, stop: Stop) -> AsyncIterator[Any]:
+    async def _written(self, base: Base, request: TextRequest, stop: Stop) -> AsyncGenerator[Any]:
         news, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def notify() -> None:
@@ -169,9 +179,7 @@ class TextWorker:
                 yield events
         _raise_first(prepared.texts)
         if not request.stream:
-            answer = writer.whole(self._extras(prepared))
-            guard_size(answer, self.settings.max_answer_mb)
-            yield sendable(answer)
+            yield writer.whole(self._extras(prepared))
         elif events := self._events(writer, prepared):
             yield events
 
@@ -225,18 +233,26 @@ class TextWorker:
             ],
         }
 
-    def _act(self, base: Base, job: Job) -> Answer:
+    def _checked(self, piece: Any) -> Any:
+        """A piece of an answer that the platform can carry. Raises: OutputTooLarge."""
+        if isinstance(piece, str):
+            return piece
+        guard_size(piece, self.settings.max_answer_mb)
+        return sendable(piece)
+
+    def _act(self, base: Base | VllmBase, job: Job) -> Answer:
         name = action_of(job)
+        if name == "statistics" and isinstance(base, VllmBase):
+            return {**base.counts, "prometheus": base.server.metrics()}
         if name == "statistics":
-            return self.statistics.answer(base.scheduler.counts)
+            return self.statistics.answer(base.counts)
         actions = Actions(base.parts, {})
         if name not in actions.table:
             raise InvalidInput(f"action must be one of statistics, {', '.join(actions.table)}")
         answer = actions.answer(job)
         if name == "health":
-            answer |= {"kind": "text", **base.scheduler.counts}
-        guard_size(answer, self.settings.max_answer_mb)
-        return sendable(answer)
+            answer |= {"kind": "text", "engine": self.settings.engine, **base.counts}
+        return cast(Answer, self._checked(answer))
 
 
 def _raise_first(texts: tuple[Generation, ...]) -> None:
