@@ -8,11 +8,15 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from lora.errors import CodedError
 from text.detokenise import HALF, Detokeniser
 from text.generation import Generation
 from text.sampling import Chosen
+from worker.failures import OutOfMemory, unexpected
 from worker.parts import Answer
+from worker.stop import Cancelled
 from worker.text_input import TextRequest
 from worker.text_parameters import CHAT
 
@@ -49,6 +53,19 @@ def error_answer(error: CodedError) -> Answer:
         hint=error.hint,
     )
     return {"error": body}
+
+
+def raise_first(texts: Sequence[Generation]) -> None:
+    """Raises: the first error of a text, as one with a code."""
+    for error in (text.error for text in texts):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemory("the device's memory did not suffice", "Ask for a shorter text.")
+        if isinstance(error, CodedError):
+            raise error
+        if isinstance(error, Exception):
+            raise unexpected(error) from error
+        if error is not None:
+            raise Cancelled("the worker ends")
 
 
 class Writer:

@@ -35,6 +35,7 @@ def serve() -> None:
     except (SettingsError, ModelUnusable, EngineFailed) as error:
         sys.exit(f"the worker cannot start: {error}")
     concurrency = settings.concurrency
+    runpod.serverless.register_fitness_check(worker.check_fitness)
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
         {

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
+import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +21,19 @@ from typing import Any, TypeVar, cast
 import torch
 
 from lora.errors import CodedError
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from text.generation import Generation, about
 from text.loading import ModelUnusable
 from text_settings import TextSettings
 from validation import InvalidInput
 from worker.actions import Actions, action_of
-from worker.failures import OutOfMemory, unexpected
+from worker.failures import Unexpected, unexpected
 from worker.logs import JOB_ID
 from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job
-from worker.stop import Cancelled, Stop, seconds_for
-from worker.text_answers import Writer, error_answer, models_answer
+from worker.stop import Stop, seconds_for
+from worker.text_answers import Writer, error_answer, models_answer, raise_first
 from worker.text_base import Base
 from worker.text_bases import Bases
 from worker.text_input import MODELS, TextRequest, parse_text_job, plain
@@ -65,6 +68,8 @@ class TextWorker:
     def __init__(self, settings: TextSettings) -> None:
         self.settings = settings
         self.statistics = Statistics()
+        self.preloaded: dict[str, str] = {}
+        """Source of LORA_PRELOAD -> `under way`, `ready`, or an error."""
         self.bases = Bases(self._load)
         self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="prepare")
 
@@ -75,7 +80,34 @@ class TextWorker:
         with suppress(OSError):  # whatever has to write there later reports it
             self.base.library.cache.shelf.prepare()
         log.info("%s is ready after %.1f s", self.settings.name, time.perf_counter() - begun)
+        if self.settings.preload:
+            self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
+            threading.Thread(target=self._preload, name="preload", daemon=True).start()
         return self
+
+    def check_fitness(self) -> None:
+        """Raises: CodedError or OSError if this worker cannot serve: a source of LORA_PRELOAD or LORA_MODULES
+        is malformed, no folder for LoRAs can be written, or the device does not compute.
+
+        A LoRA of LORA_PRELOAD that cannot be fetched now is logged, and does not stop the worker.
+        """
+        for source in (*self.settings.preload, *self.settings.modules.values()):
+            parse(Reference(source))
+        base = self.base
+        base.library.cache.shelf.prepare()
+        if float(torch.ones(2, device=base.parts.pipeline.device).sum()) != 2.0:
+            raise Unexpected("the device does not compute")
+        log.info("fit; preloading: %s", self.preloaded or "nothing")
+
+    def _preload(self) -> None:
+        library = self.base.library
+        for source in self.settings.preload:
+            try:
+                library.load(Reference(source))
+                self.preloaded[redact_url(source)] = "ready"
+            except CodedError as error:
+                self.preloaded[redact_url(source)] = str(error)
+                log.warning("LORA_PRELOAD: %s", error)
 
     def _load(self, source: str) -> Base | VllmBase:
         settings = self.settings.of_base(source)
@@ -174,10 +206,10 @@ class TextWorker:
         while any(text.finish is None for text in prepared.texts):
             await news.wait()
             news.clear()
-            _raise_first(prepared.texts)
+            raise_first(prepared.texts)
             if request.stream and (events := self._events(writer, prepared)):
                 yield events
-        _raise_first(prepared.texts)
+        raise_first(prepared.texts)
         if not request.stream:
             yield writer.whole(self._extras(prepared))
         elif events := self._events(writer, prepared):
@@ -246,23 +278,10 @@ class TextWorker:
             return {**base.counts, "prometheus": base.server.metrics()}
         if name == "statistics":
             return self.statistics.answer(base.counts)
-        actions = Actions(base.parts, {})
+        actions = Actions(base.parts, self.preloaded)
         if name not in actions.table:
             raise InvalidInput(f"action must be one of statistics, {', '.join(actions.table)}")
         answer = actions.answer(job)
         if name == "health":
             answer |= {"kind": "text", "engine": self.settings.engine, **base.counts}
         return cast(Answer, self._checked(answer))
-
-
-def _raise_first(texts: tuple[Generation, ...]) -> None:
-    """Raises: the first error of a text, as one with a code."""
-    for error in (text.error for text in texts):
-        if isinstance(error, torch.OutOfMemoryError):
-            raise OutOfMemory("the device's memory did not suffice", "Ask for a shorter text.")
-        if isinstance(error, CodedError):
-            raise error
-        if isinstance(error, Exception):
-            raise unexpected(error) from error
-        if error is not None:
-            raise Cancelled("the worker ends")

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file as tensors_of
 from safetensors.torch import save_file
 
+from lora.errors import SourceInvalid
 from tests.text.small import base, folder, generated, peft, tokenizer
 from tests.waiting import until
 from text_settings import TextSettings
@@ -468,3 +469,32 @@ def test_after_all_this_every_weight_is_what_it_was(worker: TextWorker) -> None:
     until(lambda: not worker.base.engine.undo.pending)
     now = worker.base.text.model.state_dict()
     assert all(torch.equal(now[name], was) for name, was in base().state_dict().items())
+
+
+def preloading(model_folder: Path, cache: Path, **more: Any) -> TextWorker:
+    settings = TextSettings(model=str(model_folder), lora_cache_dir=cache, device="cpu", **more)
+    return TextWorker(settings).setup()
+
+
+def test_preloaded_adapters_are_told_and_a_fit_worker_passes(
+    model_folder: Path, cache: Path, own_fallback: None
+) -> None:
+    worker = preloading(model_folder, cache, lora_preload="plain, no-such-one")
+    until(lambda: "under way" not in worker.preloaded.values())
+    worker.check_fitness()
+    told = ask(worker, action="health")["preloaded"]
+    assert told["plain"] == "ready" and told["no-such-one"].startswith("LORA_NOT_FOUND")
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "more", [{"lora_preload": "https://"}, {"lora_modules": '[{"name": "x", "path": "../up"}]'}]
+)
+def test_a_malformed_source_makes_the_worker_unfit(
+    model_folder: Path, cache: Path, own_fallback: None, more: dict[str, str]
+) -> None:
+    worker = preloading(model_folder, cache, **more)
+    until(lambda: "under way" not in worker.preloaded.values())
+    with pytest.raises(SourceInvalid):
+        worker.check_fitness()
+    worker.close()
