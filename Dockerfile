@@ -12,9 +12,10 @@ WORKDIR /app
 
 # torch brings CUDA's libraries with it; the driver comes from the host.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
-COPY requirements.txt .
+COPY requirements.txt requirements-dev.txt ./
+# bitsandbytes is for QUANTIZATION alone.
 RUN pip install --index-url ${TORCH_INDEX} "$(grep '^torch==' requirements.txt)" \
-    && pip install -r requirements.txt
+    && pip install -r requirements.txt "$(grep '^bitsandbytes==' requirements-dev.txt)"
 
 # Only what download_weights.py imports, so that a change of other code does not fetch 14 GB again.
 COPY download_weights.py settings.py ./

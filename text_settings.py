@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from settings import Settings, SettingsError, _setting
+from settings import Settings, SettingsError, _setting, split_list
 
 
 # fmt: off
@@ -24,6 +24,9 @@ class TextSettings(Settings):
     deadline: float = _setting("REQUEST_TIMEOUT", 3600.0,
         "Seconds after which a request ends with DEADLINE_EXCEEDED; 0 for no limit but the job's own "
         "executionTimeout", minimum=0)
+    other_bases: str = _setting("WORKER_BASES", "",
+        "Other base models that a request's `model` may name, separated by commas: repos or folders. One "
+        "is loaded at a time; another takes its place when the requests before have ended")
     revision: str = _setting("MODEL_REVISION", "", "Branch, tag or commit of the base model's repo")
     tokenizer: str = _setting("TOKENIZER_NAME", "",
         "Repo or folder of the tokenizer, where it is not the base model's")
@@ -39,9 +42,17 @@ class TextSettings(Settings):
     max_memory_gb: float = _setting("MAX_MEMORY_GB", 0.0,
         "Most GB of weights on the GPU; the rest stays in the machine's memory; 0 for no limit", minimum=0)
     most_rows: int = _setting("MAX_NUM_SEQS", 16, "Texts that are written at once", minimum=1)
+    engine: str = _setting("TEXT_ENGINE", "own",
+        "`own`, or `vllm`: requests are handed to a vLLM server, with their LoRAs", options=("own", "vllm"))
+    vllm_url: str = _setting("TEXT_VLLM_URL", "",
+        "Address of the vLLM server, which must see LORA_CACHE_DIR under the same path; if it is empty, the "
+        "worker starts one of its own")
+    vllm_key: str = _setting("TEXT_VLLM_KEY", "", "API key of the vLLM server", secret=True, token=True)
     enable_lora: str = _setting("ENABLE_LORA", "", "Has no effect: LoRAs are always served")
-    max_loras: str = _setting("MAX_LORAS", "", "Has no effect: a batch may have any number of LoRAs")
-    max_lora_rank: str = _setting("MAX_LORA_RANK", "", "Has no effect: a LoRA may have any rank")
+    max_loras: str = _setting("MAX_LORAS", "",
+        "Most LoRAs in a batch of a vLLM server that the worker starts (8); without effect otherwise")
+    max_lora_rank: str = _setting("MAX_LORA_RANK", "",
+        "Largest rank that the vLLM server takes (16); without effect otherwise")
     lora_modules: str = _setting("LORA_MODULES", "",
         'Adapters with names for `model`, as JSON: `[{"name": "pirate", "path": "user/repo"}]`',
         secret=True)
@@ -53,6 +64,16 @@ class TextSettings(Settings):
             _ = self.modules
         except ValueError as error:
             raise SettingsError(f"LORA_MODULES: {error}") from None
+        if self.engine == "vllm":
+            self._check_vllm()
+
+    def _check_vllm(self) -> None:
+        """Raises: SettingsError for what only our own engine does, or what is no number there."""
+        for env, text in (("MAX_LORAS", self.max_loras), ("MAX_LORA_RANK", self.max_lora_rank)):
+            if text and not (text.isascii() and text.isdecimal() and int(text) > 0):
+                raise SettingsError(f"{env}: {text!r} is not a whole number of at least 1")
+        if self.quantisation == "int8" or self.max_memory_gb:
+            raise SettingsError("QUANTIZATION=int8 and MAX_MEMORY_GB do not go with TEXT_ENGINE=vllm")
 
     @classmethod
     def from_env(
@@ -70,6 +91,24 @@ class TextSettings(Settings):
     def name(self) -> str:
         """What requests call the base model."""
         return self.served_name or ("demo-text" if self.model == "demo" else self.model)
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """Every base that may be served: what requests call it -> its source; the worker's own first."""
+        return {self.name: self.model, **{one: one for one in split_list(self.other_bases)}}
+
+    def base_of(self, model: str) -> str:
+        """The source of the base that `model` means: that of `base` or `base:adapter`, else ours."""
+        named = [name for name in self.bases if model == name or model.startswith(f"{name}:")]
+        return self.bases[named[0]] if named else self.model
+
+    def of_base(self, source: str) -> TextSettings:
+        """The settings with another base, without what was said of ours alone."""
+        if source == self.model:
+            return self
+        return replace(
+            self, model=source, revision="", tokenizer="", served_name="", chat_template=""
+        )
 
     @property
     def modules(self) -> dict[str, str]:

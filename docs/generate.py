@@ -24,7 +24,7 @@ from validation import PATTERNS
 from worker.actions import Actions
 from worker.parts import Parts
 from worker.selection import PRESET
-from worker.text_input import CHAT, COMPLETION, SCHEMAS, WITHOUT_EFFECT
+from worker.text_parameters import CHAT, COMPLETION, SCHEMAS, UNSERVED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, HUB = ROOT / "docs", ROOT / ".runpod" / "hub.json"
@@ -115,7 +115,10 @@ def _action_fields() -> Rows:
 
 def _text_fields() -> Rows:
     """The fields of text requests, without those of pictures' requests and those that change nothing."""
-    shared = {*IMAGE_REQUEST["properties"], *WITHOUT_EFFECT, "messages"} - {"prompt", "seed"}
+    shared = {*IMAGE_REQUEST["properties"], *WITHOUT_EFFECT, *UNSERVED, "messages"} - {
+        "prompt",
+        "seed",
+    }
     both = {**SCHEMAS[COMPLETION]["properties"], **SCHEMAS[CHAT]["properties"]}
     yield from _fields({name: rule for name, rule in both.items() if name not in shared})
 

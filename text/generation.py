@@ -13,6 +13,7 @@ from lora.engine.stack import Stack
 from text.detokenise import Detokeniser
 from text.loading import TextModel
 from text.sampling import Chooser, Chosen, Sampling
+from text.structured import Grammar
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,15 @@ class Generation:
         check: Callable[[], None] = lambda: None,
         notify: Callable[[], None] = lambda: None,
         special: bool = False,
+        grammar: Grammar | None = None,
     ) -> None:
         """`check` raises what ends the text early; `notify` is told, in the scheduler's thread, of news.
 
-        `special`: the text shows special tokens.
+        `special`: the text shows special tokens. `grammar`: what the text must be, used by it alone.
         """
         self.prompt, self.sampling, self.stack = tuple(prompt), sampling, tuple(stack)
         self.check, self._notify, self._special = check, notify, special
+        self._grammar = grammar
         self.tokens: list[int] = []
         self.finish: str | None = None
         self.stopped_by: str | int | None = None
@@ -71,33 +74,34 @@ class Generation:
     def begin(self, text: TextModel) -> None:
         """Its turn has come."""
         self.times.begun = time.monotonic()
-        self.chooser = Chooser(self.sampling, self.prompt, text.ends)
+        self.chooser = Chooser(self.sampling, self.prompt, text.ends, self._grammar)
         self._words = Detokeniser(text.tokenizer, self.sampling.stop, special=self._special)
         self._limit = min(self.sampling.max_tokens, text.context - len(self.prompt))
 
     def take(self, chosen: Chosen) -> None:
-        """Adds a token, and ends the text if it is the last."""
+        """Adds a token, and ends the text if it is the last. Raises: SchemaUnsupported."""
         now = time.monotonic()
         times = self.times
         if times.first:
             times.longest_wait = max(times.longest_wait, now - times.last)
         times.first, times.last = times.first or now, now
         self.tokens.append(chosen.token)
+        self.chooser.took(chosen.token)
         if chosen.token in self.chooser.ends:
             if chosen.token in self.sampling.stop_token_ids:
                 self.stopped_by = chosen.token
             self._put(self._words.finish(), chosen)
             return self.end("stop")
-        self.chooser.took(chosen.token)
         text = self._words.push(chosen.token)
         if self._words.stopped is not None:
             self.stopped_by = self._words.stopped
             self._put(text, chosen)
             return self.end("stop")
-        if len(self.tokens) >= self._limit:
+        whole = self.chooser.complete
+        if whole or len(self.tokens) >= self._limit:
             self._put(text + self._words.finish(), chosen)
             self.stopped_by = self._words.stopped
-            return self.end("length" if self._words.stopped is None else "stop")
+            return self.end("stop" if whole or self._words.stopped is not None else "length")
         self._put(text, chosen)
         return None
 

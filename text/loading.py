@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from lora.errors import CodedError
 from text.chat import ChatTemplate, ChatTemplateFailed
+from text.structured import Grammars
 
 log = logging.getLogger(__name__)
 
@@ -106,6 +106,11 @@ class TextModel:
             )
         return self.with_template(self.template)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Makes grammars over its tokens. Raises: SchemaUnsupported."""
+        return Grammars(self.tokenizer, self.ends)
+
     def with_template(self, source: str) -> ChatTemplate:
         """A template with this tokenizer's special tokens. Raises: ChatTemplateFailed."""
         special = {
@@ -140,6 +145,18 @@ def load_model(wanted: Wanted) -> TextModel:
     return describe(wanted.source, model, tokenizer, config, wanted)
 
 
+def load_shape(source: str, revision: str | None, token: str | None) -> nn.Module:
+    """The model's modules without their numbers: what adapters can change. Raises: ModelUnusable."""
+    folder = _folder(source, revision, token, ("config.json",))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelUnusable(f"{source} cannot be read ({_first_line(error)})") from error
+    return model
+
+
 def describe(
     name: str, model: nn.Module, tokenizer: Any, config: Any, wanted: Wanted = Wanted()
 ) -> TextModel:
@@ -171,7 +188,9 @@ def describe(
     )
 
 
-def _folder(source: str, revision: str | None, token: str | None) -> Path:
+def _folder(
+    source: str, revision: str | None, token: str | None, files: tuple[str, ...] = FILES
+) -> Path:
     if source == DEMO:
         return DEMO_FOLDER
     if Path(source).is_dir():
@@ -179,7 +198,7 @@ def _folder(source: str, revision: str | None, token: str | None) -> Path:
     given: dict[str, Any] = {
         "revision": revision or None,
         "token": token or None,
-        "allow_patterns": list(FILES),
+        "allow_patterns": list(files),
     }
     try:
         try:
@@ -258,14 +277,3 @@ def _first_line(error: BaseException) -> str:
     """What a library says, without the paths of this machine."""
     words = (str(error).strip() or type(error).__name__).splitlines()[0].split()
     return " ".join(word for word in words if "/" not in word or "huggingface.co" in word)[:300]
-
-
-def template_beside(folder: Path) -> str | None:
-    """The chat template that an adapter's folder brings; None if it has none."""
-    jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if jinja.is_file():
-        return jinja.read_text()
-    if config.is_file():
-        template = json.loads(config.read_text()).get("chat_template")
-        return template if isinstance(template, str) else None
-    return None

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from text.structured import Grammar
+
 GREEDY_BELOW = 1e-5
 """A lower temperature means: always the likeliest token."""
 
@@ -59,9 +61,15 @@ class Chosen:
 class Chooser:
     """One row's rules with its state: the random numbers drawn, and the tokens seen."""
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int]) -> None:
-        """`ends`: the tokens that end a text of this model."""
-        self.sampling = sampling
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        ends: frozenset[int],
+        grammar: Grammar | None = None,
+    ) -> None:
+        """`ends`: the tokens that end a text of this model. With a `grammar`, `min_tokens` has no effect."""
+        self.sampling, self._grammar = sampling, grammar
         self.ends = (frozenset() if sampling.ignore_eos else ends) | sampling.stop_token_ids
         self._generator = torch.Generator().manual_seed(sampling.seed % 2**63)
         self._penalised = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
@@ -69,10 +77,17 @@ class Chooser:
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set[int]()
 
     def took(self, token: int) -> None:
-        """Notes the token that was chosen."""
+        """Notes the token that was chosen. Raises: SchemaUnsupported if its schema leads no further."""
+        if self._grammar is not None:
+            self._grammar.took(token)
         self._said[token] += 1
         if self.sampling.repetition_penalty != 1:
             self._seen.add(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the text has a schema, and nothing can follow what is written."""
+        return self._grammar is not None and self._grammar.complete
 
     def number(self) -> float:
         """The next random number, in [0, 1)."""
@@ -81,8 +96,12 @@ class Chooser:
     @property
     def edits(self) -> bool:
         """Whether `edit` changes anything."""
-        sampling, early = self.sampling, self._said.total() < self.sampling.min_tokens
-        return bool(self._penalised or self._seen or sampling.logit_bias or early)
+        biased = self._penalised or self._seen or self.sampling.logit_bias
+        return bool(biased or self._early or self._grammar)
+
+    @property
+    def _early(self) -> bool:
+        return self._grammar is None and self._said.total() < self.sampling.min_tokens
 
     def edit(self, logits: Tensor) -> None:
         """Applies the penalties and biases to one row's logits, [vocabulary], in place."""
@@ -97,8 +116,10 @@ class Chooser:
             logits[at] -= sampling.frequency_penalty * times + sampling.presence_penalty
         for token, bias in sampling.logit_bias.items():
             logits[token] += bias
-        if self._said.total() < sampling.min_tokens and self.ends:
+        if self._early and self.ends:
             logits[torch.tensor(sorted(self.ends), device=logits.device)] = -torch.inf
+        if self._grammar is not None:
+            self._grammar.mask(logits)
 
 
 def choose(logits: Tensor, rows: Sequence[Chooser]) -> list[Chosen | None]:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from lora.errors import CodedError
 from text.detokenise import HALF, Detokeniser
 from text.generation import Generation
 from text.sampling import Chosen
+from worker.failures import OutOfMemory, unexpected
 from worker.parts import Answer
-from worker.text_input import CHAT, TextRequest
+from worker.stop import Cancelled
+from worker.text_input import TextRequest
+from worker.text_parameters import CHAT
 
 DONE = "data: [DONE]\n\n"
 
 KINDS = {
     "INVALID_INPUT": "invalid_request_error",
     "CHAT_TEMPLATE_FAILED": "invalid_request_error",
+    "SCHEMA_UNSUPPORTED": "invalid_request_error",
     "LORA_INCOMPATIBLE": "invalid_request_error",
     "LORA_UNSUPPORTED": "invalid_request_error",
     "LORA_SOURCE_INVALID": "invalid_request_error",
@@ -47,6 +53,19 @@ def error_answer(error: CodedError) -> Answer:
         hint=error.hint,
     )
     return {"error": body}
+
+
+def raise_first(texts: Sequence[Generation]) -> None:
+    """Raises: the first error of a text, as one with a code."""
+    for error in (text.error for text in texts):
+        if isinstance(error, torch.OutOfMemoryError):
+            raise OutOfMemory("the device's memory did not suffice", "Ask for a shorter text.")
+        if isinstance(error, CodedError):
+            raise error
+        if isinstance(error, Exception):
+            raise unexpected(error) from error
+        if error is not None:
+            raise Cancelled("the worker ends")
 
 
 class Writer:
@@ -184,9 +203,9 @@ def _event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-def models_answer(base: str, adapters: Sequence[str]) -> Answer:
-    """The base and the adapters that can be named as `model`."""
+def models_answer(bases: Iterable[str], now: str, adapters: Sequence[str]) -> Answer:
+    """What can be named as `model`: the bases, and the adapters of the one that is loaded `now`."""
     about = {"object": "model", "created": int(time.time()), "owned_by": "worker"}
-    names = [{"id": base, **about, "root": base, "parent": None}]
-    names += [{"id": name, **about, "root": name, "parent": base} for name in adapters]
+    names = [{"id": base, **about, "root": base, "parent": None} for base in bases]
+    names += [{"id": name, **about, "root": name, "parent": now} for name in adapters]
     return {"object": "list", "data": names}

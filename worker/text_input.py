@@ -11,16 +11,17 @@ from typing import Any
 from entries import parse_loras
 from lora.engine.stack import LoraUse
 from lora.fetch.sources import Reference
-from schemas import IMAGE_REQUEST
 from text.sampling import Sampling
-from validation import InvalidInput, faults_of, field, filled, number
+from text.structured import ANY_OBJECT
+from validation import InvalidInput, filled
+from worker.text_parameters import CHAT, COMPLETION, SCHEMAS, WITHOUT_EFFECT, faults_in
 
 SHAPES = (
     "the input has none of: prompt or messages; openai_route (with openai_input); route (with body)"
 )
 HINT = "docs/text.md has the parameters."
 
-CHAT, COMPLETION, MODELS = "chat", "completion", "models"
+MODELS = "models"
 
 ROUTES = {
     "/v1/chat/completions": CHAT,
@@ -28,85 +29,6 @@ ROUTES = {
     "/v1/models": MODELS,
 }
 """Path behind `/openai` -> what it answers."""
-
-WITHOUT_EFFECT = (
-    *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("parallel_tool_calls", "spaces_between_special_tokens", "best_of", "use_beam_search"),
-)
-"""Parameters of OpenAI's and vLLM's that are taken and change nothing; the answer says so."""
-
-_SAMPLING: dict[str, Any] = {
-    "max_tokens": number("integer|null", None, (1, 1_000_000), "Most tokens of the text"),
-    "min_tokens": number("integer", 0, (0, 1_000_000), "Tokens before which it does not end"),
-    "temperature": number("number|null", None, (0, 100), "0 takes the likeliest token always"),
-    "top_p": number(
-        "number|null", None, (0, 1), "Share of the likeliest tokens that is drawn from"
-    ),
-    "top_k": number(
-        "integer|null", None, (-1, 1_000_000), "How many tokens are drawn from; 0 or -1: all"
-    ),
-    "min_p": number(
-        "number|null", None, (0, 1), "Least probability, as a share of the likeliest's"
-    ),
-    "seed": number(
-        "integer|null", None, (-(2**63), 2**64 - 1), "Same seed, same text; the answer tells it"
-    ),
-    "stop": field(
-        "string|array|null",
-        None,
-        "Strings that end the text",
-        items={"type": "string"},
-        maxItems=16,
-    ),
-    "stop_token_ids": field(
-        "array|null", None, "Tokens that end the text", items={"type": "integer"}
-    ),
-    "n": number("integer", 1, (1, 16), "How many texts, with seeds that follow each other"),
-    "presence_penalty": number("number", 0.0, (-2, 2), "Against tokens that the text has"),
-    "frequency_penalty": number("number", 0.0, (-2, 2), "The same, for each time"),
-    "repetition_penalty": number(
-        "number|null", None, (0.01, 100), "Divides what prompt and text have"
-    ),
-    "ignore_eos": field("boolean", False, "Goes on where the model would end"),
-    "skip_special_tokens": field("boolean", True, "Leaves special tokens out of the text"),
-    "logit_bias": field("object|null", None, "Token -> what is added to its logit"),
-}
-_REQUEST: dict[str, Any] = {
-    "model": field("string|null", None, "The base, an adapter, or `base:adapter`"),
-    "stream": field("boolean|null", False, "Answers piece by piece, as server-sent events"),
-    "stream_options": field("object|null", None, "`include_usage`: the last event has the usage"),
-    "response_format": field("object|null", None, 'Only `{"type": "text"}`'),
-    **{
-        name: IMAGE_REQUEST["properties"][name]
-        for name in ("loras", "lora_selection", "strict_loras")
-    },
-}
-_OF_CHAT: dict[str, Any] = {
-    "messages": {"type": "array", "minItems": 1, "items": {"type": "object"}},
-    "max_completion_tokens": number(
-        "integer|null", None, (1, 1_000_000), "The same as `max_tokens`"
-    ),
-    "logprobs": field("boolean|null", None, "Tells the tokens' log-probabilities"),
-    "top_logprobs": number("integer|null", None, (0, 20), "And those of so many others"),
-    "add_generation_prompt": field("boolean", True, "Whether the assistant's turn begins"),
-    "chat_template_kwargs": field("object|null", None, "Further variables of the chat template"),
-}
-_OF_COMPLETION: dict[str, Any] = {
-    "prompt": field("string|array|null", None, "The text to go on with, or its tokens"),
-    "logprobs": number("integer|null", None, (0, 20), "Log-probabilities of so many tokens"),
-    "echo": field("boolean", False, "The prompt stands before the text"),
-    "add_special_tokens": field("boolean", True, "With the tokens that begin each text"),
-}
-
-
-def _schema(own: Mapping[str, Any]) -> dict[str, Any]:
-    properties = {**_SAMPLING, **_REQUEST, **own}
-    for name in WITHOUT_EFFECT:
-        properties[name] = {"type": ["string", "object", "array", "number", "boolean", "null"]}
-    return {"type": "object", "additionalProperties": False, "properties": properties}
-
-
-SCHEMAS = {CHAT: _schema(_OF_CHAT), COMPLETION: _schema(_OF_COMPLETION)}
 
 
 @dataclass(frozen=True)
@@ -129,6 +51,15 @@ class TextRequest:
     has_loras: bool = False
     strict: bool = False
     warnings: tuple[str, ...] = ()
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """What the text must be; None for anything."""
+        form = (self.rules["response_format"] or {}) if self.rules else {}
+        if form.get("type") == "json_object":
+            return ANY_OBJECT
+        schema: Mapping[str, Any] | None = form.get("json_schema", {}).get("schema")
+        return schema
 
     def sampling(self, number: int, defaults: Mapping[str, float], room: int) -> Sampling:
         """The rules of the text of this number. `defaults`: the model's; `room`: what the context leaves."""
@@ -213,8 +144,7 @@ def _object(value: object, name: str, *, needed: bool) -> Mapping[str, Any]:
 
 
 def _request(kind: str, body: Mapping[str, Any]) -> TextRequest:
-    schema = SCHEMAS[kind]
-    faults = [*faults_of(schema, body, ""), *_more_faults(kind, body)]
+    faults = faults_in(kind, body)
     strict = bool(body.get("strict_loras"))
     loras = parse_loras(body.get("loras"), strict=strict)
     faults += loras.faults
@@ -223,7 +153,7 @@ def _request(kind: str, body: Mapping[str, Any]) -> TextRequest:
     if faults:
         count = "" if len(faults) == 1 else f"{len(faults)} faults: "
         raise InvalidInput(count + "; ".join(faults), HINT)
-    rules = filled(schema, body)
+    rules = filled(SCHEMAS[kind], body)
     selected, prompt = rules["lora_selection"], rules.get("prompt")
     seed = rules["seed"]
     return TextRequest(
@@ -247,45 +177,13 @@ def _request(kind: str, body: Mapping[str, Any]) -> TextRequest:
                 for name in WITHOUT_EFFECT
                 if body.get(name) is not None
             ),
+            *(
+                f"{name} has no effect with response_format, which says where the text ends"
+                for name in ("min_tokens", "ignore_eos")
+                if rules[name] and (rules["response_format"] or {}).get("type", "text") != "text"
+            ),
         ),
     )
-
-
-def _more_faults(kind: str, body: Mapping[str, Any]) -> list[str]:
-    """What a schema cannot say."""
-    faults = []
-    form = body.get("response_format")
-    if isinstance(form, Mapping) and form.get("type", "text") != "text":
-        faults.append("response_format: only the type text is served")
-    bias = body.get("logit_bias")
-    if isinstance(bias, Mapping):
-        sound = all(str(k).isdecimal() and isinstance(v, (int, float)) for k, v in bias.items())
-        if not sound:
-            faults.append("logit_bias: not an object of tokens and numbers")
-    if kind == COMPLETION:
-        prompt = body.get("prompt")
-        if isinstance(prompt, list) and not all(type(token) is int for token in prompt):
-            faults.append("prompt: a list must be one of tokens; send a job for each text")
-        if prompt in (None, "", []):
-            faults.append("prompt is required")
-    elif not isinstance(body.get("messages"), list):
-        faults.append("messages is required")
-    else:
-        for place, message in enumerate(body["messages"]):
-            faults += _faults_of_message(message, f"messages[{place}]")
-    return faults
-
-
-def _faults_of_message(message: object, where: str) -> list[str]:
-    if not isinstance(message, Mapping):
-        return []
-    content = message.get("content")
-    if not isinstance(message.get("role"), str):
-        return [f"{where}.role is not a string"]
-    parts = content if isinstance(content, list) else []
-    if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in parts):
-        return [f"{where}.content: only parts of the type text are read"]
-    return [] if isinstance(content, (str, list)) else [f"{where}.content is not a string"]
 
 
 def plain(messages: tuple[Mapping[str, Any], ...]) -> list[dict[str, Any]]:

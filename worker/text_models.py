@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora.engine.rows import Rows
 from lora.engine.stack import LoraUse, Stack
-from lora.errors import CodedError, LoraUnsupported, nearest
+from lora.errors import CodedError, LoraUnsupported, naming, nearest
 from lora.fetch.sources import Reference
+from lora.formats.adapter import LoraFile
 from lora.formats.peft import PEFT_STEM
-from lora.library.catalog import Catalog
 from lora.library.query import TRAINING, Query
 from lora.library.states import Standing
 from lora.volume.loader import Loaded, LoraLibrary
 from schemas import MAX_LORAS
-from text.loading import TextModel, template_beside
+from text.loading import TextModel
 from text_settings import TextSettings
 from validation import InvalidInput
-from worker.parts import Answer
+from worker.parts import Answer, Parts
 from worker.reports import about, unused_keys
-from worker.selection import NONE, Selection, ready
+from worker.selection import NONE, ready
 from worker.text_input import TextRequest
 
 VOCABULARY = ("embed_tokens", "wte", "lm_head", "embed_in", "embed_out")
@@ -48,11 +47,18 @@ class Ready:
 
     stack: Stack
     loaded: tuple[Loaded, ...] = ()
-    template: str | None = None
-    """The chat template that one of them brings."""
     warnings: tuple[str, ...] = ()
     report: list[Answer] = field(default_factory=list)
     """What the answer says of each."""
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the first of them brings; None if none does. Raises: LoraCorrupt."""
+        for use, one in zip(self.stack, self.loaded, strict=True):
+            with naming(one.reference.shown):
+                if use.scale and (template := one.template):
+                    return template
+        return None
 
 
 class Models:
@@ -62,12 +68,12 @@ class Models:
         self,
         settings: TextSettings,
         library: LoraLibrary,
-        catalog: Catalog,
-        selection: Selection,
-        rows: Rows,
+        parts: Parts,
+        misfit: Callable[[LoraFile], str | None],
     ) -> None:
-        self._settings, self._library, self._catalog = settings, library, catalog
-        self._selection, self._rows = selection, rows
+        """`misfit` says why an adapter cannot share a batch."""
+        self._settings, self._library, self._misfit = settings, library, misfit
+        self._catalog, self._selection = parts.catalog, parts.selection
 
     def adapters(self) -> list[str]:
         """The names that `model` may have besides the base's: LORA_MODULES, and what the library has active.
@@ -93,7 +99,7 @@ class Models:
         if self._library.cache.shelf.existing(name):
             return LoraUse(Reference(name))
         cached = (one.removesuffix(f"/{PEFT_STEM}") for one in self._library.cache.shelf.names())
-        names = [base, *modules, *cached]
+        names = [*self._settings.bases, *modules, *cached]
         raise ModelNotFound(
             f"there is no model {model[:200]!r}",
             nearest(name, names) or f"The base is {base}; /v1/models lists the adapters.",
@@ -136,22 +142,18 @@ class Models:
         if not chosen.uses:
             return Ready((), warnings=chosen.warnings)
         loaded = tuple(self._library.load_all([use.lora for use in chosen.uses]))
-        warnings, template = list(chosen.warnings), None
+        warnings = list(chosen.warnings)
         for one in loaded:
             warnings += [*_check(one, strict=strict), *one.warnings]
-        for one, use in zip(loaded, chosen.uses, strict=True):
-            if use.scale and template is None and one.entry.path.stem == PEFT_STEM:
-                template = template_beside(one.entry.path.parent)
         return Ready(
             tuple(use.of(one.file) for use, one in zip(chosen.uses, loaded, strict=True)),
             loaded,
-            template,
             tuple(warnings),
             [self._about(use, one) for use, one in zip(chosen.uses, loaded, strict=True)],
         )
 
     def _about(self, use: LoraUse[Reference], loaded: Loaded) -> Answer:
-        alone = self._rows.misfit(loaded.file)
+        alone = self._misfit(loaded.file)
         return {
             **about(loaded),
             "layers": loaded.file.modules if use.scale else 0,
@@ -189,7 +191,8 @@ def prompt_of(
 ) -> list[int]:
     """The prompt's tokens. Raises: ChatTemplateFailed; InvalidInput if it leaves no room for a text."""
     if messages:
-        chat = text.with_template(ready.template) if ready.template else text.chat
+        own = ready.template
+        chat = text.with_template(own) if own else text.chat
         more = request.rules["chat_template_kwargs"] or {}
         words = chat.render(
             messages, **{"add_generation_prompt": request.rules["add_generation_prompt"], **more}
@@ -203,6 +206,11 @@ def prompt_of(
             raise InvalidInput(f"prompt: {wrong[0]} is no token of this model")
     if not tokens:
         raise InvalidInput("prompt: it has no token")
+    for name in ("logit_bias", "stop_token_ids"):
+        if wrong := [
+            int(t) for t in request.rules[name] or () if not 0 <= int(t) < text.vocabulary
+        ]:
+            raise InvalidInput(f"{name}: {wrong[0]} is no token of this model")
     most = request.rules["max_tokens"] or request.rules.get("max_completion_tokens") or 1
     if len(tokens) + most > text.context:
         raise InvalidInput(

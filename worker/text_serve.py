@@ -8,6 +8,7 @@ import sys
 from lora.fetch.web import quiet_libraries
 from settings import SettingsError
 from text.loading import ModelUnusable
+from text.vllm import EngineFailed
 from text_settings import TextSettings
 from worker.logs import set_up
 from worker.opening import read_settings
@@ -31,9 +32,10 @@ def serve() -> None:
     try:
         settings = read_settings(os.environ, TextSettings)
         worker = TextWorker(settings).setup()
-    except (SettingsError, ModelUnusable) as error:
+    except (SettingsError, ModelUnusable, EngineFailed) as error:
         sys.exit(f"the worker cannot start: {error}")
     concurrency = settings.concurrency
+    runpod.serverless.register_fitness_check(worker.check_fitness)
     Shutdown().guard(rp_scale)
     runpod.serverless.start(
         {

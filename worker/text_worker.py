@@ -12,34 +12,34 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import torch
 
-from lora.engine.engine import Budgets, LoraEngine
 from lora.errors import CodedError
-from lora.volume.loader import LoraLibrary
+from lora.fetch.redaction import redact_url
+from lora.fetch.sources import Reference, parse
 from text.generation import Generation, about
-from text.loading import COMPONENT, DEMO, DEMO_FOLDER, TextModel, Wanted, load_model
-from text.scheduler import Scheduler
+from text.loading import ModelUnusable
 from text_settings import TextSettings
 from validation import InvalidInput
 from worker.actions import Actions, action_of
-from worker.failures import OutOfMemory, unexpected
+from worker.failures import Unexpected, unexpected
 from worker.logs import JOB_ID
-from worker.opening import open_cache
 from worker.outputs import guard_size, sendable
-from worker.parts import Answer, Job, Parts
-from worker.stop import Cancelled, Stop, seconds_for
-from worker.text_answers import Writer, error_answer, models_answer
+from worker.parts import Answer, Job
+from worker.stop import Stop, seconds_for
+from worker.text_answers import Writer, error_answer, models_answer, raise_first
+from worker.text_base import Base
+from worker.text_bases import Bases
 from worker.text_input import MODELS, TextRequest, parse_text_job, plain
-from worker.text_models import Models, Ready, prompt_of
+from worker.text_models import Ready, prompt_of
 from worker.text_statistics import Statistics
+from worker.text_vllm import VllmBase
 
 log = logging.getLogger("worker")
 
@@ -47,16 +47,6 @@ Result = TypeVar("Result")
 
 PREPARING = 16
 """Threads that fetch and parse adapters, and read prompts."""
-
-DTYPES = {"half": "float16", "float": "float32"}
-
-
-@dataclass(frozen=True)
-class _Face:
-    """What the actions ask of a pipeline."""
-
-    name: str
-    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -68,6 +58,8 @@ class Prepared:
     texts: tuple[Generation, ...]
     seconds: float
     """What its adapters took to be fetched and parsed."""
+    warnings: tuple[str, ...] = ()
+    """What every answer of this worker has to say."""
 
 
 class TextWorker:
@@ -76,77 +68,65 @@ class TextWorker:
     def __init__(self, settings: TextSettings) -> None:
         self.settings = settings
         self.statistics = Statistics()
+        self.preloaded: dict[str, str] = {}
+        """Source of LORA_PRELOAD -> `under way`, `ready`, or an error."""
+        self.bases = Bases(self._load)
         self._preparing = ThreadPoolExecutor(PREPARING, thread_name_prefix="prepare")
 
     def setup(self) -> TextWorker:
         """Loads the base; returns itself. Raises: ModelUnusable."""
         begun = time.perf_counter()
+        self.bases.start(self.settings.model)
         with suppress(OSError):  # whatever has to write there later reports it
-            self.library.cache.shelf.prepare()
-        _ = self.models
+            self.base.library.cache.shelf.prepare()
         log.info("%s is ready after %.1f s", self.settings.name, time.perf_counter() - begun)
+        if self.settings.preload:
+            self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
+            threading.Thread(target=self._preload, name="preload", daemon=True).start()
         return self
+
+    def check_fitness(self) -> None:
+        """Raises: CodedError or OSError if this worker cannot serve: a source of LORA_PRELOAD or LORA_MODULES
+        is malformed, no folder for LoRAs can be written, or the device does not compute.
+
+        A LoRA of LORA_PRELOAD that cannot be fetched now is logged, and does not stop the worker.
+        """
+        for source in (*self.settings.preload, *self.settings.modules.values()):
+            parse(Reference(source))
+        base = self.base
+        base.library.cache.shelf.prepare()
+        if float(torch.ones(2, device=base.parts.pipeline.device).sum()) != 2.0:
+            raise Unexpected("the device does not compute")
+        log.info("fit; preloading: %s", self.preloaded or "nothing")
+
+    def _preload(self) -> None:
+        library = self.base.library
+        for source in self.settings.preload:
+            try:
+                library.load(Reference(source))
+                self.preloaded[redact_url(source)] = "ready"
+            except CodedError as error:
+                self.preloaded[redact_url(source)] = str(error)
+                log.warning("LORA_PRELOAD: %s", error)
+
+    def _load(self, source: str) -> Base | VllmBase:
+        settings = self.settings.of_base(source)
+        if settings.engine == "vllm":
+            return VllmBase(settings)
+        return Base(settings, self.statistics.ended)
+
+    @property
+    def base(self) -> Base | VllmBase:
+        """The base that is loaded. Raises: ModelUnusable if there is none now."""
+        if self.bases.now is None:
+            raise ModelUnusable("no base model is loaded now")
+        return self.bases.now
 
     def close(self) -> None:
         """Ends all texts and threads."""
-        self.scheduler.close()
+        if self.bases.now is not None:
+            self.bases.now.close()
         self._preparing.shutdown(wait=False, cancel_futures=True)
-
-    @cached_property
-    def text(self) -> TextModel:
-        """The base model."""
-        settings = self.settings
-        return load_model(
-            Wanted(
-                source=settings.model,
-                revision=settings.revision or None,
-                tokenizer=settings.tokenizer,
-                device=settings.device,
-                dtype=DTYPES.get(settings.dtype, settings.dtype),
-                quantisation="nf4"
-                if settings.quantisation == "bitsandbytes"
-                else settings.quantisation,
-                max_memory_gb=settings.max_memory_gb,
-                context=settings.context,
-                template=settings.chat_template,
-                token=settings.hf_token or None,
-            )
-        )
-
-    @cached_property
-    def engine(self) -> LoraEngine:
-        """Applies adapters to it."""
-        settings = self.settings
-        budgets = Budgets(
-            int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
-        )
-        return LoraEngine({COMPONENT: self.text.model}, budgets)
-
-    @cached_property
-    def library(self) -> LoraLibrary:
-        """Finds, fetches and parses adapters."""
-        cache = open_cache(self.settings)
-        if self.settings.model == DEMO:
-            cache.shelf.behind = DEMO_FOLDER.parent / "loras"
-        return LoraLibrary(cache, self.engine.key_map, int(self.settings.lora_warm_gb * 1e9))
-
-    @cached_property
-    def scheduler(self) -> Scheduler:
-        """Writes the texts."""
-        return Scheduler(self.text, self.engine, self.settings.most_rows, self.statistics.ended)
-
-    @cached_property
-    def _parts(self) -> Parts:
-        face: Any = _Face(self.settings.name, self.text.device)
-        return Parts(face, self.engine, self.library, None, self.settings, threading.Lock())
-
-    @cached_property
-    def models(self) -> Models:
-        """Names and adapters."""
-        parts = self._parts
-        return Models(
-            self.settings, self.library, parts.catalog, parts.selection, self.scheduler.rows
-        )
 
     # --- one job --------------------------------------------------------------------------------
 
@@ -160,8 +140,9 @@ class TextWorker:
         begun = time.perf_counter()
         stop = Stop(seconds_for(job, self.settings.deadline))
         try:
-            async for piece in self._pieces(job, stop):
-                yield piece
+            async with aclosing(self._pieces(job, stop)) as pieces:
+                async for piece in pieces:
+                    yield piece
         except CodedError as error:
             log.info("job failed: %s", error.code)
             yield error_answer(error)
@@ -174,15 +155,38 @@ class TextWorker:
             seconds = round(time.perf_counter() - begun, 3)
             log.info("job ended", extra={"about": {"event": "job", "seconds": seconds}})
 
-    async def _pieces(self, job: Job, stop: Stop) -> AsyncIterator[Any]:
+    async def _pieces(self, job: Job, stop: Stop) -> AsyncGenerator[Any]:
         if action_of(job):
-            yield await self._in_a_thread(lambda: self._act(job))
+            async with self._entered(None, stop) as base:
+                yield await self._in_a_thread(lambda: self._act(base, job))
             return
         request = parse_text_job(job)
         if request.kind == MODELS:
-            names = await self._in_a_thread(self.models.adapters)
-            yield models_answer(self.settings.name, names)
+            async with self._entered(None, stop) as base:
+                names = await self._in_a_thread(base.models.adapters)
+                yield models_answer(self.settings.bases, base.settings.name, names)
             return
+        async with self._entered(self.settings.base_of(request.model), stop) as base:
+            if isinstance(base, VllmBase):
+                written = base.written(request, stop, self._in_a_thread)
+            else:
+                written = self._written(base, request, stop)
+            async with aclosing(written) as pieces:
+                async for piece in pieces:
+                    yield self._checked(piece)
+
+    @asynccontextmanager
+    async def _entered(self, source: str | None, stop: Stop) -> AsyncIterator[Base | VllmBase]:
+        """The base for a job, which stays while the block runs. Raises: DeadlineExceeded; ModelUnusable."""
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(stop.left):
+                    base = await held.enter_async_context(self.bases.entered(source))
+            except TimeoutError:
+                raise stop.deadline_exceeded() from None
+            yield base
+
+    async def _written(self, base: Base, request: TextRequest, stop: Stop) -> AsyncGenerator[Any]:
         news, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def notify() -> None:
@@ -191,24 +195,23 @@ class TextWorker:
 
         try:
             async with asyncio.timeout(stop.left):
-                prepared = await self._in_a_thread(lambda: self._prepare(request, stop, notify))
+                prepared = await self._in_a_thread(
+                    lambda: self._prepare(base, request, stop, notify)
+                )
         except TimeoutError:
             raise stop.deadline_exceeded() from None
-        writer = Writer(
-            request, prepared.texts, request.model or self.settings.name, self.text.tokenizer
-        )
-        self.scheduler.submit(*prepared.texts)
+        name = request.model or base.settings.name
+        writer = Writer(request, prepared.texts, name, base.text.tokenizer)
+        base.scheduler.submit(*prepared.texts)
         while any(text.finish is None for text in prepared.texts):
             await news.wait()
             news.clear()
-            _raise_first(prepared.texts)
+            raise_first(prepared.texts)
             if request.stream and (events := self._events(writer, prepared)):
                 yield events
-        _raise_first(prepared.texts)
+        raise_first(prepared.texts)
         if not request.stream:
-            answer = writer.whole(self._extras(prepared))
-            guard_size(answer, self.settings.max_answer_mb)
-            yield sendable(answer)
+            yield writer.whole(self._extras(prepared))
         elif events := self._events(writer, prepared):
             yield events
 
@@ -221,27 +224,32 @@ class TextWorker:
         running = self._preparing.submit(context.run, work)
         return await asyncio.wrap_future(cast(Any, running))
 
-    def _prepare(self, request: TextRequest, stop: Stop, notify: Callable[[], None]) -> Prepared:
+    def _prepare(
+        self, base: Base, request: TextRequest, stop: Stop, notify: Callable[[], None]
+    ) -> Prepared:
         """Finds, fetches and parses the adapters, and reads the prompt. Changes nothing."""
         begun = time.perf_counter()
-        ready = self.models.load(self.models.choose(request), strict=request.strict)
+        ready = base.models.load(base.models.choose(request), strict=request.strict)
         seconds = time.perf_counter() - begun
         stop.check()
-        tokens = prompt_of(request, self.text, ready, plain(request.messages))
-        room = self.text.context - len(tokens)
+        tokens = prompt_of(request, base.text, ready, plain(request.messages))
+        room = base.text.context - len(tokens)
+        schema = request.schema
+        grammar = None if schema is None else base.text.grammars.grammar(schema)
         texts = tuple(
             Generation(
                 tokens,
-                request.sampling(number, self.text.defaults, room),
+                request.sampling(number, base.text.defaults, room),
                 ready.stack,
                 check=stop.check,
                 notify=notify,
                 special=not request.rules["skip_special_tokens"],
+                grammar=grammar and grammar.copy(),
             )
             for number in range(request.count)
         )
-        self.statistics.began(texts, request.model or self.settings.name, seconds)
-        return Prepared(request, ready, texts, seconds)
+        self.statistics.began(texts, request.model or base.settings.name, seconds)
+        return Prepared(request, ready, texts, seconds, base.parts.warnings)
 
     def _extras(self, prepared: Prepared) -> dict[str, Any]:
         """What our answers have besides OpenAI's fields."""
@@ -251,34 +259,29 @@ class TextWorker:
             "loras": prepared.ready.report,
             "timings": {"load": round(prepared.seconds, 4), **about(slowest)},
             "warnings": [
-                *self._parts.warnings,
+                *prepared.warnings,
                 *prepared.request.warnings,
                 *prepared.ready.warnings,
             ],
         }
 
-    def _act(self, job: Job) -> Answer:
+    def _checked(self, piece: Any) -> Any:
+        """A piece of an answer that the platform can carry. Raises: OutputTooLarge."""
+        if isinstance(piece, str):
+            return piece
+        guard_size(piece, self.settings.max_answer_mb)
+        return sendable(piece)
+
+    def _act(self, base: Base | VllmBase, job: Job) -> Answer:
         name = action_of(job)
+        if name == "statistics" and isinstance(base, VllmBase):
+            return {**base.counts, "prometheus": base.server.metrics()}
         if name == "statistics":
-            return self.statistics.answer(self.scheduler.counts)
-        actions = Actions(self._parts, {})
+            return self.statistics.answer(base.counts)
+        actions = Actions(base.parts, self.preloaded)
         if name not in actions.table:
             raise InvalidInput(f"action must be one of statistics, {', '.join(actions.table)}")
         answer = actions.answer(job)
         if name == "health":
-            answer |= {"kind": "text", **self.scheduler.counts}
-        guard_size(answer, self.settings.max_answer_mb)
-        return sendable(answer)
-
-
-def _raise_first(texts: tuple[Generation, ...]) -> None:
-    """Raises: the first error of a text, as one with a code."""
-    for error in (text.error for text in texts):
-        if isinstance(error, torch.OutOfMemoryError):
-            raise OutOfMemory("the device's memory did not suffice", "Ask for a shorter text.")
-        if isinstance(error, CodedError):
-            raise error
-        if isinstance(error, Exception):
-            raise unexpected(error) from error
-        if error is not None:
-            raise Cancelled("the worker ends")
+            answer |= {"kind": "text", "engine": self.settings.engine, **base.counts}
+        return cast(Answer, self._checked(answer))

@@ -16,7 +16,7 @@ from lora.fetch.rules import WebRules, origin_of
 from lora.fetch.sources import HUB, HubFile, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import EXTENSIONS, PICKLES, SAFETENSORS
-from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS
+from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, STEMS, TEMPLATES
 
 
 class _Sibling(NamedTuple):
@@ -52,7 +52,11 @@ class Hub:
         def url(name: str) -> str:
             return f"{self._base}/{hub_file.repo}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
-        config = str(path.with_name(PEFT_CONFIG))
+        is_peft = path.stem == PEFT_STEM
+        others = (
+            [str(path.with_name(name)) for name in (PEFT_CONFIG, *TEMPLATES)] if is_peft else []
+        )
+        urls = {name: url(name) for name in others if name in files}
         return RemoteFile(
             url=url(chosen.name),
             identity=f"hf://{hub_file.repo}@{commit}/{chosen.name}",
@@ -61,7 +65,8 @@ class Hub:
             sha256=chosen.sha256,
             size=chosen.size,
             fixed=True,
-            config_url=url(config) if path.stem == PEFT_STEM and config in files else None,
+            config_url=urls.pop(str(path.with_name(PEFT_CONFIG)), None),
+            template_url=next(iter(urls.values()), None),
         )
 
     @property

@@ -102,6 +102,8 @@ class RemoteFile:
     """Whether the content can never change (a commit, a version), so that it need not be asked for again."""
     config_url: str | None = field(default=None, repr=False)
     """The URL of a PEFT adapter's adapter_config.json."""
+    template_url: str | None = field(default=None, repr=False)
+    """The URL of the file that holds its chat template; None if it is known to have none."""
     token: str | None = field(default=None, repr=False, compare=False)
     """The bearer token that the request's link named, for the URL's own origin; never written down."""
 

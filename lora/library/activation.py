@@ -30,7 +30,7 @@ from lora.formats.contents import MAX_SHOWN
 from lora.formats.endings import SAFETENSORS
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
-from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, read_config
+from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, read_config, template_beside
 from lora.formats.pickles import looks_like_pickle
 from lora.library.states import Standing, State, put, unknown
 from lora.library.summary import summarised
@@ -105,7 +105,9 @@ class Activation:
             os.utime(part, ns=(adapter.version.mtime_ns, adapter.version.mtime_ns))
             status = part.stat()
             # Without a time of download it is never evicted: nobody could fetch it again.
-            record = Record(name, sha256, status.st_size, status.st_mtime_ns, fetched=None)
+            times = status.st_size, status.st_mtime_ns
+            template = template_beside(adapter.root / str(adapter.weights))
+            record = Record(name, sha256, *times, fetched=None, template=template)
             write(root, record_path(path), record)
             replace_durably(part, path)
         if copy := adapter_at(root, path.name):

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora.durable import part_file
-from lora.errors import CacheFull, DownloadFailed, LoraCorrupt
+from lora.errors import CacheFull, DownloadFailed, LoraCorrupt, naming
 from lora.fetch.download import Download, NotModified, OnBytes
 from lora.fetch.sources import RemoteFile
 from lora.fetch.web import Web
-from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG
+from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG, Beside, template_in
 from lora.volume.lease import Lease
 from lora.volume.records import INCOMING, record_path, write
 from lora.volume.shelf import CacheEntry, Damaged, Shelf, file_name
@@ -100,7 +100,7 @@ class Fetch:
                 )
                 with room.in_use(kept.path) if kept else nullcontext():
                     fetched = download.run(lambda more: room.make(root, more, more, path), headers)
-                return self.shelf.publish(part, root, self.remote, fetched, self._config(root))
+                return self.shelf.publish(part, root, self.remote, fetched, self._beside(root))
         except NotModified:
             if kept is None:
                 raise DownloadFailed(f"{self.remote.shown} answered HTTP 304") from None
@@ -108,19 +108,26 @@ class Fetch:
             write(root, record_path(kept.path), record)
             return replace(kept, record=record)
 
-    def _config(self, root: Path) -> str | None:
-        """The text of a PEFT adapter's config: without it, nobody knows the adapter's scale."""
-        url = self.remote.config_url
-        if url is None:
-            return None
-        config = RemoteFile(url, "", f"{self.remote.shown}'s {PEFT_CONFIG}", PEFT_CONFIG)
+    def _beside(self, root: Path) -> Beside:
+        """What belongs to a PEFT adapter: without its config, nobody knows its scale."""
+        config = template = None
+        if self.remote.config_url:
+            config = self._text(root, self.remote.config_url, PEFT_CONFIG)
+        if url := self.remote.template_url:
+            name = url.rsplit("/", 1)[-1]
+            with naming(self.remote.shown):
+                template = template_in(name, self._text(root, url, name))
+        return Beside(config, template)
+
+    def _text(self, root: Path, url: str, name: str) -> str:
+        file = RemoteFile(url, "", f"{self.remote.shown}'s {name}", name)
         limits = replace(self.shelf.limits, file_bytes=CONFIG_BYTES)
-        with part_file(root / INCOMING, PEFT_CONFIG) as part:
-            Download(self.web, config, part, limits, deadline=self.deadline).run(lambda size: None)
+        with part_file(root / INCOMING, name) as part:
+            Download(self.web, file, part, limits, deadline=self.deadline).run(lambda size: None)
             try:
                 return part.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise LoraCorrupt(f"{config.shown} is no text") from error
+                raise LoraCorrupt(f"{file.shown} is no text") from error
 
 
 @dataclass

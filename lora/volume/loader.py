@@ -17,7 +17,7 @@ from lora.formats.adapter import LoraFile, load
 from lora.formats.embeddings import TokenEmbedding, word_of
 from lora.formats.endings import SAFETENSORS
 from lora.formats.names.keys import KeyMap
-from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, config_beside
+from lora.formats.peft import PEFT_CONFIG, PEFT_STEM, config_beside, template_beside
 from lora.lru import ByteLru
 from lora.volume.cache import CacheEntry, OnBytes, Resolved, VolumeCache
 
@@ -46,6 +46,11 @@ class Loaded:
         if self.entry.record.source.endswith(PEFT_STEM + SAFETENSORS) and not self.file.scaled:
             return (*own, f"{self.entry.name} has no {PEFT_CONFIG}, so alpha counts as the rank")
         return own
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that the adapter brings; None if it has none. Raises: LoraCorrupt."""
+        return self.entry.record.template or template_beside(self.entry.path)
 
     @property
     def embeddings(self) -> tuple[TokenEmbedding, ...]:

@@ -44,6 +44,8 @@ class Record:
     """The hash of the downloaded file, if that was converted."""
     config: str | None = None
     """The text of the adapter_config.json that belongs to it."""
+    template: str | None = None
+    """The text of the chat template that belongs to it."""
     opened_by: str | None = None
     """A hash of the signature, user or token in the link that it was fetched by; None if there was none."""
     before: Record | None = None

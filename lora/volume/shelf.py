@@ -21,7 +21,7 @@ from lora.fetch.sources import RemoteFile
 from lora.formats.apart import convert_apart
 from lora.formats.endings import SAFETENSORS
 from lora.formats.header import read_header
-from lora.formats.peft import config_beside
+from lora.formats.peft import Beside, beside
 from lora.formats.pickles import looks_like_pickle
 from lora.volume.adapters import StoredAdapter
 from lora.volume.folders import Folders
@@ -131,7 +131,7 @@ class Shelf(Folders):
         return max(entries, key=lambda entry: entry.record.asked or 0.0, default=None)
 
     def publish(
-        self, part: Path, root: Path, remote: RemoteFile, fetched: Fetched, config: str | None
+        self, part: Path, root: Path, remote: RemoteFile, fetched: Fetched, beside: Beside
     ) -> CacheEntry:
         """Checks the bytes of `part`, converts a pickle, and gives the file its name in `root`.
 
@@ -161,7 +161,8 @@ class Shelf(Folders):
                 etag=fetched.etag,
                 modified=fetched.modified,
                 source_sha256=fetched.sha256 if sha256 != fetched.sha256 else None,
-                config=config,
+                config=beside.config,
+                template=beside.template,
                 opened_by=opened_by(remote),
             )
             write(root, record_path(path), replace(record, before=before), synced=True)
@@ -180,7 +181,7 @@ class Shelf(Folders):
         with part_file(root / INCOMING, path.name) as part:
             shutil.copyfile(path, part)
             fetched = Fetched(sha256_of(part), status.st_size, None, None)
-            return self.publish(part, root, remote, fetched, config_beside(path))
+            return self.publish(part, root, remote, fetched, beside(path))
 
     def describe(self) -> list[dict[str, Any]]:
         """Every adapter file as lists show it, in the order of their names; times in seconds since 1970."""

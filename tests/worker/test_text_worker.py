@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file as tensors_of
 from safetensors.torch import save_file
 
+from lora.errors import SourceInvalid
 from tests.text.small import base, folder, generated, peft, tokenizer
 from tests.waiting import until
 from text_settings import TextSettings
@@ -293,6 +294,19 @@ def test_an_adapters_own_chat_template_is_taken(worker: TextWorker, cache: Path)
     assert words(answer) == right("plain", tokens)
     (path / "chat_template.jinja").write_text("{{ ''.__class__ }}{{ 9 ** 9 ** 9 }}")
     assert refused(worker, messages=QUESTION, loras=["speaks"])["code"] == "CHAT_TEMPLATE_FAILED"
+    (path / "chat_template.jinja").unlink()
+    config = path / "tokenizer_config.json"
+    config.write_text(json.dumps({"chat_template": "{{ messages[0].content }}"}))
+    again = ask(worker, messages=QUESTION, loras=["speaks"], sampling_params=GREEDY)
+    assert words(again) == words(answer)
+    unused = ask(
+        worker, messages=QUESTION, loras=[{"path": "speaks", "scale": 0}], sampling_params=GREEDY
+    )
+    assert words(unused) == right(None, prompt_tokens())
+    config.write_text("{")
+    error = refused(worker, messages=QUESTION, loras=["speaks"])
+    assert error["code"] == "LORA_CORRUPT" and "speaks" in error["message"]
+    assert words(ask(worker, prompt="abc", loras=["speaks"], sampling_params=GREEDY))
 
 
 @pytest.mark.parametrize(
@@ -326,7 +340,25 @@ def test_an_adapters_own_chat_template_is_taken(worker: TextWorker, cache: Path)
         ),
         ({"openai_route": "/v1/embeddings", "openai_input": {}}, "INVALID_INPUT", "embeddings"),
         ({"openai_route": "/v1/chat/completions"}, "INVALID_INPUT", "openai_input"),
-        ({"prompt": "a", "response_format": {"type": "json_object"}}, "INVALID_INPUT", "response"),
+        ({"prompt": "a", "response_format": {"type": "grammar"}}, "INVALID_INPUT", "json_schema"),
+        (
+            {"prompt": "a", "response_format": {"type": "json_schema"}},
+            "INVALID_INPUT",
+            "schema is not an object",
+        ),
+        (
+            {
+                "prompt": "a",
+                "response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}},
+            },
+            "SCHEMA_UNSUPPORTED",
+            "not",
+        ),
+        ({"messages": QUESTION, "tools": [{"type": "function"}]}, "INVALID_INPUT", "no functions"),
+        ({"messages": QUESTION, "tool_choice": "required"}, "INVALID_INPUT", "no functions"),
+        ({"prompt": "a", "sampling_params": {"logit_bias": {"999": 1}}}, "INVALID_INPUT", "999"),
+        ({"prompt": "a", "sampling_params": {"logit_bias": {"9": 1e9}}}, "INVALID_INPUT", "100"),
+        ({"prompt": "a", "sampling_params": {"stop_token_ids": [-1]}}, "INVALID_INPUT", "-1"),
         ({"action": "no.such"}, "INVALID_INPUT", "statistics"),
     ],
 )
@@ -335,6 +367,44 @@ def test_bad_input_gets_openais_shape_with_our_code(
 ) -> None:
     error = refused(worker, **values)
     assert (error["code"], said in error["message"]) == (code, True), error
+
+
+def test_a_schema_is_held_to_streamed_or_not_with_an_adapter_or_without(
+    worker: TextWorker,
+) -> None:
+    schema = {"type": "array", "items": {"enum": ["yes", "no"]}, "minItems": 1, "maxItems": 3}
+    form = {"type": "json_schema", "json_schema": {"name": "votes", "schema": schema}}
+    body = {
+        "messages": QUESTION,
+        "response_format": form,
+        "max_tokens": 200,
+        "seed": 3,
+        "n": 2,
+        "tools": None,
+        "tool_choice": "none",
+    }
+    for loras in ([], ["plain"], ["dora"]):
+        whole = ask(worker, openai_input={**body, "loras": loras})
+        told = asyncio.run(pieces(worker, openai_input={**body, "loras": loras, "stream": True}))
+        made = ["", ""]
+        for event in events(told):
+            for choice in event["choices"]:
+                made[choice["index"]] += choice["delta"].get("content", "")
+        assert made == [choice["message"]["content"] for choice in whole["choices"]]
+        for text in made:
+            assert set(json.loads(text)) <= {"yes", "no"} and json.loads(text)
+
+
+def test_a_json_object_is_a_whole_object_or_ends_for_its_length(worker: TextWorker) -> None:
+    rules = {"max_tokens": 150, "temperature": 1, "seed": 1, "min_tokens": 3}
+    answer = ask(
+        worker,
+        prompt="a",
+        response_format={"type": "json_object"},
+        sampling_params={**rules, "logit_bias": {str(tokenizer().encode("}")[0]): 30}},
+    )
+    assert isinstance(json.loads(words(answer)), dict)
+    assert "min_tokens has no effect with response_format" in answer["warnings"][0]
 
 
 def test_what_has_no_effect_is_told(worker: TextWorker) -> None:
@@ -378,24 +448,53 @@ def test_who_stops_listening_ends_the_text_within_a_step(worker: TextWorker) -> 
         await stream.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(leave())
-    until(lambda: worker.scheduler.counts["running"] == 0)
+    until(lambda: worker.base.scheduler.counts["running"] == 0)
 
 
 def test_a_cancelled_task_ends_the_text(worker: TextWorker) -> None:
     async def cancel() -> None:
         values = {"prompt": "abc", "sampling_params": {"max_tokens": 250, "ignore_eos": True}}
         task = asyncio.ensure_future(pieces(worker, **values))
-        while not worker.scheduler.counts["running"]:
+        while not worker.base.scheduler.counts["running"]:
             await asyncio.sleep(0.001)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(cancel())
-    until(lambda: worker.scheduler.counts["running"] == 0)
+    until(lambda: worker.base.scheduler.counts["running"] == 0)
 
 
 def test_after_all_this_every_weight_is_what_it_was(worker: TextWorker) -> None:
-    until(lambda: not worker.engine.undo.pending)
-    now = worker.text.model.state_dict()
+    until(lambda: not worker.base.engine.undo.pending)
+    now = worker.base.text.model.state_dict()
     assert all(torch.equal(now[name], was) for name, was in base().state_dict().items())
+
+
+def preloading(model_folder: Path, cache: Path, **more: Any) -> TextWorker:
+    settings = TextSettings(model=str(model_folder), lora_cache_dir=cache, device="cpu", **more)
+    return TextWorker(settings).setup()
+
+
+def test_preloaded_adapters_are_told_and_a_fit_worker_passes(
+    model_folder: Path, cache: Path, own_fallback: None
+) -> None:
+    worker = preloading(model_folder, cache, lora_preload="plain, no-such-one")
+    until(lambda: "under way" not in worker.preloaded.values())
+    worker.check_fitness()
+    told = ask(worker, action="health")["preloaded"]
+    assert told["plain"] == "ready" and told["no-such-one"].startswith("LORA_NOT_FOUND")
+    worker.close()
+
+
+@pytest.mark.parametrize(
+    "more", [{"lora_preload": "https://"}, {"lora_modules": '[{"name": "x", "path": "../up"}]'}]
+)
+def test_a_malformed_source_makes_the_worker_unfit(
+    model_folder: Path, cache: Path, own_fallback: None, more: dict[str, str]
+) -> None:
+    worker = preloading(model_folder, cache, **more)
+    until(lambda: "under way" not in worker.preloaded.values())
+    with pytest.raises(SourceInvalid):
+        worker.check_fitness()
+    worker.close()

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -147,6 +148,45 @@ def test_a_peft_repo_comes_with_its_config(
         assert part is not None
         assert part.scaling == 8.0
     assert server.hits[f"/u/peft/resolve/{COMMIT}/adapter_config.json"] == 1
+
+
+JINJA, TOKENIZER = "chat_template.jinja", "tokenizer_config.json"
+SEVERAL = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "two"}]
+
+
+@pytest.mark.parametrize(
+    ("files", "template"),
+    [
+        ({}, None),
+        ({JINJA: "one"}, "one"),
+        ({TOKENIZER: json.dumps({"chat_template": "two"})}, "two"),
+        ({TOKENIZER: json.dumps({"chat_template": SEVERAL})}, "two"),
+        ({TOKENIZER: json.dumps({"model_max_length": 5})}, None),
+        ({JINJA: "one", TOKENIZER: "broken"}, "one"),
+    ],
+)
+def test_a_peft_repo_comes_with_its_chat_template(
+    tmp_path: Path, server: LoopbackServer, files: dict[str, str], template: str | None
+) -> None:
+    told = {name: text.encode() for name, text in files.items()}
+    server.serve_repo("u/peft", {"adapter_model.safetensors": ADAPTER, **told})
+    server.serve_repo("u/plain", {"x.safetensors": ADAPTER, **told})
+    cache = make(tmp_path, server)
+    for _ in range(2):  # the second from the cache
+        assert cache.get(cache.resolve(Reference("u/peft"))).record.template == template
+    assert cache.get(cache.resolve(Reference("u/plain"))).record.template is None
+
+
+@pytest.mark.parametrize("broken", ["{", "[]", '{"chat_template": 3}', '{"chat_template": [3]}'])
+def test_a_broken_chat_template_of_a_peft_repo_is_an_error(
+    tmp_path: Path, server: LoopbackServer, broken: str
+) -> None:
+    files = {"adapter_model.safetensors": ADAPTER, TOKENIZER: broken.encode()}
+    server.serve_repo("u/peft", files)
+    cache = make(tmp_path, server)
+    with pytest.raises(LoraError) as caught:
+        cache.get(cache.resolve(Reference("u/peft")))
+    assert caught.value.code == "LORA_CORRUPT" and "u/peft" in caught.value.sentence
 
 
 def test_a_peft_repo_without_its_config_is_warned_of(
