@@ -8,7 +8,7 @@ from typing import Any
 
 from lora.engine.rows import Rows
 from lora.engine.stack import LoraUse, Stack
-from lora.errors import CodedError, LoraUnsupported, nearest
+from lora.errors import LoraUnsupported, nearest
 from lora.fetch.sources import Reference
 from lora.formats.peft import PEFT_STEM
 from lora.library.catalog import Catalog
@@ -19,6 +19,7 @@ from schemas import MAX_LORAS
 from text.loading import TextModel, template_beside
 from text_settings import TextSettings
 from validation import InvalidInput
+from worker.openai_answers import ModelNotFound
 from worker.parts import Answer
 from worker.reports import about, unused_keys
 from worker.selection import NONE, Selection, ready
@@ -26,12 +27,6 @@ from worker.text_input import TextRequest
 
 VOCABULARY = ("embed_tokens", "wte", "lm_head", "embed_in", "embed_out")
 """Names of the modules whose first axis is the vocabulary."""
-
-
-class ModelNotFound(CodedError):
-    """`model` names neither the base nor an adapter that this worker knows."""
-
-    code = "MODEL_NOT_FOUND"
 
 
 @dataclass(frozen=True)

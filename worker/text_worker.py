@@ -12,7 +12,7 @@ import contextvars
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,11 +32,12 @@ from validation import InvalidInput
 from worker.actions import Actions, action_of
 from worker.failures import OutOfMemory, unexpected
 from worker.logs import JOB_ID
+from worker.openai_answers import error_answer, models_answer
 from worker.opening import open_cache
 from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job, Parts
 from worker.stop import Cancelled, Stop, seconds_for
-from worker.text_answers import Writer, error_answer, models_answer
+from worker.text_answers import Writer
 from worker.text_input import MODELS, TextRequest, parse_text_job, plain
 from worker.text_models import Models, Ready, prompt_of
 from worker.text_statistics import Statistics
@@ -135,6 +136,11 @@ class TextWorker:
         """Writes the texts."""
         return Scheduler(self.text, self.engine, self.settings.most_rows, self.statistics.ended)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many texts wait, and how many are under way; none before the base is loaded."""
+        return self.scheduler.counts if "scheduler" in self.__dict__ else {}
+
     @cached_property
     def _parts(self) -> Parts:
         face: Any = _Face(self.settings.name, self.text.device)
@@ -150,7 +156,7 @@ class TextWorker:
 
     # --- one job --------------------------------------------------------------------------------
 
-    async def handle(self, job: Job) -> AsyncIterator[Any]:
+    async def handle(self, job: Job) -> AsyncGenerator[Any]:
         """The answer to a job in one piece or, for a stream, in many: text of server-sent events.
 
         A failed job yields `{"error": …}` in OpenAI's shape. Whatever ends the generator early ends the
