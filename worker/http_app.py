@@ -23,9 +23,9 @@ from lora.errors import CodedError
 from settings import Settings
 from validation import InvalidInput
 from worker.failures import unexpected
-from worker.http_errors import NoSuchRoute, NotReady, Unauthorized
+from worker.http_errors import NoSuchRoute, NotReady, Unauthorized, ending
 from worker.http_exchange import Exchange, Json
-from worker.http_line import Line, ending
+from worker.http_line import Line
 from worker.http_metrics import Metrics
 from worker.openai_answers import error_answer
 from worker.parts import Answer, Job

@@ -38,3 +38,8 @@ class NoSuchRoute(CodedError):
     """The server has no such path, or not with this method."""
 
     code = "NO_SUCH_ROUTE"
+
+
+def ending() -> NotReady:
+    """The error for whoever comes or waits while the server ends."""
+    return NotReady("the server ends", "Send the request again.")

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from lora.errors import CodedError
 from validation import InvalidInput
-from worker.http_errors import BodyTooLarge, Busy
+from worker.http_errors import BodyTooLarge, Busy, ending
 from worker.openai_answers import error_answer, status_of
 from worker.outputs import sendable
 
@@ -136,7 +136,8 @@ class Exchange:
     async def while_connected(
         self, work: Coroutine[Any, Any, Result], *, beats: bool = False
     ) -> Result:
-        """What the work returns or raises. It is cancelled, and waited for, if the client hangs up.
+        """What the work returns or raises. It is cancelled, and waited for, if the client hangs up, or if
+        this task is cancelled.
 
         `beats`: silence is broken by a comment, which begins the events. Call it once the body is read.
         """
@@ -146,14 +147,18 @@ class Exchange:
                 await asyncio.wait({task, gone}, timeout=BEAT, return_when="FIRST_COMPLETED")
                 if beats and not task.done() and time.monotonic() - self._last >= BEAT:
                     await self.write(": waiting\n\n")
+        except asyncio.CancelledError:  # the server ends; the client is still told how its work did
+            if this := asyncio.current_task():
+                this.uncancel()
         finally:
+            hung_up = gone.done()
             gone.cancel()
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
-        if task.cancelled():
-            raise ClientDisconnect
-        return task.result()
+        if not task.cancelled():
+            return task.result()
+        raise ClientDisconnect if hung_up else ending()
 
     async def _gone(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

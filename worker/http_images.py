@@ -82,7 +82,7 @@ class Images:
 
             work = self._in_line(job, post if events else _nobody)
             answer = await exchange.while_connected(work, beats=events)
-            await exchange.answer(answer)
+        await exchange.answer(answer)
 
     async def _draw(self, exchange: Exchange) -> None:
         with self._serving.jobs.ticket():
@@ -90,9 +90,9 @@ class Images:
             values, by_url = await asyncio.to_thread(self._values, body)
             work = self._in_line(job_of({"input": values}), _nobody)
             answer = openai_answer(await exchange.while_connected(work), by_url=by_url)
-            idle = [name for name in WITHOUT_EFFECT if body.get(name) is not None]
-            told = [f"{name} has no effect here" for name in idle]
-            await exchange.answer({**answer, "warnings": [*answer["warnings"], *told]})
+        idle = [name for name in WITHOUT_EFFECT if body.get(name) is not None]
+        told = [f"{name} has no effect here" for name in idle]
+        await exchange.answer({**answer, "warnings": [*answer["warnings"], *told]})
 
     async def _models(self, exchange: Exchange) -> None:
         presets = await asyncio.to_thread(self._presets)

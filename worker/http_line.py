@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-from worker.http_errors import Busy, NotReady
+from worker.http_errors import Busy, ending
 
 LONGEST = 60
 """Most seconds after which a client is told to ask again."""
@@ -87,8 +87,3 @@ class Line:
                 turn.set_result(None)
                 return
         self._working -= 1
-
-
-def ending() -> NotReady:
-    """The error for whoever comes or waits while the server ends."""
-    return NotReady("the server ends", "Send the request again.")

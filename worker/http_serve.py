@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import uvicorn
 
@@ -22,6 +22,8 @@ log = logging.getLogger("worker")
 KEEP_ALIVE = 75
 """Seconds for which an idle connection stays open: longer than load balancers reuse theirs."""
 
+MOST_PORT = 65535
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -32,26 +34,29 @@ def serve(settings: Settings, kind: Kind, load: Callable[[], object]) -> None:
     second one it is cancelled, and the weights are put back. Raises: SettingsError if a port cannot be used;
     whatever `load` raises; SystemExit if the process must not go on.
     """
-    host = settings.host
-    sockets = [_listening(host, settings.port, "PORT")]
-    port = sockets[0].getsockname()[1]
-    if settings.port_health not in (0, port):
-        sockets.append(_listening(host, settings.port_health, "PORT_HEALTH"))
-    if not settings.api_key and host not in LOOPBACK:
-        log.info("no WORKER_API_KEY: whoever reaches this machine's port %d may ask", port)
-    run = _Run(settings, kind, load)
-    asyncio.run(run.until_the_end(sockets))
+    run, host = _Run(settings, kind, load), settings.host
+    with ExitStack() as opened:
+        sockets = [opened.enter_context(_listening(host, settings.port, "PORT"))]
+        port = sockets[0].getsockname()[1]
+        if settings.port_health not in (0, port):
+            health = _listening(host, settings.port_health, "PORT_HEALTH")
+            sockets.append(opened.enter_context(health))
+        if not settings.api_key and host not in LOOPBACK:
+            log.info("no WORKER_API_KEY: whoever reaches this machine's port %d may ask", port)
+        asyncio.run(run.until_the_end(sockets))
     if run.gave_up:
         sys.exit("the worker ends, to be started anew")
 
 
 def _listening(host: str, port: int, name: str) -> socket.socket:
+    where = f"{name}: {host} port {port} cannot be used"
+    if port > MOST_PORT:
+        raise SettingsError(f"{where}: there is none above {MOST_PORT}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or "it is no port"
-        raise SettingsError(f"{name}: {host} port {port} cannot be used: {reason}") from None
+    except OSError as error:
+        raise SettingsError(f"{where}: {error.strerror}") from None
 
 
 class _Server(uvicorn.Server):
@@ -82,7 +87,7 @@ class _Run:
 
     async def until_the_end(self, sockets: Sequence[socket.socket]) -> None:
         """Serves. Raises: whatever keeps the server from going on."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
         self._servers = [
@@ -129,8 +134,9 @@ class _Run:
             log.info("ready")
 
     def _give_up(self) -> None:
+        """For any thread."""
         self.gave_up = True
-        self._ends()
+        self._loop.call_soon_threadsafe(self._ends)
 
     def _ends(self, error: BaseException | None = None) -> None:
         self._broken = self._broken or error
