@@ -30,6 +30,7 @@ RUN --mount=type=secret,id=HF_TOKEN \
     python download_weights.py && HF_HUB_OFFLINE=1 python download_weights.py --check
 
 COPY handler.py schemas.py entries.py text_settings.py validation.py pyproject.toml ./
+COPY live/ live/
 COPY lora/ lora/
 COPY pipelines/ pipelines/
 COPY text/ text/

@@ -41,6 +41,25 @@ class Settings:
     kind: str = _setting("WORKER_KIND", "image",
         "What the worker makes: `image`, or `text` from a language model (docs/text.md)",
         options=("image", "text"))
+    serve: str = _setting("WORKER_SERVE", "queue",
+        "How the worker is reached: `queue` takes RunPod's jobs; `http` is a server of its own, for "
+        "load-balancing endpoints, pods and laptops (docs/http.md)", options=("queue", "http"))
+    host: str = _setting("WORKER_HOST", "0.0.0.0",
+        "Address at which the server listens; `127.0.0.1` is this machine alone")
+    port: int = _setting("PORT", 8000,
+        "Port of the server; 0 takes a free one. On RunPod it must be exposed", minimum=0)
+    port_health: int = _setting("PORT_HEALTH", 0,
+        "Port that answers `/ping` besides; 0 for none", minimum=0)
+    api_key: str = _setting("WORKER_API_KEY", "",
+        "What the server's clients must send as `Authorization: Bearer`; only `/ping` is open without. "
+        "If it is empty, everybody may ask. A load-balancing endpoint checks RunPod's key itself, and needs "
+        "none", secret=True, token=True)
+    waiting: int = _setting("WORKER_WAITING", 16,
+        "Requests that wait at most for those that the server works on; more get 429 with Retry-After",
+        minimum=0)
+    max_body_mb: float = _setting("WORKER_MAX_BODY_MB", 30.0,
+        "Largest body of a request to the server, in MB; a larger one gets 413 (RunPod carries 30)",
+        minimum=0.001)
     model: str = _setting("WORKER_MODEL", STOCK_MODEL,
         "Base model: a Hugging Face repo, a folder in diffusers layout, a single .safetensors "
         "checkpoint, or `demo` for the embedded model")

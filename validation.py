@@ -59,12 +59,16 @@ class InvalidInput(CodedError):
     """The request breaks the schema; the sentence lists every fault with its path."""
 
     code = "INVALID_INPUT"
+    faults: Sequence[str] = ()
+    """The faults one by one, where the error lists any."""
 
     @classmethod
     def of(cls, faults: Sequence[str]) -> InvalidInput:
         """The error that lists these faults, of which there is at least one."""
         count = "" if len(faults) == 1 else f"{len(faults)} faults: "
-        return cls(count + "; ".join(faults), "docs/requests.md lists the fields.")
+        error = cls(count + "; ".join(faults), "docs/requests.md lists the fields.")
+        error.faults = tuple(faults)
+        return error
 
 
 def field(types: str, default: Any, description: str, **limits: Any) -> dict[str, Any]:

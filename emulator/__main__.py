@@ -14,10 +14,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from emulator.app import counts, new_app
+from emulator.balancer import REQUEST_LIMIT, Balancer, Rules
 from emulator.jobs import JobQueue
 from emulator.worker_api import wire_environment
 from emulator.workers import NoWorkerStarts, Scale, WorkerPool
@@ -54,18 +57,19 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, homes: P
     port = listening.getsockname()[1]
     address = f"http://{'127.0.0.1' if everywhere else options.host}:{port}"
     key = secrets.token_hex(8)
-    queue = JobQueue()
-    environment = _environment(options.volume) | wire_environment(address, options.endpoint, key)
+    queue, balances = JobQueue(), bool(options.load_balancing)
+    wire = {} if balances else wire_environment(address, options.endpoint, key)
+    environment = _environment(options.volume) | wire
     scale = Scale(options.min_workers, options.workers, options.scale_delay, options.idle_timeout)
-    pool = WorkerPool(options.command, environment, queue, scale, homes)
-    app = new_app(
-        queue,
-        pool,
-        endpoint=options.endpoint,
-        worker_key=key,
-        api_key=options.api_key,
-        webhook_pause=options.webhook_pause,
-    )
+    pool = WorkerPool(options.command, environment, queue, scale, homes, serving=balances)
+    beside = [asyncio.create_task(_status_line(queue, pool))]
+    if balances:
+        app: Any = Balancer(pool, Rules(options.api_key, options.request_limit))
+        beside.append(asyncio.create_task(app.watch()))
+        opened = f"{address} is open, and passes requests to healthy workers"
+    else:
+        app = _queue_app(options, queue, pool, key)
+        opened = f"{address}/v2/{options.endpoint} is open; see {address} for its state"
     over = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         asyncio.get_running_loop().add_signal_handler(number, over.set)
@@ -79,16 +83,29 @@ async def _serve(options: argparse.Namespace, listening: socket.socket, homes: P
         )
     )
     serving = asyncio.create_task(server.serve(sockets=[listening]))
-    log.info("%s/v2/%s is open; see %s for its state", address, options.endpoint, address)
-    status = asyncio.create_task(_status_line(queue, pool))
+    log.info("%s", opened)
     try:
         await pool.run(over)
     finally:
         # Only now, when the workers are gone: their posts had to be answered.
-        status.cancel()
+        for task in beside:
+            task.cancel()
         queue.close()
         server.should_exit = True
         await serving
+
+
+def _queue_app(
+    options: argparse.Namespace, queue: JobQueue, pool: WorkerPool, worker_key: str
+) -> FastAPI:
+    return new_app(
+        queue,
+        pool,
+        endpoint=options.endpoint,
+        worker_key=worker_key,
+        api_key=options.api_key,
+        webhook_pause=options.webhook_pause,
+    )
 
 
 def _environment(volume: Path | None) -> dict[str, str]:
@@ -143,12 +160,25 @@ def _options() -> argparse.Namespace:
     )
     add("--idle-timeout", type=float, default=5, help="seconds before an idle extra one ends (5)")
     add("--webhook-pause", type=float, default=10.0, help="seconds between tries of a webhook (10)")
+    add(
+        "--load-balancing",
+        action="store_true",
+        help="requests go straight to the workers' own HTTP servers",
+    )
+    add(
+        "--request-limit",
+        type=float,
+        default=REQUEST_LIMIT,
+        help="seconds after which load balancing cuts a request off (330)",
+    )
     add("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.min_workers is None:
         options.min_workers = options.workers
     if not (options.workers >= 1 and 0 <= options.min_workers <= options.workers):
         parser.error("--workers must be at least 1, --min-workers from 0 to --workers")
+    if options.load_balancing and options.min_workers < options.workers:
+        parser.error("--min-workers does nothing with --load-balancing: the number is fixed")
     if not 0 <= options.port <= 65535:
         parser.error("--port must be from 0 to 65535")
     command = options.command[1:] if options.command[:1] == ["--"] else options.command

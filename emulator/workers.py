@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Collection, Coroutine, Mapping, Sequence
@@ -33,7 +34,7 @@ that are shown.
 
 
 class NoWorkerStarts(RuntimeError):
-    """No worker ever asked for a job, and several died; the text ends with what the last one printed."""
+    """No worker ever was ready, and several died; the text ends with what the last one printed."""
 
 
 @dataclass
@@ -42,8 +43,10 @@ class Worker:
 
     id: str
     process: asyncio.subprocess.Process
+    port: int = 0
+    """Where its own HTTP server is to listen; 0 for a worker of the queue."""
     ready: bool = False
-    """Whether it has asked for a job."""
+    """Whether it has asked for a job, or its server was healthy."""
     stopping: bool = False
     """Whether it gets no more jobs."""
     asked: bool = False
@@ -95,15 +98,21 @@ class WorkerPool:
         queue: JobQueue,
         scale: Scale,
         homes: Path,
+        *,
+        serving: bool = False,
     ) -> None:
-        """`environment`: the variables of each worker, besides RUNPOD_POD_ID and a HOME below `homes`."""
+        """`environment`: the variables of each worker, besides RUNPOD_POD_ID and a HOME below `homes`.
+
+        `serving`: each worker is an HTTP server, and gets a PORT.
+        """
         self._command, self._environment = list(command), dict(environment)
         self._queue, self._scale, self._homes = queue, scale, homes
+        self._serving = serving
         self.workers: dict[str, Worker] = {}
         self.deaths = 0
         """How many workers ended without having been asked to."""
         self._proven = False
-        """Whether a worker ever asked for a job; then the command works, and no number of deaths ends it."""
+        """Whether a worker ever was ready; then the command works, and no number of deaths ends it."""
         self._stillborn: list[Worker] = []
         """Those that died before any had asked for a job."""
         self._number = 0
@@ -129,7 +138,7 @@ class WorkerPool:
             await self._end_all()
         if self._hopeless:
             last = "\n".join(self._stillborn[-1].lines) or "(nothing)"
-            count = f"{len(self._stillborn)} workers died, and none ever asked for a job"
+            count = f"{len(self._stillborn)} workers died, and none ever was ready"
             raise NoWorkerStarts(f"{count}; the last one printed:\n{last}")
 
     @property
@@ -142,7 +151,7 @@ class WorkerPool:
         return self._doubtful and not self.workers
 
     def heard_of(self, name: str) -> None:
-        """Notes that a worker asked for a job: it has started."""
+        """Notes that a worker asked for a job, or is healthy: it has started."""
         if worker := self.workers.get(name):
             worker.ready = self._proven = True
 
@@ -168,16 +177,20 @@ class WorkerPool:
         self._number += 1
         home = self._homes / name
         home.mkdir(parents=True, exist_ok=True)
+        environment = {**self._environment, "RUNPOD_POD_ID": name, "HOME": str(home)}
+        port = _free_port() if self._serving else 0
+        if port:
+            environment["PORT"] = environment["PORT_HEALTH"] = str(port)
         process = await asyncio.create_subprocess_exec(
             *self._command,
-            env={**self._environment, "RUNPOD_POD_ID": name, "HOME": str(home)},
+            env=environment,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,
             limit=1 << 20,
         )
-        worker = self.workers[name] = Worker(name, process)
+        worker = self.workers[name] = Worker(name, process, port)
         log.info("%s started (pid %d)", name, process.pid)
         _keep(self._outputs, self._show(worker))
 
@@ -264,6 +277,11 @@ async def _ended(workers: Collection[Worker], seconds: float) -> bool:
             return False
         await asyncio.sleep(POLL / 4)
     return True
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
 
 
 def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:

@@ -6,6 +6,7 @@ import logging
 import traceback
 
 from lora.errors import CodedError
+from worker.outputs import sendable
 from worker.parts import Answer
 
 log = logging.getLogger("worker")
@@ -26,6 +27,19 @@ class Unexpected(CodedError):
     code = "INTERNAL"
 
 
+class ErrorText(str):
+    """An answer's `error` as text, which knows the error that it tells of."""
+
+    error: CodedError
+
+    @classmethod
+    def of(cls, error: CodedError) -> ErrorText:
+        """`CODE: sentence. hint`, as it can be posted."""
+        text = cls(sendable(str(error)))
+        text.error = error
+        return text
+
+
 def unexpected(error: Exception) -> Unexpected:
     """Logs the traceback without the error's text, which may hold a URL or a token."""
     log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
@@ -39,4 +53,5 @@ def failure(error: CodedError, *, refresh: bool = False) -> Answer:
     Its sentence may repeat what the request says, and is the client's alone.
     """
     log.info("job failed: %s", error.code)
-    return {"error": str(error), "refresh_worker": True} if refresh else {"error": str(error)}
+    answer = {"error": ErrorText.of(error)}
+    return {**answer, "refresh_worker": True} if refresh else answer

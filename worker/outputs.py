@@ -152,7 +152,8 @@ def sendable(value: Any) -> Any:
     if isinstance(value, str):
         if value.isascii():
             return value
-        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return value if text == value else text
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError("not a finite number")
     if value is None or isinstance(value, (bool, int, float)):

@@ -1,11 +1,11 @@
-"""Answers in OpenAI's shapes: whole, as server-sent events, and errors."""
+"""Answers in OpenAI's shapes: whole, and as server-sent events."""
 
 from __future__ import annotations
 
 import json
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,38 +21,6 @@ from worker.text_input import TextRequest
 from worker.text_parameters import CHAT
 
 DONE = "data: [DONE]\n\n"
-
-KINDS = {
-    "INVALID_INPUT": "invalid_request_error",
-    "CHAT_TEMPLATE_FAILED": "invalid_request_error",
-    "SCHEMA_UNSUPPORTED": "invalid_request_error",
-    "LORA_INCOMPATIBLE": "invalid_request_error",
-    "LORA_UNSUPPORTED": "invalid_request_error",
-    "LORA_SOURCE_INVALID": "invalid_request_error",
-    "LORA_NOT_FOUND": "not_found_error",
-    "MODEL_NOT_FOUND": "not_found_error",
-    "LORA_ACCESS_DENIED": "permission_error",
-}
-"""Our code -> OpenAI's type of an error; `server_error` for the others."""
-
-
-class ErrorBody(dict[str, Any]):
-    """An error in OpenAI's shape. The SDK answers with its `str()`, which is JSON."""
-
-    def __str__(self) -> str:
-        return json.dumps(self)
-
-
-def error_answer(error: CodedError) -> Answer:
-    """`{"error": {message, type, param, code, hint}}`; the code is ours."""
-    body = ErrorBody(
-        message=f"{error.sentence}. {error.hint}".strip(),
-        type=KINDS.get(error.code, "server_error"),
-        param=None,
-        code=error.code,
-        hint=error.hint,
-    )
-    return {"error": body}
 
 
 def raise_first(texts: Sequence[Generation]) -> None:
@@ -201,11 +169,3 @@ class Writer:
 
 def _event(value: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
-
-
-def models_answer(bases: Iterable[str], now: str, adapters: Sequence[str]) -> Answer:
-    """What can be named as `model`: the bases, and the adapters of the one that is loaded `now`."""
-    about = {"object": "model", "created": int(time.time()), "owned_by": "worker"}
-    names = [{"id": base, **about, "root": base, "parent": None} for base in bases]
-    names += [{"id": name, **about, "root": name, "parent": now} for name in adapters]
-    return {"object": "list", "data": names}

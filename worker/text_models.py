@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora.engine.stack import LoraUse, Stack
-from lora.errors import CodedError, LoraUnsupported, naming, nearest
+from lora.errors import LoraUnsupported, naming, nearest
 from lora.fetch.sources import Reference
 from lora.formats.adapter import LoraFile
 from lora.formats.peft import PEFT_STEM
@@ -18,6 +18,7 @@ from schemas import MAX_LORAS
 from text.loading import TextModel
 from text_settings import TextSettings
 from validation import InvalidInput
+from worker.openai_answers import ModelNotFound
 from worker.parts import Answer, Parts
 from worker.reports import about, unused_keys
 from worker.selection import NONE, ready
@@ -25,12 +26,6 @@ from worker.text_input import TextRequest
 
 VOCABULARY = ("embed_tokens", "wte", "lm_head", "embed_in", "embed_out")
 """Names of the modules whose first axis is the vocabulary."""
-
-
-class ModelNotFound(CodedError):
-    """`model` names neither the base nor an adapter that this worker knows."""
-
-    code = "MODEL_NOT_FOUND"
 
 
 @dataclass(frozen=True)

@@ -5,17 +5,37 @@ from __future__ import annotations
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from text.generation import Generation
 
 WINDOW = 60.0
 """Seconds over which requests per second are counted."""
+
+MEANINGS = {
+    "texts": "Texts that have ended",
+    "failed": "Texts that failed",
+    "prompt_tokens": "Tokens of prompts",
+    "tokens": "Tokens that were written",
+    "latency_seconds": "Mean seconds of a text",
+    "first_token_seconds": "Mean seconds to a text's first token",
+    "queue_seconds": "Mean seconds that a text waits",
+    "load_seconds": "Mean seconds in which a text's adapters are fetched and parsed",
+    "tokens_per_second": "Tokens per second of a text",
+    "queries_per_second": "Texts that ended per second, over the last minute",
+}
+"""Figures per model name."""
+
+COUNTERS = ("texts", "failed", "prompt_tokens", "tokens")
+"""Those of them that only grow; Prometheus' names of these end in `_total`."""
 
 
 @dataclass
@@ -63,7 +83,8 @@ class Statistics:
                 sums.decode_seconds += times.ended - times.first
             sums.recent.append(now)
 
-    def _rows(self) -> dict[str, dict[str, float]]:
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The figures of `MEANINGS` for each model name."""
         now, rows = time.monotonic(), {}
         with self._guard:
             for name, sums in self._sums.items():
@@ -91,22 +112,39 @@ class Statistics:
 
         Times are means per text.
         """
-        rows = self._rows()
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        lines = [
-            f'worker_text_{figure}{{model="{_escaped(name)}"}} {value}'
-            for name, row in rows.items()
-            for figure, value in row.items()
-        ]
-        lines += [f"worker_text_{name} {value}" for name, value in counts.items()]
-        lines.append(f"worker_text_peak_memory_bytes {peak}")
+        registry = CollectorRegistry()
+        registry.register(Figures(self, lambda: counts))
         return {
-            "models": rows,
+            "models": self.rows(),
             **counts,
-            "peak_memory_bytes": peak,
-            "prometheus": "\n".join(lines) + "\n",
+            "peak_memory_bytes": peak_memory(),
+            "prometheus": generate_latest(registry).decode(),
         }
 
 
-def _escaped(name: str) -> str:
-    return name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", " ")
+@dataclass(frozen=True)
+class Figures(Collector):
+    """The statistics of a worker as Prometheus' library collects them."""
+
+    statistics: Statistics
+    counts: Callable[[], Mapping[str, int]]
+    """How many texts wait, and how many are under way."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Each figure, per model name where it has one."""
+        rows = self.statistics.rows()
+        for figure, meaning in MEANINGS.items():
+            kind = CounterMetricFamily if figure in COUNTERS else GaugeMetricFamily
+            metric = kind(f"worker_text_{figure}", meaning, labels=["model"])
+            for name, row in rows.items():
+                metric.add_metric([name], row[figure])
+            yield metric
+        for name, count in self.counts().items():
+            yield GaugeMetricFamily(f"worker_text_{name}", f"Texts that are {name}", count)
+        meaning = "Most bytes of the device's memory so far"
+        yield GaugeMetricFamily("worker_text_peak_memory_bytes", meaning, peak_memory())
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had on the device; 0 without one."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0

@@ -30,10 +30,11 @@ from validation import InvalidInput
 from worker.actions import Actions, action_of
 from worker.failures import Unexpected, unexpected
 from worker.logs import JOB_ID
+from worker.openai_answers import error_answer, models_answer
 from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job
 from worker.stop import Stop, seconds_for
-from worker.text_answers import Writer, error_answer, models_answer, raise_first
+from worker.text_answers import Writer, raise_first
 from worker.text_base import Base
 from worker.text_bases import Bases
 from worker.text_input import MODELS, TextRequest, parse_text_job, plain
@@ -128,9 +129,14 @@ class TextWorker:
             self.bases.now.close()
         self._preparing.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many texts wait, and how many are under way; none while no base is loaded."""
+        return self.bases.now.counts if self.bases.now is not None else {}
+
     # --- one job --------------------------------------------------------------------------------
 
-    async def handle(self, job: Job) -> AsyncIterator[Any]:
+    async def handle(self, job: Job) -> AsyncGenerator[Any]:
         """The answer to a job in one piece or, for a stream, in many: text of server-sent events.
 
         A failed job yields `{"error": …}` in OpenAI's shape. Whatever ends the generator early ends the

@@ -92,7 +92,7 @@ class Emulator(Api):
 
     def __init__(self, process: subprocess.Popen[bytes], folder: Path, mark: str, key: str) -> None:
         self.process, self.folder, self._mark = process, folder, mark
-        found = until(lambda: re.search(r"(http://\S+)/v2/local is open", self.log()), self.log)
+        found = until(lambda: re.search(r"(http://\S+?)(/v2/local)? is open", self.log()), self.log)
         assert found
         super().__init__(found[1], {"Authorization": f"Bearer {key}"})
 

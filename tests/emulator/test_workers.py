@@ -392,7 +392,7 @@ def test_the_third_worker_that_cannot_start_ends_it_and_shows_why(
     )
     assert main(f"--port 0 -- {sys.executable} {tmp_path}/worker.py", monkeypatch) == 1
     text = caplog.records[-1].getMessage()
-    said = "3 workers died, and none ever asked for a job; the last one printed:"
+    said = "3 workers died, and none ever was ready; the last one printed:"
     assert text.splitlines() == [said, *map(str, range(11, 30)), "no model"]
 
 
@@ -427,7 +427,7 @@ def test_it_ends_when_the_last_that_still_starts_dies_too(
         if pool.deaths == 3 and (worker := pool.workers.get("w3")):
             worker.kill()
 
-    with pytest.raises(NoWorkerStarts, match="4 workers died, and none ever asked for a job"):
+    with pytest.raises(NoWorkerStarts, match="4 workers died, and none ever was ready"):
         run(pool, never)
 
 

@@ -435,7 +435,7 @@ def test_statistics_count_texts_under_their_models_names(worker: TextWorker) -> 
     told = ask(worker, action="statistics")
     assert told["models"]["other"]["texts"] >= 1
     assert told["models"]["other"]["tokens_per_second"] > 0
-    assert 'worker_text_texts{model="other"}' in told["prometheus"]
+    assert 'worker_text_texts_total{model="other"}' in told["prometheus"]
     assert ask(worker, action="health")["kind"] == "text"
 
 

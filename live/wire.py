@@ -1,0 +1,54 @@
+"""One message of a session: two bytes of length, big-endian, then so many bytes of JSON, then a picture.
+
+A message without a picture may also be sent as text: its JSON alone. Imports without torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from validation import InvalidInput
+
+MAX_JSON = 0xFFFF
+"""Most bytes of a message's JSON."""
+
+
+class Message(NamedTuple):
+    """What one side says, and the picture that belongs to it."""
+
+    about: dict[str, Any]
+    picture: bytes = b""
+    """A JPEG, PNG or WebP file; empty for none."""
+
+
+def pack(about: Mapping[str, Any], picture: bytes = b"") -> bytes:
+    """A message as it is sent. Raises: ValueError if the JSON takes more than `MAX_JSON` bytes."""
+    text = json.dumps(about, allow_nan=False, separators=(",", ":")).encode()
+    if len(text) > MAX_JSON:
+        raise ValueError(f"a message of {len(text)} bytes of JSON")
+    return b"".join((len(text).to_bytes(2, "big"), text, picture))
+
+
+def unpack(data: str | bytes) -> Message:
+    """What was sent. Raises: InvalidInput with what is wrong with it."""
+    if isinstance(data, str):
+        return Message(_object(data))
+    length = int.from_bytes(data[:2], "big")
+    if len(data) < 2 + length or not length:
+        raise InvalidInput(
+            "the message is shorter than it says",
+            "Send two bytes of length (big-endian), so many bytes of JSON, then the picture.",
+        )
+    return Message(_object(data[2 : 2 + length]), bytes(data[2 + length :]))
+
+
+def _object(text: str | bytes) -> dict[str, Any]:
+    try:
+        about = json.loads(text)
+    except (ValueError, RecursionError):
+        about = None
+    if not isinstance(about, dict):
+        raise InvalidInput("the message is no JSON object", "docs/live.md shows the messages.")
+    return about

@@ -1,0 +1,47 @@
+"""The server's route for live frames: a session of `live` over a WebSocket."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+
+from live.session import Closed, run
+from lora.errors import CodedError
+from worker.http_app import Serving
+from worker.http_exchange import Json
+from worker.openai_answers import error_answer, status_of
+
+
+def live_route(serving: Serving, worker: Any) -> WebSocketRoute:
+    """`WS /live`. Its sessions count for themselves, and end when the client or the server does."""
+
+    async def answer(socket: WebSocket) -> None:
+        try:
+            serving.check_key(socket.headers)
+            serving.check_ready()
+        except CodedError as error:
+            refusal = Json(error_answer(error), status_of(error.code))
+            await socket.send_denial_response(refusal)
+            return
+        await socket.accept()
+
+        async def receive() -> str | bytes:
+            message = await socket.receive()
+            if message["type"] == "websocket.disconnect":
+                raise Closed
+            text = message.get("text")
+            return str(text) if text is not None else bytes(message.get("bytes") or b"")
+
+        async def send(data: bytes) -> None:
+            try:
+                await socket.send_bytes(data)
+            except (WebSocketDisconnect, RuntimeError):
+                raise Closed from None
+
+        await run(receive, send, worker)
+        if WebSocketState.DISCONNECTED not in (socket.client_state, socket.application_state):
+            await socket.close()
+
+    return WebSocketRoute("/live", answer)
