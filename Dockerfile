@@ -18,7 +18,7 @@ RUN pip install --index-url ${TORCH_INDEX} "$(grep '^torch==' requirements.txt)"
 
 # Only what download_weights.py imports, so that a change of other code does not fetch 14 GB again.
 COPY download_weights.py settings.py ./
-COPY pipelines/__init__.py pipelines/weights.py pipelines/
+COPY pipelines/__init__.py pipelines/baking.py pipelines/weights.py pipelines/
 ARG WORKER_MODEL=stabilityai/stable-diffusion-xl-base-1.0
 ARG WORKER_REFINER=auto
 ARG WORKER_VAE=auto
