@@ -22,17 +22,20 @@ from functools import cache, cached_property
 from importlib import import_module
 from typing import Any, TypeVar
 
+BEGUN = time.perf_counter()
+if __name__ == "__main__":  # first of all: reading them takes as long as importing what follows
+    from worker.reading import begin_reading
+
+    READING = begin_reading(os.environ)
+
 import torch
 
-from lora.engine.engine import Budgets, LoraEngine, RestoreFailed
+from lora.engine.engine import RestoreFailed
 from lora.errors import CodedError
 from lora.fetch.redaction import redact_url
 from lora.fetch.sources import Reference, parse
 from lora.fetch.web import quiet_libraries
-from lora.volume.loader import LoraLibrary
-from pipelines.image import ImagePipeline
-from pipelines.loading import load_models
-from pipelines.weights import WeightsIncomplete, WeightsMissing
+from pipelines.weights import Reading, WeightsIncomplete, WeightsMissing
 from settings import Settings, SettingsError
 from worker.actions import Actions, action_of
 from worker.failures import OOM_HINT, OutOfMemory, Unexpected, failure, unexpected
@@ -40,9 +43,9 @@ from worker.image_job import PHASES, ImageJob
 from worker.intake import Intake, Turn
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
-from worker.opening import open_cache, read_settings
-from worker.outputs import guard_size, open_bucket, sendable
-from worker.parts import Answer, Job, Parts
+from worker.opening import read_settings
+from worker.outputs import guard_size, sendable
+from worker.parts import Answer, Job, Parts, make_parts
 from worker.progress import Progress
 from worker.sender import Sender
 from worker.shutdown import Shutdown
@@ -81,10 +84,13 @@ class Worker:
 
         Raises: WeightsMissing, or any error of loading the models; then no job can be served.
         """
-        begun = time.perf_counter()
+        parts = self.parts
         with suppress(OSError):  # whatever has to write there later reports it
-            self.parts.library.cache.shelf.prepare()
-        log.info("%s is ready after %.1f s", self.parts.pipeline.name, time.perf_counter() - begun)
+            parts.library.cache.shelf.prepare()
+        if parts.pipeline.device.type == "cuda":
+            begun = time.perf_counter()
+            parts.pipeline.warm_up()
+            parts.seconds["warm_up"] = time.perf_counter() - begun
         if self.settings.preload:
             self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
             threading.Thread(target=self._preload, name="preload", daemon=True).start()
@@ -93,15 +99,7 @@ class Worker:
     @cached_property
     def parts(self) -> Parts:
         """What every job uses; made at the first access."""
-        pipeline = ImagePipeline(load_models(self.settings))
-        settings = self.settings
-        budgets = Budgets(
-            int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
-        )
-        engine = LoraEngine(pipeline.components, budgets)
-        lora_cache = open_cache(settings)
-        library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
-        return Parts(pipeline, engine, library, open_bucket(settings), settings, threading.Lock())
+        return make_parts(self.settings)
 
     def check_fitness(self) -> None:
         """Raises: CodedError or OSError if this worker cannot serve: a source of LORA_PRELOAD is malformed,
@@ -273,7 +271,7 @@ def generate_image(job: Job) -> Answer:
     return default_worker()(job)
 
 
-def main() -> None:
+def main(reading: Reading | None = None) -> None:
     """Serves RunPod's jobs until the process ends, or one with --test_input. Raises: SystemExit, with why."""
     os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # runpod's own DEBUG logs every answer
     import runpod
@@ -281,10 +279,12 @@ def main() -> None:
 
     set_up(json_lines="RUNPOD_POD_ID" in os.environ)
     quiet_libraries()
+    imported = time.perf_counter() - BEGUN
     try:
         worker = default_worker()
     except (SettingsError, WeightsMissing, WeightsIncomplete) as error:
         sys.exit(f"the worker cannot start: {error}")
+    worker.parts.started(imported, reading)
     runpod.serverless.register_fitness_check(worker.check_fitness)
     worker.intake.guard(rp_scale)
     Shutdown().guard(rp_scale)
@@ -295,4 +295,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     is_text = os.environ.get("WORKER_KIND", "").strip() == "text"
-    import_module("worker.text_serve").serve() if is_text else main()
+    import_module("worker.text_serve").serve() if is_text else main(READING)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +34,8 @@ class LoadedModels:
     base: StableDiffusionXLPipeline
     refiner: StableDiffusionXLImg2ImgPipeline | None
     device: torch.device
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long the stages took: `build` (the networks from their files) and `to_device`."""
 
 
 def load_models(settings: Settings) -> LoadedModels:
@@ -40,6 +44,7 @@ def load_models(settings: Settings) -> LoadedModels:
     Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
     _found(settings.model, settings)  # who has nothing yet is told of the model, not of its VAE
+    begun = time.perf_counter()
     device = torch.device(_device(settings.device))
     dtype = DTYPES[_dtype(settings.dtype, device)]
     vae = None
@@ -51,16 +56,20 @@ def load_models(settings: Settings) -> LoadedModels:
     if settings.refiner_source:
         kind = StableDiffusionXLImg2ImgPipeline
         refiner = _load(kind, settings.refiner_source, settings, dtype, vae)
-        refiner.to(device)
-    base.to(device)
+    built = time.perf_counter()
+    for pipeline in filter(None, (base, refiner)):
+        pipeline.to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = {"build": built - begun, "to_device": time.perf_counter() - built}
     for pipeline in filter(None, (base, refiner)):
         pipeline.set_progress_bar_config(disable=True)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors")
-    return LoadedModels(name, base, refiner, device)
+    return LoadedModels(name, base, refiner, device, seconds)
 
 
 def _found(source: str, settings: Settings) -> Path:
-    """Where the source's weights lie, after a download if the settings want that. Raises: as `load_models`."""
+    """Where weights lie; they are downloaded if the settings want that. Raises: see `load_models`."""
     places = hubs(settings)
     try:
         return find_weights(source, places)

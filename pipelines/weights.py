@@ -75,9 +75,9 @@ def find_weights(source: str, places: Sequence[Path], *, whole: bool = True) -> 
     if broken:
         raise broken[0]
     raise WeightsMissing(
-        f"{source} is neither a folder or file here nor a repo in {_listed(places)}; fetch the weights "
-        "with python download_weights.py (about 14 GB for SDXL with refiner and VAE in half precision), name it as "
-        "the endpoint's cached model, or set WORKER_MODEL=demo for the embedded model"
+        f"{source} is neither a folder or file here nor a repo in {_listed(places)}; fetch the weights with "
+        "python download_weights.py (about 14 GB for SDXL with refiner and VAE in half precision), name "
+        "them as the endpoint's cached model, or set WORKER_MODEL=demo for the embedded model"
     )
 
 
