@@ -16,7 +16,9 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import logging as of_diffusers
 from safetensors import safe_open
+from transformers.utils import logging as of_transformers
 
 from pipelines.weights import WeightsMissing, find_weights, hubs
 from settings import STOCK_MODEL, Settings
@@ -44,6 +46,8 @@ def load_models(settings: Settings) -> LoadedModels:
     Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
     _found(settings.model, settings)  # who has nothing yet is told of the model, not of its VAE
+    for logs in (of_diffusers, of_transformers):
+        logs.disable_progress_bar()
     begun = time.perf_counter()
     device = torch.device(_device(settings.device))
     dtype = DTYPES[_dtype(settings.dtype, device)]
