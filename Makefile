@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-text same test test-quick check docs format attack evaluate bench-lora bench-cache bench-jobs bench-tools bench-text evaluate-text clean
+.PHONY: demo demo-text same test test-quick check docs format attack evaluate bench-lora bench-cache bench-start bench-jobs bench-tools bench-text evaluate-text clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -57,6 +57,10 @@ bench-lora: $(VENV)/ready-dev
 
 bench-cache: $(VENV)/ready
 	$(RUN) -m benchmarks.cache
+
+# make bench-start BEFORE=COMMIT MODEL=build/sdxl-random
+bench-start: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.start $(BEFORE) $(if $(MODEL),--model $(MODEL))
 
 bench-jobs: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.jobs

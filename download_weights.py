@@ -14,14 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.weights import (
-    WeightsIncomplete,
-    WeightsMissing,
-    bake,
-    check,
-    find_weights,
-    repos_to_bake,
-)
+from pipelines.baking import bake, repos_to_bake
+from pipelines.weights import WeightsIncomplete, WeightsMissing, baked_hub, check, find_weights
 from settings import Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -76,7 +70,10 @@ def main() -> int:
     try:
         settings = Settings.from_env(os.environ)
         for repo in repos_to_bake(settings):
-            check(find_weights(repo) if options.check else bake(repo, settings.hf_token or None))
+            if options.check:
+                find_weights(repo, [baked_hub()])
+            else:
+                check(bake(repo, settings.hf_token or None))
             log.info("%s is whole", repo)
     except (WeightsIncomplete, WeightsMissing, SettingsError) as error:
         log.error("%s", error)

@@ -22,16 +22,20 @@ from functools import cache, cached_property
 from importlib import import_module
 from typing import Any, TypeVar
 
+from worker.reading import START
+
+if (
+    __name__ == "__main__"
+):  # first of all: reading the weights takes as long as importing what follows
+    START.begin(os.environ)
+
 import torch
 
-from lora.engine.engine import Budgets, EngineBusy, LoraEngine, RestoreFailed
+from lora.engine.engine import EngineBusy, RestoreFailed
 from lora.errors import CodedError
 from lora.fetch.redaction import redact_url
 from lora.fetch.sources import Reference, parse
 from lora.fetch.web import quiet_libraries
-from lora.volume.loader import LoraLibrary
-from pipelines.image import ImagePipeline
-from pipelines.loading import load_models
 from pipelines.weights import WeightsIncomplete, WeightsMissing
 from settings import Settings, SettingsError
 from worker.actions import Actions, action_of
@@ -40,9 +44,9 @@ from worker.image_job import PHASES, ImageJob
 from worker.intake import Intake, Turn
 from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
-from worker.opening import open_cache, read_settings
-from worker.outputs import guard_size, open_bucket, sendable
-from worker.parts import Answer, Job, Parts
+from worker.opening import read_settings
+from worker.outputs import guard_size, sendable
+from worker.parts import Answer, Job, Parts, make_parts
 from worker.progress import Progress
 from worker.queue_serve import take_jobs
 from worker.sender import Post, Sender, to_platform
@@ -81,10 +85,14 @@ class Worker:
 
         Raises: WeightsMissing, or any error of loading the models; then no job can be served.
         """
-        begun = time.perf_counter()
+        imported, parts = START.seconds, self.parts
         with suppress(OSError):  # whatever has to write there later reports it
-            self.parts.library.cache.shelf.prepare()
-        log.info("%s is ready after %.1f s", self.parts.pipeline.name, time.perf_counter() - begun)
+            parts.library.cache.shelf.prepare()
+        if parts.pipeline.device.type == "cuda":
+            begun = time.perf_counter()
+            parts.pipeline.warm_up()
+            parts.seconds["warm_up"] = time.perf_counter() - begun
+        parts.started(imported, START.reading)
         if self.settings.preload:
             self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
             threading.Thread(target=self._preload, name="preload", daemon=True).start()
@@ -93,15 +101,7 @@ class Worker:
     @cached_property
     def parts(self) -> Parts:
         """What every job uses; made at the first access."""
-        pipeline = ImagePipeline(load_models(self.settings))
-        settings = self.settings
-        budgets = Budgets(
-            int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)
-        )
-        engine = LoraEngine(pipeline.components, budgets)
-        lora_cache = open_cache(settings)
-        library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
-        return Parts(pipeline, engine, library, open_bucket(settings), settings, threading.Lock())
+        return make_parts(self.settings)
 
     def check_fitness(self) -> None:
         """Raises: CodedError or OSError if this worker cannot serve: a source of LORA_PRELOAD is malformed,

@@ -69,6 +69,13 @@ class Settings:
     vae: str = _setting("WORKER_VAE", "auto",
         "VAE in place of the model's own: a Hugging Face repo or a folder; `none` for none; `auto` "
         "is the fp16-fix VAE with SDXL's own base and none with any other")
+    weights: str = _setting("WORKER_WEIGHTS", "auto",
+        "Where base weights lie that are named by a Hugging Face repo: `baked` into the image, `cached` by "
+        "RunPod (the endpoint's setting *Model*), or on the network `volume`; `auto` looks in this order. "
+        "`download` does the same, and what is nowhere is downloaded to the volume when the worker starts",
+        options=("auto", "baked", "cached", "volume", "download"))
+    weights_dir: Path = _setting("WORKER_WEIGHTS_DIR", Path("/runpod-volume/huggingface/hub"),
+        "Folder of the base weights on the network volume, in the layout of Hugging Face's own cache")
     device: str = _setting("WORKER_DEVICE", "auto", "`cuda`, `cpu`, or `auto`: cuda if there is one")
     dtype: str = _setting("WORKER_DTYPE", "auto",
         "Precision of the weights; `auto` is float16 on cuda and float32 on cpu",
@@ -206,6 +213,11 @@ class Settings:
         if faults := [*faults, *more_faults(settings)]:
             raise SettingsError("; ".join(faults))
         return settings
+
+    @property
+    def weight_sources(self) -> tuple[str, ...]:
+        """Where the networks come from that are loaded."""
+        return tuple(filter(None, (self.model, self.refiner_source, self.vae_source)))
 
     @property
     def refiner_source(self) -> str | None:

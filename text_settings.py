@@ -88,6 +88,11 @@ class TextSettings(Settings):
         return super().from_env(mine, more_faults)  # type: ignore[return-value]
 
     @property
+    def weight_sources(self) -> tuple[str, ...]:
+        """As `Settings.weight_sources`, without the demo, which is small."""
+        return () if self.model == "demo" else (self.model,)
+
+    @property
     def name(self) -> str:
         """What requests call the base model."""
         return self.served_name or ("demo-text" if self.model == "demo" else self.model)

@@ -7,24 +7,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
 from PIL import Image
 from torch import nn
 
 from lora.formats.embeddings import TokenEmbedding
 from pipelines.chunks import Measured, measure
 from pipelines.inpainting import Masked, inpaint_options, inpaint_pipeline, whole_mask
-from pipelines.loading import LoadedModels
 from pipelines.preview import LatentColours, LatentWatch
 from pipelines.prompts import encode
 from pipelines.routes import Route
 from pipelines.schedulers import make_scheduler
 from pipelines.timings import Timings
 from pipelines.tokens import added_tokens
-from schemas import ImageRequest
+from schemas import ImageRequest, parse_job
+
+if TYPE_CHECKING:
+    from pipelines.loading import LoadedModels
 
 ENSEMBLE_FRACTION = 0.8
 """Where the refiner takes over in an ensemble if the request does not say: SDXL's own default."""
@@ -41,6 +42,8 @@ class ImagePipeline:
     """The SDXL base, and the refiner where there is one, behind one call."""
 
     def __init__(self, models: LoadedModels) -> None:
+        from diffusers import StableDiffusionXLImg2ImgPipeline
+
         self.name = models.name
         self.device = models.device
         self.has_refiner = models.refiner is not None
@@ -86,6 +89,11 @@ class ImagePipeline:
     def measure(self, request: ImageRequest, embeddings: Sequence[TokenEmbedding]) -> Measured:
         """How the base model will read the request's prompts. See `pipelines.chunks.measure`."""
         return measure(self._base, request, embeddings)
+
+    def warm_up(self) -> None:
+        """Draws one step of a picture, so that no job waits for what the device sets up at its first use."""
+        request = parse_job({"input": {"prompt": "a picture", "num_inference_steps": 1, "seed": 0}})
+        self.generate(request, Route.BASE, None, Timings())
 
     def generate(
         self,

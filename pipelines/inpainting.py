@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 from PIL import Image, ImageFilter
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline
 
 PATCH = 8
 """Pixels along a side that one pixel of the latents stands for."""
@@ -57,6 +59,8 @@ def whole_mask(picture: Image.Image) -> Masked:
 
 def inpaint_pipeline(base: StableDiffusionXLPipeline) -> StableDiffusionXLInpaintPipeline:
     """diffusers' inpainting with the base model's own networks, of 4 or 9 input channels."""
+    from diffusers import StableDiffusionXLInpaintPipeline
+
     made = StableDiffusionXLInpaintPipeline(
         **base.components,
         force_zeros_for_empty_prompt=base.config.force_zeros_for_empty_prompt,

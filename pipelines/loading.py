@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,9 +16,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import logging as of_diffusers
 from safetensors import safe_open
+from transformers.utils import logging as of_transformers
 
-from pipelines.weights import check, find_weights
+from pipelines.weights import WeightsMissing, find_weights, hubs
 from settings import STOCK_MODEL, Settings
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -32,40 +36,68 @@ class LoadedModels:
     base: StableDiffusionXLPipeline
     refiner: StableDiffusionXLImg2ImgPipeline | None
     device: torch.device
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """How long the stages took: `build` (the networks from their files) and `to_device`."""
 
 
 def load_models(settings: Settings) -> LoadedModels:
-    """Loads base, VAE and refiner as the settings say, without the network.
+    """Loads base, VAE and refiner as the settings say; asks no network but with WORKER_WEIGHTS=download.
 
     Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
-    find_weights(settings.model)  # whoever has nothing yet is told of the model, not of its VAE
+    _found(settings.model, settings)  # who has nothing yet is told of the model, not of its VAE
+    for logs in (of_diffusers, of_transformers):
+        logs.disable_progress_bar()
+    begun = time.perf_counter()
     device = torch.device(_device(settings.device))
     dtype = DTYPES[_dtype(settings.dtype, device)]
     vae = None
     if settings.vae_source:
-        path = find_weights(settings.vae_source)
+        path = _found(settings.vae_source, settings)
         vae = AutoencoderKL.from_pretrained(path, dtype=dtype, local_files_only=True)
-    base = _load(StableDiffusionXLPipeline, settings.model, dtype, vae)
+    base = _load(StableDiffusionXLPipeline, settings.model, settings, dtype, vae)
     refiner = None
     if settings.refiner_source:
-        refiner = _load(StableDiffusionXLImg2ImgPipeline, settings.refiner_source, dtype, vae)
-        refiner.to(device)
-    base.to(device)
+        kind = StableDiffusionXLImg2ImgPipeline
+        refiner = _load(kind, settings.refiner_source, settings, dtype, vae)
+    built = time.perf_counter()
+    for pipeline in filter(None, (base, refiner)):
+        pipeline.to(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = {"build": built - begun, "to_device": time.perf_counter() - built}
     for pipeline in filter(None, (base, refiner)):
         pipeline.set_progress_bar_config(disable=True)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors")
-    return LoadedModels(name, base, refiner, device)
+    return LoadedModels(name, base, refiner, device, seconds)
+
+
+def _found(source: str, settings: Settings) -> Path:
+    """Where weights lie; they are downloaded if the settings want that. Raises: see `load_models`."""
+    places = hubs(settings)
+    try:
+        return find_weights(source, places)
+    except WeightsMissing:
+        if settings.weights != "download":
+            raise
+    from pipelines.baking import bake
+
+    bake(source, settings.hf_token or None, settings.weights_dir)
+    return find_weights(source, places)
 
 
 def _load(
-    pipeline: type[AnyPipeline], source: str, dtype: torch.dtype, vae: AutoencoderKL | None
+    pipeline: type[AnyPipeline],
+    source: str,
+    settings: Settings,
+    dtype: torch.dtype,
+    vae: AutoencoderKL | None,
 ) -> AnyPipeline:
-    path = find_weights(source)
+    path = _found(source, settings)
     parts: dict[str, Any] = {"vae": vae} if vae is not None else {}
     if path.is_file():
         # A single checkpoint holds no configs; SDXL's own are baked into the image.
-        config = str(find_weights(STOCK_MODEL))
+        config = str(find_weights(STOCK_MODEL, hubs(settings), whole=False))
         if (channels := _input_channels(path)) != 4:
             parts["unet"] = UNet2DConditionModel.from_single_file(
                 str(path),
@@ -78,7 +110,6 @@ def _load(
         return pipeline.from_single_file(
             str(path), config=config, dtype=dtype, local_files_only=True, **parts
         )
-    check(path)
     half = any(path.glob("*/*.fp16.safetensors"))
     return pipeline.from_pretrained(
         path,

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor
 
 from pipelines.chunks import Chunk, Chunked, Reader, chunked, readers_of
@@ -74,6 +73,8 @@ class _Encoded(NamedTuple):
 
 def _encoded(readers: Sequence[Reader], prompt: Chunked, layer: int) -> _Encoded:
     """Of several encoders, the states stand side by side; the pooled output is the only one there is."""
+    from diffusers.utils.torch_utils import get_module_execution_device
+
     sides: list[Tensor] = []
     pooled = torch.empty(0)
     for index, (tokenizer, encoder) in enumerate(readers):

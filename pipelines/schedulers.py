@@ -3,42 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    DPMSolverSinglestepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    LMSDiscreteScheduler,
-    PNDMScheduler,
-    SchedulerMixin,
-    TCDScheduler,
-    UniPCMultistepScheduler,
-)
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
 
 _KARRAS = {"use_karras_sigmas": True}
 
-SCHEDULER_CLASSES: Mapping[str, tuple[type[Any], Mapping[str, Any]]] = {
-    "PNDM": (PNDMScheduler, {}),
-    "KLMS": (LMSDiscreteScheduler, {}),
-    "DDIM": (DDIMScheduler, {}),
-    "K_EULER": (EulerDiscreteScheduler, {}),
-    "K_EULER_ANCESTRAL": (EulerAncestralDiscreteScheduler, {}),
-    "DPMSolverMultistep": (DPMSolverMultistepScheduler, {}),
-    "DPMSolverSinglestep": (DPMSolverSinglestepScheduler, {}),
-    "UniPC": (UniPCMultistepScheduler, {}),
-    "Euler Karras": (EulerDiscreteScheduler, _KARRAS),
-    "DPM++ 2M": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "DPM++ 2M Karras": (DPMSolverMultistepScheduler, _KARRAS),
+SCHEDULER_CLASSES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "PNDM": ("PNDMScheduler", {}),
+    "KLMS": ("LMSDiscreteScheduler", {}),
+    "DDIM": ("DDIMScheduler", {}),
+    "K_EULER": ("EulerDiscreteScheduler", {}),
+    "K_EULER_ANCESTRAL": ("EulerAncestralDiscreteScheduler", {}),
+    "DPMSolverMultistep": ("DPMSolverMultistepScheduler", {}),
+    "DPMSolverSinglestep": ("DPMSolverSinglestepScheduler", {}),
+    "UniPC": ("UniPCMultistepScheduler", {}),
+    "Euler Karras": ("EulerDiscreteScheduler", _KARRAS),
+    "DPM++ 2M": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "DPM++ 2M Karras": ("DPMSolverMultistepScheduler", _KARRAS),
     "DPM++ 2M SDE Karras": (
-        DPMSolverMultistepScheduler,
+        "DPMSolverMultistepScheduler",
         {**_KARRAS, "algorithm_type": "sde-dpmsolver++"},
     ),
-    "LCM": (LCMScheduler, {}),
-    "TCD": (TCDScheduler, {}),
+    "LCM": ("LCMScheduler", {}),
+    "TCD": ("TCDScheduler", {}),
 }
 
 
@@ -48,6 +38,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> SchedulerMixin:
     `config` is that of the scheduler which the model came with, never of one made before: so no job's
     sampler depends on an earlier job's.
     """
-    scheduler_class, changes = SCHEDULER_CLASSES[name]
-    made: SchedulerMixin = scheduler_class.from_config(dict(config), **changes)
+    class_name, changes = SCHEDULER_CLASSES[name]
+    scheduler = getattr(import_module("diffusers"), class_name)
+    made: SchedulerMixin = scheduler.from_config(dict(config), **changes)
     return made

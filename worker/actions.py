@@ -173,6 +173,7 @@ class Actions:
             "version": version(),
             "model": parts.pipeline.name,
             "device": str(device),
+            "start": {name: round(value, 3) for name, value in parts.seconds.items()},
             "memory": memory,
             "cache": {
                 "files": len(sizes),

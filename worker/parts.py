@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lora.engine.engine import LoraEngine
+from lora.engine.engine import Budgets, LoraEngine
 from lora.library.catalog import Catalog
 from lora.volume.folders import MOUNTS, mount_of
 from lora.volume.loader import LoraLibrary
 from lora.volume.presets import Presets
 from pipelines.image import ImagePipeline
+from pipelines.lean import import_lean
 from settings import Settings
-from worker.opening import default_loras
+from worker.opening import default_loras, open_cache
+from worker.outputs import open_bucket
 from worker.selection import Selection
 from worker.store import Bucket
+
+log = logging.getLogger("worker")
 
 Job = Mapping[str, Any]
 """A job as RunPod hands it over: `id`, `input`, and what else the client sent."""
@@ -38,6 +44,8 @@ class Parts:
     settings: Settings
     drawing: threading.Lock
     """Held while a job changes weights and draws: one job at a time."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long each stage of the start took."""
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -52,6 +60,13 @@ class Parts:
         settings, presets = self.settings, Presets(self.library.cache.shelf.root)
         return Selection(presets, settings.lora_default_preset, default_loras(settings))
 
+    def started(self, imported: float, read: float) -> None:
+        """Notes and logs how long the start took; `imported`: the seconds before the models' own imports."""
+        self.seconds["imports"] += imported
+        self.seconds["read"] = read
+        stages = ", ".join(f"{name} {value:.1f} s" for name, value in self.seconds.items())
+        log.info("%s is ready: %s", self.pipeline.name, stages)
+
     @property
     def volume_trouble(self) -> str | None:
         """What is wrong with the volume, as a warning: it cannot be written, or is not there."""
@@ -62,6 +77,24 @@ class Parts:
     def warnings(self) -> tuple[str, ...]:
         """Warnings for every answer: a volume that cannot be written, or is not there."""
         return (trouble,) if (trouble := self.volume_trouble) else ()
+
+
+def make_parts(settings: Settings) -> Parts:
+    """Loads the models and opens what the settings name. Raises: as `pipelines.loading.load_models`."""
+    begun = time.perf_counter()
+    import_lean()
+    from pipelines.loading import load_models
+
+    imports = time.perf_counter() - begun
+    models = load_models(settings)
+    pipeline = ImagePipeline(models)
+    budgets = Budgets(int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9))
+    engine = LoraEngine(pipeline.components, budgets)
+    library = LoraLibrary(open_cache(settings), engine.key_map, int(settings.lora_warm_gb * 1e9))
+    seconds = {"imports": imports, **models.seconds}
+    return Parts(
+        pipeline, engine, library, open_bucket(settings), settings, threading.Lock(), seconds
+    )
 
 
 VOLUMES = (Path("/runpod-volume"), Path("/workspace"))

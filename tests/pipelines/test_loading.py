@@ -14,15 +14,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lora.formats.names.sgm import sgm_path
-from pipelines import loading
 from pipelines.loading import LoadedModels, load_models
-from pipelines.weights import DEMO_MODEL, WeightsIncomplete, WeightsMissing, find_weights
+from pipelines.weights import DEMO_MODEL, WeightsIncomplete, WeightsMissing
 from settings import STOCK_MODEL, Settings
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 
 
-def load(model: str, **options: str) -> LoadedModels:
+def load(model: str, **options: Any) -> LoadedModels:
     return load_models(Settings(model=model, device="cpu", **options))
 
 
@@ -148,7 +147,7 @@ def original_text_encoders(models: LoadedModels) -> Iterator[tuple[str, Tensor]]
 
 @pytest.mark.parametrize("channels", [4, 9])
 def test_a_single_checkpoint_gives_the_same_weights(
-    tmp_path: Path, demo: LoadedModels, monkeypatch: pytest.MonkeyPatch, channels: int
+    tmp_path: Path, demo: LoadedModels, channels: int
 ) -> None:
     """With 9 channels it is one for inpainting, whose first layer alone is another."""
     tensors = (
@@ -160,11 +159,10 @@ def test_a_single_checkpoint_gives_the_same_weights(
     file = tmp_path / "tune.safetensors"
     save_file({name: value.contiguous() for name, value in tensors.items()}, file)
 
-    def with_demo_configs(source: str) -> Path:
-        return DEMO_MODEL if source == STOCK_MODEL else find_weights(source)
-
-    monkeypatch.setattr(loading, "find_weights", with_demo_configs)
-    models = load(str(file))
+    configs = tmp_path / f"models--{STOCK_MODEL.replace('/', '--')}" / "snapshots" / "abc"
+    nothing = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(DEMO_MODEL, configs, ignore=nothing)
+    models = load(str(file), weights_dir=tmp_path)
     assert models.name == "tune"
     loaded = models.base.unet.conv_in.weight
     assert torch.equal(loaded, tensors[first])
