@@ -10,8 +10,9 @@ from torch import Tensor
 from lora.formats.algorithms import recipes
 from lora.formats.alphas import RANKED
 from lora.formats.contents import UnusedKey
-from lora.formats.names.keys import PEFT_PREFIX, KeyMap, Target
+from lora.formats.names.keys import KeyMap, Target
 from lora.formats.names.naming import Naming
+from lora.formats.names.prefixes import PEFT_PREFIX
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,9 +19,9 @@ from lora.errors import LoraCorrupt, LoraError, LoraNotFound, LoraUnsupported
 from lora.formats.algorithms import recipes
 from lora.formats.algorithms.base import Algorithm
 from lora.formats.header import read_header
-from lora.formats.names.keys import SLOTS
+from lora.formats.names.slots import SLOTS, split_key
 from lora.tools.adapters.metadata import clean, word_counts
-from lora.tools.adapters.own_names import own_key_map, split_key
+from lora.tools.adapters.own_names import own_key_map
 from lora.tools.describe import Description, describe
 from lora.tools.describe_names import block_of, kind_of, layout_of
 from lora.tools.factors.lowrank import delta_norm
