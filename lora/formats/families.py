@@ -25,6 +25,9 @@ ZIMAGE, LUMINA, LANGUAGE = "Z-Image", "Lumina 2", "language model"
 TRANSFORMERS = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA)
 """The families whose drawing component is a transformer."""
 
+UNETS = frozenset({SD1, SD2, XL, REFINER})
+"""The families that draw with a U-Net."""
+
 ALL = (SD1, SD2, XL, REFINER, *TRANSFORMERS, LANGUAGE)
 """The families that names or widths can show."""
 
@@ -279,10 +282,10 @@ def identify(header: Header) -> str | None:
 
     Where names and widths leave several, metadata may choose one of them; else all are named.
     """
-    found = evidence(header)
-    family = claimed(header.metadata)
+    found, family = evidence(header), claimed(header.metadata)
     if family and (not found or family in found):
         return family
+    found = frozenset() if found == UNETS else found
     base = header.metadata.get("ss_base_model_version", "")
     return named(found) or other_kind(header.tensors) or base[:80] or None
 

@@ -17,7 +17,7 @@ from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, DoRA
 from lora.formats.contents import Layer, UnusedKey
-from lora.formats.families import claimed, evidence, family_of, identify
+from lora.formats.families import claimed, evidence, family_of, identify, named
 from lora.formats.header import Header, read_header
 from lora.formats.names.keys import KeyMap
 from lora.formats.opening import Opened, opened
@@ -196,7 +196,7 @@ def _warnings(
     for name, base in bases.items():
         family = family_of(base) if name != BY_SHAPES else None
         if family and found and family not in found:
-            yield f"{name} says {family}, names and shapes say {bases[BY_SHAPES]}"
+            yield f"{name} says {family}, names and shapes say {named(found)}"
 
 
 def _components(file: LoraFile) -> dict[str, Component]:
