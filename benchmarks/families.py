@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.report import DOCS, fill_in
+from benchmarks.report import fill_in
 from lora.errors import LoraError
 from lora.formats.adapter import load
 from lora.formats.names.sgm import SD_BLOCKS, SDXL_BLOCKS, Blocks, sgm_path
@@ -42,7 +42,7 @@ from lora.tools.adapters.known import UNET, sdxl_key_map
 
 Shape = tuple[int, ...]
 
-PAGE = DOCS / "formats.md"
+PAGE = "formats.md"
 
 _JOINT = (
     (r"^transformer_blocks\.(\d+)\.norm1_context\.linear", r"{t}_mod.{lin}"),
@@ -94,7 +94,9 @@ _LUMINA = (
     (r"feed_forward\.linear_", "feed_forward.w"),
     (r"norm1\.linear", "adaLN_modulation.1"),
 )
-_FUSED = r"attn\.to_[kv]$|attn\.add_[kv]_proj$|attention\.to_[kv]$|single_transformer_blocks.*(proj_mlp|to_[kv])$"
+_FUSED = (
+    r"attn\.to_[kv]$|attn\.add_[kv]_proj$|attention\.to_[kv]$|single_transformer_blocks.*proj_mlp$"
+)
 
 
 def _renamed(rules: tuple[tuple[str, str], ...]) -> Callable[[str], str | None]:
@@ -159,7 +161,7 @@ _LLAMA = LlamaConfig(
     num_attention_heads=32,
     vocab_size=99,
 )
-_FLUXES = ("Flux.1", "Chroma")
+_OLD, _FLUXES = ("SD 1.5", "SD 2"), ("Flux.1", "Chroma")
 
 FAMILIES = (
     Family(
@@ -168,6 +170,7 @@ FAMILIES = (
         _sgm(SD_BLOCKS),
         "unet",
         ("lora_te_", 768),
+        told=_OLD,
         kohya_original=False,
     ),
     Family(
@@ -176,6 +179,7 @@ FAMILIES = (
         _sgm(SD_BLOCKS),
         "unet",
         ("lora_te_", 1024),
+        told=_OLD,
         kohya_original=False,
     ),
     Family("SDXL", _unet, _sgm(SDXL_BLOCKS), "unet"),
@@ -279,8 +283,11 @@ def _oft(o: int, i: int, kernel: Shape, *, peft: bool) -> dict[str, Tensor]:
 
 
 def _full(o: int, i: int, kernel: Shape, *, peft: bool) -> dict[str, Tensor]:
-    return {"diff": zeros(o, i, *kernel)} if o * i <= 2_000_000 and len(kernel) != 3 else {}
+    return {"diff": zeros(o, i, *kernel)}
 
+
+LARGE = 500_000
+"""Numbers of a weight that is given whole in the first block alone, so that files stay small."""
 
 ALGORITHMS = {
     "LoRA": _lora,
@@ -305,6 +312,12 @@ def tensors_of(
     made: dict[str, Tensor] = {}
     peft = naming in ("diffusers", "PEFT")
     for path, (o, i, *kernel) in layers.items():
+        if (
+            algorithm == "full"
+            and o * i > LARGE
+            and not re.search(r"\b(?:blocks|layers)\.0\.", path)
+        ):
+            continue
         if stem := NAMINGS[naming](family, path):
             parts = ALGORITHMS[algorithm](o, i, tuple(kernel), peft=peft)
             made |= {f"{stem}.{suffix}": tensor for suffix, tensor in parts.items()}

@@ -217,7 +217,9 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
             return dict.fromkeys(whole, f"the module has no {algorithm.parameter}")
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
-            if shape and "fit together" not in misfit:  # else the file is at fault, whatever the model
+            if (
+                shape and "fit together" not in misfit
+            ):  # else the file is at fault, whatever the model
                 contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
             return dict.fromkeys(whole, misfit)
         count = len(recipe.used & module.keys.keys()) + (0 if module.layers else len(implied))

@@ -65,10 +65,11 @@ def prefixes_of(component: str) -> Prefixes:
     return COMPONENTS.get(component) or Prefixes(f"{component}.", f"{component}.")
 
 
-_WRAPPERS = re.compile(
-    r"(?<![^._])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module"
-    r"|_forward_module|module|base_model[._]model)[._]"
+_WORDS = (
+    "(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|module"
+    "|base_model[._]model)"
 )
+_WRAPPERS = re.compile(rf"(?:^|(?<=\.)){_WORDS}\.|(?<=_){_WORDS}_")
 """The words that torch.compile, DDP, FSDP, activation checkpointing, DeepSpeed and PEFT put into names."""
 
 _OUTER = ("model.", "pipe.", "pipeline.", "network.")

@@ -21,7 +21,7 @@ class Part:
 
     target: Target
     slots: Mapping[str, Tensor]
-    """Slot of `keys.SLOTS` -> tensor. What a config says of the module is included: its alpha, already
+    """Slot of `slots.SLOTS` -> tensor. What a config says of the module is included: its alpha, already
     multiplied by rs-LoRA's root, so that alpha / rank is always the scaling.
     """
     stem: str = ""
