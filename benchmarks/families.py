@@ -221,7 +221,9 @@ FAMILIES = (
         _renamed(_flux("_", "linear", ("fc1", "fc2"))),
     ),
     Family("Z-Image", ZImageTransformer2DModel, _renamed(_LUMINA), encoder=None),
-    Family("Lumina 2", Lumina2Transformer2DModel, _renamed(_LUMINA), encoder=None),
+    Family(
+        "Lumina 2", Lumina2Transformer2DModel, _renamed(_LUMINA), encoder=None, told=("Z-Image",)
+    ),
     Family("Wan", WanTransformer3DModel, wan_path, encoder=None),
     Family("LTX", LTXVideoTransformer3DModel, _renamed(()), encoder=None),
     Family("language model", lambda: LlamaForCausalLM(_LLAMA), _renamed(()), "", None),
@@ -277,8 +279,8 @@ def _loha(o: int, i: int, kernel: Shape, *, peft: bool) -> dict[str, Tensor]:
 
 def _oft(o: int, i: int, kernel: Shape, *, peft: bool) -> dict[str, Tensor]:
     if peft:
-        count = i * torch.Size(kernel).numel()
-        return {"oft_R.weight": zeros(count // 4, 6)} if count % 4 == 0 else {}
+        # Nothing in a diffusers file tells which way a convolution is turned.
+        return {"oft_R.weight": zeros(i // 4, 6)} if i % 4 == 0 and not kernel else {}
     return {"oft_blocks": zeros(o // 4, 4, 4)} if o % 4 == 0 else {}
 
 
@@ -312,11 +314,7 @@ def tensors_of(
     made: dict[str, Tensor] = {}
     peft = naming in ("diffusers", "PEFT")
     for path, (o, i, *kernel) in layers.items():
-        if (
-            algorithm == "full"
-            and o * i > LARGE
-            and not re.search(r"\b(?:blocks|layers)\.0\.", path)
-        ):
+        if algorithm == "full" and o * i > LARGE and not re.search(r"(?:blocks|layers)\.0\.", path):
             continue
         if stem := NAMINGS[naming](family, path):
             parts = ALGORITHMS[algorithm](o, i, tuple(kernel), peft=peft)

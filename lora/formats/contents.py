@@ -18,8 +18,8 @@ from lora.formats.algorithms import Algorithm, recipes
 from lora.formats.alphas import Alphas
 from lora.formats.embeddings import is_embedding
 from lora.formats.evidence import HINT, Keys, refuse_strangers
-from lora.formats.families import identify
 from lora.formats.header import Header
+from lora.formats.names.families import identify
 from lora.formats.names.keys import KeyMap, Target
 from lora.formats.names.prefixes import unwrapped
 from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS, is_bare
@@ -150,6 +150,7 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
     for module in modules.values():
         own = module.keys
         keys.bound += len(own)
+        keys.drawing += len(own) * (module.target.component == key_map.components[0])
         if own.keys() <= BARE and all(is_bare(key) for key in own.values()):
             keys.bare += len(own)
         elif not all(slot.startswith("?") for slot in own):

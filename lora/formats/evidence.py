@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.alphas import BASE_MODEL
-from lora.formats.families import (
+from lora.formats.header import Header
+from lora.formats.names.families import (
     ALL,
     CROSS_ATTENTION_WIDTHS,
     claimed,
@@ -19,8 +20,13 @@ from lora.formats.families import (
     named,
     other_kind,
 )
-from lora.formats.header import Header
 from lora.formats.names.keys import KeyMap
+from lora.formats.names.prefixes import COMPONENTS
+
+TEXT = tuple(
+    prefix for name in COMPONENTS if name.startswith("text") for prefix in COMPONENTS[name].all
+)
+"""How names begin that are for text encoders."""
 
 HINT = "Choose a LoRA that was made for this model."
 
@@ -37,6 +43,8 @@ class Keys:
     """How many of the strangers are for a component that the model lacks."""
     bound: int = 0
     """How many have a module."""
+    drawing: int = 0
+    """How many of those are for the component that draws."""
     adapter: int = 0
     """How many belong to modules with an adapter's tensors."""
     bare: int = 0
@@ -61,22 +69,25 @@ def refuse_strangers(
             f"the file holds {kind}'s own weights, and {count} of an adapter",
             "Extract a LoRA from it first.",
         )
-    if widths:
-        _refuse_width(header, key_map)
     ours, claim = key_map.families, claimed({BASE_MODEL: base_model, **header.metadata})
     says_so = claim in ours
-    strangers = len(keys.strangers) - keys.elsewhere
+    text = sum(key.startswith(TEXT) for key in keys.strangers)
     theirs = evidence(header, keys.strangers) if keys.strangers and ours else frozenset()
-    if theirs and not theirs & ours and not (says_so and keys.bound > strangers):
+    if theirs and not theirs & ours and not (says_so and keys.bound > len(keys.strangers)):
         name = claim if claim in theirs else named(theirs)
         raise LoraIncompatible(f"{_made_for(name)}{_example(keys)}", HINT)
+    if widths:
+        _refuse_width(header, key_map)
     if claim and ours and not says_so and not _refuted(claim, header, ours):
         raise LoraIncompatible(f"{_made_for(claim)}, as its metadata says", HINT)
-    if strangers > keys.bound > 0 and not says_so:
-        total = strangers + keys.bound
+    strangers = len(keys.strangers) - keys.elsewhere
+    # A text encoder that many models have does not speak for the part that draws.
+    if keys.bound and not says_so and (strangers > keys.bound or strangers - text > keys.drawing):
         raise LoraIncompatible(
-            f"the larger part of the file, {strangers} of its {total} tensors, has no place in this model"
-            f"{_example(keys)}",
+            f"the larger part of the file, {strangers} of its {strangers + keys.bound} tensors, has no place "
+            f"in this model{_example(keys)}"
+            if strangers > keys.bound
+            else f"the part of the file that draws has no place in this model{_example(keys)}",
             HINT,
         )
 

@@ -12,8 +12,8 @@ from lora.formats.algorithms import Recipe, recipes
 from lora.formats.algorithms.oft import OFT
 from lora.formats.alphas import RANKED
 from lora.formats.embeddings import BUNDLE, is_embedding
-from lora.formats.families import identify
 from lora.formats.header import Header
+from lora.formats.names.families import identify
 from lora.formats.names.slots import split_key
 from lora.library.states import State
 

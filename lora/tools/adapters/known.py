@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from lora.engine.modules import targets_of
-from lora.formats.families import XL, claimed, evidence
 from lora.formats.header import Header
+from lora.formats.names.families import XL, claimed, evidence
 from lora.formats.names.keys import KeyMap
 
 UNET: Mapping[str, Any] = {

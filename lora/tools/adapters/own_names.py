@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lora.formats.embeddings import BUNDLE, ENCODERS, is_embedding
-from lora.formats.families import LANGUAGE, SD1, SD2, TRANSFORMERS, evidence
 from lora.formats.header import Header
+from lora.formats.names.families import LANGUAGE, SD1, SD2, TRANSFORMERS, evidence
 from lora.formats.names.keys import KeyMap
 from lora.formats.names.prefixes import COMPONENTS, unwrapped
 from lora.formats.names.sgm import SD_BLOCKS, SDXL_BLOCKS
+from lora.formats.names.shapes import parameters_by
 from lora.formats.names.slots import Shape, split_key
-from lora.formats.shapes import parameters_by
 
 
 def component_of(stem: str, main: str) -> tuple[str, str]:

@@ -12,7 +12,8 @@ from torch import Tensor
 from lora.engine.engine import LoraEngine
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import LoraFile, load
-from lora.formats.families import (
+from lora.formats.header import Header, TensorInfo
+from lora.formats.names.families import (
     claimed,
     evidence,
     families_by_names,
@@ -20,7 +21,6 @@ from lora.formats.families import (
     identify,
     other_kind,
 )
-from lora.formats.header import Header, TensorInfo
 from lora.tools.adapters.known import sdxl_key_map
 from tests.adapters import CONV_SGM, CROSS_SGM, SELF_SGM, kohya, randn, write
 
@@ -154,6 +154,16 @@ def test_a_text_encoder_that_fits_does_not_carry_another_models_file(
         tensors[f"{text.format(layer)}.lora_down.weight"] = zeros(4, 768)
         tensors[f"{text.format(layer)}.lora_up.weight"] = zeros(768, 4)
     assert f"made for {name}" in refusal(tmp_path, tensors)
+
+
+def test_a_drawing_part_of_nobody_is_not_carried_either(tmp_path: Path) -> None:
+    text = "lora_te1_text_model_encoder_layers_{}_self_attn_q_proj"
+    tensors = {"lora_unet_something_new.diff": zeros(4, 4)}
+    for layer in range(5):
+        tensors[f"{text.format(layer)}.lora_down.weight"] = zeros(4, 768)
+        tensors[f"{text.format(layer)}.lora_up.weight"] = zeros(768, 4)
+    assert "the part of the file that draws has no place" in refusal(tmp_path, tensors)
+    assert on_sdxl(tmp_path, tensors, {"ss_base_model_version": "pony"}).modules == 5
 
 
 def test_a_single_text_encoder_is_not_one_of_two(tmp_path: Path) -> None:

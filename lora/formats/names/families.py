@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping, Set
 
 from lora.formats.header import Header, TensorInfo
 from lora.formats.names.prefixes import DRAWING, unwrapped
+from lora.formats.names.shapes import inputs_by
 from lora.formats.names.slots import split_key
-from lora.formats.shapes import inputs_by
 
 Families = frozenset[str]
 
@@ -70,6 +70,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)", (FLUX2,)),
     (r"double_stream_modulation|single_stream_modulation|time_guidance_embed", (FLUX2,)),
     (r"distilled_guidance_layer", (CHROMA,)),
+    (r"context_embedder_(?!token_refiner|time_text|proj_in)", (SD3, *_FLUXES)),
     (r"context_embedder_(?:token_refiner|time_text_embed|proj_in)", (HUNYUAN,)),
     (r"blocks_\d+_(?:attn[12]_(?:to_|add_|norm_)|ffn_net_)|condition_embedder_", (WAN,)),
     (r"(?:layers|noise_refiner|context_refiner)_\d+_attn_(?:to_|norm_)", (LUMINA,)),
