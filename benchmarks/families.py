@@ -288,6 +288,9 @@ def _full(o: int, i: int, kernel: Shape, *, peft: bool) -> dict[str, Tensor]:
     return {"diff": zeros(o, i, *kernel)}
 
 
+FIRST = r"(?:single_transformer_|transformer_|model\.)?(?:blocks|layers)\.0\."
+"""How the paths of a transformer's first blocks begin."""
+
 LARGE = 500_000
 """Numbers of a weight that is given whole in the first block alone, so that files stay small."""
 
@@ -314,7 +317,7 @@ def tensors_of(
     made: dict[str, Tensor] = {}
     peft = naming in ("diffusers", "PEFT")
     for path, (o, i, *kernel) in layers.items():
-        if algorithm == "full" and o * i > LARGE and not re.search(r"(?:blocks|layers)\.0\.", path):
+        if algorithm == "full" and o * i > LARGE and not re.match(FIRST, path):
             continue
         if stem := NAMINGS[naming](family, path):
             parts = ALGORITHMS[algorithm](o, i, tuple(kernel), peft=peft)

@@ -202,7 +202,7 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
     if trouble := trouble or _trouble(slots):
         return dict.fromkeys({**slots, **module.keys}, trouble)
     alphas.complete(slots, target.component, module.stem)
-    implied, whole = module.keys.keys() - slots.keys(), {**slots, **module.keys}
+    implied = module.keys.keys() - slots.keys()
     used, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}
     if left and not alone:
@@ -210,19 +210,23 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
         fault = "a part is missing" if known else "no known algorithm has such tensors"
         shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
         more = ", ..." * (len(slots) > MAX_SLOTS_SHOWN)
-        return dict.fromkeys(whole, f"{fault} (the layer has {', '.join(shown)}{more})")
+        return dict.fromkeys(
+            {**slots, **module.keys}, f"{fault} (the layer has {', '.join(shown)}{more})"
+        )
     for recipe in used if check_shapes else ():
         algorithm = recipe.make(slots)
         parameter = target.parameter(algorithm.parameter)
         if parameter is None:
-            return dict.fromkeys(whole, f"the module has no {algorithm.parameter}")
+            return dict.fromkeys(
+                {**slots, **module.keys}, f"the module has no {algorithm.parameter}"
+            )
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
             if (
                 shape and "fit together" not in misfit
             ):  # else the file is at fault, whatever the model
                 contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
-            return dict.fromkeys(whole, misfit)
+            return dict.fromkeys({**slots, **module.keys}, misfit)
         count = len(recipe.used & module.keys.keys()) + (0 if module.layers else len(implied))
         module.layers.append(Layer(target, parameter, algorithm, count))
         for companion in algorithm.companions(shape):

@@ -18,6 +18,9 @@ from lora.formats.names.slots import Shape
 
 STEP = ".step"
 
+PLAIN = frozenset({"lora_up", "lora_down", "alpha", "dora_scale", "magnitude"})
+"""The slots of most linear layers, which mean the same to all trainers."""
+
 COMFY = "diffusion_model."
 """How ComfyUI's training node begins every name."""
 
@@ -39,6 +42,8 @@ def settle(
     `shape`: the weight's, () if it is not known. `about`: the file's metadata. `has_config`: whether PEFT's
     config says more. `keys`: slot -> key; a slot that is renamed is renamed there, too.
     """
+    if len(shape) <= 2 and slots.keys() <= PLAIN:
+        return None
     _multiply_steps(slots)
     if "oft_blocks" in slots and "alpha" in slots and stem.startswith(COMFY):
         slots["constraint"] = slots.pop("alpha")
