@@ -1,7 +1,7 @@
 """The algorithms that adapters use, one file each, and the one table that lists them.
 
 An algorithm is a frozen dataclass whose fields are the tensors of one layer of a file, named as the slots
-of `formats/names/keys.py`. To add one: write its file, add a row here and its suffixes to `keys.SLOTS`.
+of `formats/names/slots.py`. To add one: write its file, add a row here and its suffixes to `slots.SLOTS`.
 
 All algorithms share these semantics:
 

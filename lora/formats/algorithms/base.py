@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 
 
 class LowRank(NamedTuple):

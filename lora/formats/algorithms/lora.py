@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lora.formats.algorithms.base import BORROWED, Algorithm, LowRank, placed, scaling, tucker
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)

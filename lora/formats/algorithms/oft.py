@@ -5,9 +5,12 @@ block of output rows is multiplied by R^T, then every row by `rescale` (LyCORIS'
 sd-scripts' `OFTModule`). BOFT has m such stages, between which the rows are shuffled as in a butterfly, and
 which multiply by R in place of R^T (LyCORIS' `ButterflyOFTModule`).
 
+ComfyUI's training node has LyCORIS' form, with norm(Q) <= alpha (`comfy/weight_adapter/oft.py`).
+
 PEFT rotates the inputs, W' = W R^T, and stores the upper triangle of Q. Its R is the Cayley transform's
 Neumann series of a few terms, as `OFTRotationModule._cayley_batch` computes it, unless its config says
-otherwise.
+otherwise. OneTrainer's `OFTModule` does the same for linear layers, and multiplies a convolution by R in
+place of R^T; its scaled form divides the stored numbers by 2 sqrt(b - 1), b the size of a block.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lora.formats.algorithms.base import Algorithm, placed
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,8 @@ class OFT(Algorithm):
     """[out, 1, ...]."""
     alpha: Tensor | None = None
     """The constraint on norm(Q), per output; 0 for none."""
+    constraint: Tensor | None = None
+    """The same for all outputs together, as ComfyUI has it."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -79,6 +84,7 @@ class OFT(Algorithm):
         blocks = placed(self.oft_blocks, weight)
         skew = blocks - blocks.transpose(-1, -2)
         limit = float(self.alpha) * weight.shape[0] if self.alpha is not None else 0.0
+        limit = limit if self.constraint is None else float(self.constraint)
         norm = float(torch.linalg.vector_norm(skew)) + 1e-8
         if limit > 0 and norm > limit:
             skew = skew * (limit / norm)
@@ -97,6 +103,11 @@ def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
     return turned.reshape(-1, stride, 2, columns).transpose(1, 2).reshape(rows.shape)
 
 
+def block_size(oft_r: Tensor) -> int:
+    """b, of [n, b (b - 1) / 2]."""
+    return (1 + math.isqrt(1 + 8 * oft_r.shape[-1])) // 2
+
+
 @dataclass(frozen=True, eq=False)
 class PeftOFT(Algorithm):
     """PEFT's OFT: rotations of blocks of inputs."""
@@ -111,7 +122,7 @@ class PeftOFT(Algorithm):
     @property
     def rank(self) -> int:
         """The size of a block."""
-        return int((1 + math.isqrt(1 + 8 * self.oft_r.shape[-1])) // 2)
+        return block_size(self.oft_r)
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""

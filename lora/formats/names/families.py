@@ -1,0 +1,308 @@
+"""Which family of models an adapter file is for: what its names, widths and metadata say. No torch.
+
+Each piece of evidence leaves only the families that have it. Names and block numbers are facts of the file;
+metadata is what somebody wrote into it. So names and widths are weighed first, and metadata decides where
+they leave several families or none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Set
+
+from lora.formats.header import Header, TensorInfo
+from lora.formats.names.prefixes import DRAWING, unwrapped
+from lora.formats.names.shapes import inputs_by
+from lora.formats.names.slots import split_key
+
+Families = frozenset[str]
+
+SD1, SD2, XL, REFINER = "SD 1.5", "SD 2", "SDXL", "SDXL refiner"
+SD3, FLUX1, FLUX2, CHROMA = "SD 3", "Flux.1", "Flux.2", "Chroma"
+QWEN, HUNYUAN, WAN, LTX = "Qwen-Image", "HunyuanVideo", "Wan", "LTX"
+ZIMAGE, LUMINA, LANGUAGE = "Z-Image", "Lumina 2", "language model"
+
+TRANSFORMERS = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA)
+"""The families whose drawing component is a transformer."""
+
+UNETS = frozenset({SD1, SD2, XL, REFINER})
+"""The families that draw with a U-Net."""
+
+ALL = (SD1, SD2, XL, REFINER, *TRANSFORMERS, LANGUAGE)
+"""The families that names or widths can show."""
+
+_OLD, _FOUR, _LARGE = (SD1, SD2), (SD1, SD2, REFINER), (XL, REFINER)
+_JOINT = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN)
+_FLUXES = (FLUX1, FLUX2, CHROMA)
+_BLOCK = r"(?:down|up|input|output)_blocks_\d+_(?:attentions_\d+|1)_transformer_blocks_"
+
+_NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    # U-Nets, in diffusers' names and the original ones: which blocks there are, how deep their attention is
+    (r"(?:(?:down|up)_blocks|mid_block|(?:input|output)_blocks|middle_block)_\d", (*_OLD, *_LARGE)),
+    (r"mid_block_|time_embed_[02]|time_embedding_linear", (*_OLD, *_LARGE)),
+    (r"down_blocks_0_attentions|up_blocks_3_attentions|input_blocks_[12]_1_", _OLD),
+    (r"output_blocks_(?:9|1[01])_1_", _OLD),
+    (r"(?:down|up)_blocks_3_|(?:down_blocks_2_down|up_blocks_2_up)samplers", _FOUR),
+    (r"up_blocks_2_attentions|output_blocks_[678]_1_(?!conv)|output_blocks_2_1_conv", _FOUR),
+    (r"(?:input|output)_blocks_(?:9|1[01])_|output_blocks_8_2_", _FOUR),
+    (r"up_blocks_0_attentions|output_blocks_[012]_1_(?!conv)|output_blocks_2_2_", (XL,)),
+    (rf"(?:{_BLOCK}|mid_block_attentions_0_transformer_blocks_)[4-9]", (XL,)),
+    (r"middle_block_1_transformer_blocks_[4-9]", (XL,)),
+    (rf"(?:{_BLOCK}|mid_block_attentions_0_transformer_blocks_)[1-9]", _LARGE),
+    (r"middle_block_1_transformer_blocks_[1-9]|add_embedding_|label_emb_", _LARGE),
+    (r"(?:down_blocks_1_attentions_\d|input_blocks_[45]_1)_transformer_blocks_[23]", (REFINER,)),
+    # transformers in diffusers' names
+    (r"transformer_blocks_\d+_attn_(?:to_|add_)|transformer_blocks_\d+_ff_context", _JOINT),
+    (r"transformer_blocks_\d+_(?:img|txt)_(?:mlp|mod)_", (QWEN,)),
+    (r"transformer_blocks_(?:[89]|1[0-8])_attn_", (SD3, FLUX1, CHROMA, QWEN, HUNYUAN)),
+    (r"transformer_blocks_(?:19|2\d|3[0-7])_attn_", (SD3, QWEN, HUNYUAN)),
+    (r"transformer_blocks_(?:3[89]|[45]\d)_attn_", (QWEN, HUNYUAN)),
+    (r"transformer_blocks_\d+_attn2_", (SD3, LTX)),
+    (r"transformer_blocks_\d+_ff(?:_context)?_linear_(?:in|out)", (FLUX2,)),
+    (r"transformer_blocks_\d+_ff_(?:context_)?net_", (SD3, FLUX1, CHROMA, HUNYUAN, LTX)),
+    (r"transformer_blocks_\d+_ff_context_net_", (SD3, FLUX1, CHROMA, HUNYUAN)),
+    (r"transformer_blocks_\d+_norm1_context", (SD3, FLUX1, HUNYUAN)),
+    (r"transformer_blocks_\d+_(?:audio_)?attn1_", (LTX,)),
+    (r"single_transformer_blocks_", (*_FLUXES, HUNYUAN)),
+    (r"single_transformer_blocks_\d+_(?:attn_to_[qkv](?:_|$)|proj_)", (FLUX1, CHROMA, HUNYUAN)),
+    (r"single_transformer_blocks_\d+_norm_linear", (FLUX1, HUNYUAN)),
+    (r"single_transformer_blocks_(?:3[89]|4\d)_", (FLUX2, HUNYUAN)),
+    (r"single_transformer_blocks_\d+_attn_to_(?:qkv_mlp_proj|out)", (FLUX2,)),
+    (r"double_stream_modulation|single_stream_modulation|time_guidance_embed", (FLUX2,)),
+    (r"distilled_guidance_layer", (CHROMA,)),
+    (r"context_embedder_(?!token_refiner|time_text|proj_in)", (SD3, *_FLUXES)),
+    (r"context_embedder_(?:token_refiner|time_text_embed|proj_in)", (HUNYUAN,)),
+    (r"blocks_\d+_(?:attn[12]_(?:to_|add_|norm_)|ffn_net_)|condition_embedder_", (WAN,)),
+    (r"(?:layers|noise_refiner|context_refiner)_\d+_attn_(?:to_|norm_)", (LUMINA,)),
+    (r"(?:layers|noise_refiner|context_refiner)_\d+_feed_forward_linear_", (LUMINA,)),
+    (r"(?:layers|noise_refiner|context_refiner)_\d+_attention_to_|all_x_embedder", (ZIMAGE,)),
+    # and in their own code's
+    (r"joint_blocks_", (SD3,)),
+    (r"(?:double|single)_blocks_\d", (*_FLUXES, HUNYUAN)),
+    (r"double_blocks_\d+_(?:img|txt)_mlp_fc[12]|(?:img|txt)_in_individual_token", (HUNYUAN,)),
+    (r"(?:double_blocks_\d+_(?:img|txt)_mod|single_blocks_\d+_modulation)_linear", (HUNYUAN,)),
+    (r"double_blocks_\d+_(?:img|txt)_mlp_[02]", _FLUXES),
+    (r"(?:double_blocks_\d+_(?:img|txt)_mod|single_blocks_\d+_modulation)_lin(?:_|$)", (FLUX1,)),
+    (r"double_blocks_(?:[89]|1[0-8])_", (FLUX1, CHROMA, HUNYUAN)),
+    (r"double_blocks_(?:19|[2-9]\d)_", (HUNYUAN,)),
+    (r"single_blocks_(?:3[89])_", (FLUX2, HUNYUAN)),
+    (r"single_blocks_4\d_", (FLUX2,)),
+    (r"blocks_\d+_(?:self|cross)_attn_(?:[qkvo]|[kv]_img|norm_[qk])(?:_|$)", (WAN,)),
+    (r"blocks_\d+_ffn_[02]|head_head|img_emb_proj|time_projection_1", (WAN,)),
+    (r"(?:layers|noise_refiner|context_refiner)_\d+_attention_(?:qkv|out)", (LUMINA, ZIMAGE)),
+    (r"(?:layers|noise_refiner|context_refiner)_\d+_feed_forward_w[123]", (LUMINA, ZIMAGE)),
+    (r"layers_(?:2[6-9])_(?:attention|feed_forward)_", (ZIMAGE,)),
+    # language models: Llama's names, and GPT-2's
+    (
+        r"(?:language_)?(?:model_)*layers_\d+_(?:self_attn|mlp|block_sparse_moe|input_layernorm)",
+        (LANGUAGE,),
+    ),
+    (
+        r"(?:transformer_)?h_\d+_(?:attn|mlp|self_attention)_|lm_head|(?:model_)?embed_tokens",
+        (LANGUAGE,),
+    ),
+)
+"""How a module's path begins, with `_` for its dots -> the families that have it."""
+
+_LARGE_CLIP = frozenset({XL, REFINER, SD3})
+_PREFIXES: Mapping[str, Families] = {
+    "lora_te_text_model_": frozenset(_OLD),
+    "lora_te1_text_model_": frozenset({XL, SD3, FLUX1}),
+    "lora_te2_text_model_": _LARGE_CLIP,
+    "text_encoder_2.text_model.": _LARGE_CLIP,
+    "text_encoders.clip_g.": _LARGE_CLIP,
+}
+"""How keys of text encoders begin -> the families that have them."""
+
+CROSS_ATTENTION_WIDTHS = {768: SD1, 1024: SD2, 1280: REFINER, 2048: XL}
+"""How many values per token a U-Net's cross attention reads -> its family."""
+
+_WIDTHS: Mapping[int, tuple[str, ...]] = {
+    **{1152: (SD3,), 1536: (SD3, WAN), 2432: (SD3,), 2304: (LUMINA,), 3840: (ZIMAGE,)},
+    **{3072: (FLUX1, CHROMA, QWEN, HUNYUAN, WAN, FLUX2), 4096: (FLUX2, LTX), 6144: (FLUX2,)},
+}
+"""How many values a transformer's attention reads per token -> the families of that width."""
+
+_NAMES_COMPILED = tuple((re.compile(pattern), frozenset(names)) for pattern, names in _NAMES)
+_READS = re.compile(
+    r"(?:attn2[._]to_[kv]|attn[._]to_q|attn[._]add_k_proj|attention[._](?:to_q|qkv))$"
+)
+
+OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
+    (name, re.compile(pattern))
+    for name, pattern in (
+        ("a Control-LoRA", r"lora_controlnet$"),
+        ("a ControlNet-LLLite", r"lllite_"),
+        ("a ControlNet", r"(?:control_model\.)?(?:input_hint_block|zero_convs)\.|controlnet_"),
+        (
+            "an IP-Adapter",
+            r"image_proj\.|ip_adapter\.|\d+\.to_[kv]_ip\.|\d+\.to_(?:q|k|v|out)_lora\.",
+        ),
+        ("a hypernetwork", r"(?:320|640|768|1024|1280|2048)\.[01]\."),
+        ("an AnimateDiff motion module", r".*[._](?:motion_modules|temporal_transformer)[._]"),
+        ("a T2I-Adapter", r"(?:adapter\.)?body\.\d+\.(?:resnets|in_conv|block1)"),
+        (
+            "a VAE",
+            r"(?:first_stage_model\.)?(?:en|de)coder\.(?:down|up|mid)(?:_blocks)?\.|quant_conv\.",
+        ),
+        ("an upscaler", r"(?:module\.)?(?:params_ema\.)?(?:body|model)\.\d+\.(?:rdb|RDB|sub)"),
+        ("an adapter for Stable Cascade", r"(?:lora_unet_)?down_blocks[._]\d+[._]\d+[._]attention"),
+        ("an adapter for HiDream", r".*(?:double|single)_stream_blocks[._]"),
+        ("an adapter for AuraFlow", r".*joint_transformer_blocks[._]"),
+        ("an adapter for Cosmos", r".*blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj"),
+    )
+)
+"""What a file is that is for none of the families -> how a key of it begins."""
+
+_NAMED_SO = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"refiner", REFINER),
+        (r"pixart", "PixArt"),
+        (r"kolors", "Kolors"),
+        (r"auraflow|pony.?v?7", "AuraFlow"),
+        (r"cascade", "Stable Cascade"),
+        (r"hidream", "HiDream"),
+        (r"cosmos|anima(?![a-z])", "Cosmos"),
+        (r"sd[_ -]?xl|diffusion-xl|(?<![a-z])pony|illustrious|noob|animagine|ssd-?1b", XL),
+        (r"(?<![a-z])sd[_ -]?v?1|diffusion-v?1", SD1),
+        (r"(?<![a-z])sd[_ -]?v?2|diffusion-v?2", SD2),
+        (r"(?<![a-z])sd[_ -]?v?3|diffusion-v?3", SD3),
+        (r"(?<![a-z])chroma(?![a-z])", CHROMA),
+        (r"(?<![a-z])flux[._ -]?2", FLUX2),
+        (r"(?<![a-z])flux(?![a-z])", FLUX1),
+        (r"(?<![a-z])qwen[_ -]?image", QWEN),
+        (r"z[_ -]?image", ZIMAGE),
+        (r"hunyuan[_ -]?video|^hunyuan$", HUNYUAN),
+        (r"(?<![a-z])ltx", LTX),
+        (r"lumina", LUMINA),
+        (r"(?<![a-z])wan(?![a-z])", WAN),
+        (r"(?<![a-z])xl(?![a-z])", XL),
+    )
+)
+"""What a base model's name has in it -> its family; the first that fits counts.
+
+A maker's name is no family: Qwen makes language models, too, and only shapes tell those.
+"""
+
+BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
+"""The fields that name a base model; the last is one of PEFT's config."""
+
+
+def family_of(base: str) -> str | None:
+    """The family of a base model by its name; None if the name alone does not tell it."""
+    return next((name for part, name in _NAMED_SO if part.search(base.lower())), None)
+
+
+def claimed(fields: Mapping[str, object]) -> str | None:
+    """The family that a file's metadata and its PEFT config name; None if they name none that is known."""
+    for field in BASES:
+        name = str(fields.get(field) or "")
+        own = field != BASES[-1]
+        # A config may name a folder of somebody's: only its last part, and only well-known names.
+        family = family_of(name if own else name.rstrip("/").rpartition("/")[2])
+        if family and (own or family in ALL):
+            return SD2 if family == SD1 and fields.get("ss_v2") == "True" else family
+    return SD2 if fields.get("ss_v2") == "True" else None
+
+
+def other_kind(keys: Iterable[str]) -> str | None:
+    """What a file is that is no adapter for any family; None if no key shows it."""
+    every = tuple(keys)
+    return next((name for name, form in OTHERS if any(map(form.match, every))), None)
+
+
+def families_by_names(keys: Iterable[str]) -> Families:
+    """The families that have modules of these names; empty if no name tells."""
+    paths = {_path(key)[:LONGEST] for key in keys}
+    found: Families = frozenset()
+    for form, names in _NAMES_COMPILED:
+        # A file may mix names: what contradicts the evidence before it is left out.
+        narrowed = found & names if found else names
+        if narrowed and narrowed != found and any(form.match(path) for path in paths):
+            found = narrowed
+    return found
+
+
+LONGEST = 50
+"""No pattern of `_NAMES` reads further into a path; so a file's thousands of keys are some hundred."""
+
+
+def _path(key: str) -> str:
+    """A key's path within its component, and some of its suffix, with `_` for the dots."""
+    bare = unwrapped(key)
+    prefix = max((prefix for prefix in DRAWING if bare.startswith(prefix)), key=len, default="")
+    return bare.removeprefix(prefix).replace(".", "_")
+
+
+def families_by_widths(header: Header) -> Families:
+    """The families whose attention reads as many values per token as the file's; empty if none is known."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, info in header.tensors.items():
+        if "at" in key and (parts := split_key(key)) and _READS.search(parts[0]):
+            modules.setdefault(parts[0], {})[parts[1]] = info.shape
+    return frozenset(name for stem, slots in modules.items() for name in _by_width(stem, slots))
+
+
+def _by_width(stem: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    width = inputs_by(slots) or 0
+    if "attn2" in stem[-11:]:
+        family = CROSS_ATTENTION_WIDTHS.get(width)
+        return (family,) if family else ()
+    return _WIDTHS.get(width, ())
+
+
+def evidence(header: Header, keys: Iterable[str] | None = None) -> Families:
+    """The families that a file may be for by its names and widths; empty if nothing shows one.
+
+    `keys`: those that count, if not all.
+    """
+    tensors: Mapping[str, TensorInfo] = header.tensors
+    if keys is not None:
+        tensors = {key: tensors[key] for key in keys}
+    found = families_by_names(tensors)
+    widths = families_by_widths(Header(tensors, {}))
+    if found or not widths:
+        found = (found & widths) or found
+    elif widths <= frozenset(CROSS_ATTENTION_WIDTHS.values()):
+        found = widths
+    for prefix, names in _PREFIXES.items():
+        if (not found or found & names != found) and _begins(tensors, prefix):
+            found = (found & names) or found or names
+    return found
+
+
+def _begins(keys: Iterable[str], prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in keys)
+
+
+def named(families: Set[str]) -> str | None:
+    """The families for a sentence; None if there are none."""
+    *others, last = sorted(families, key=ALL.index) or [""]
+    return " or ".join(filter(None, (", ".join(others), last))) or None
+
+
+def identify(header: Header) -> str | None:
+    """The family that the file was made for, by its usual name; None if nothing shows it.
+
+    Where names and widths leave several, metadata may choose one of them; else all are named.
+    """
+    found, family = evidence(header), claimed(header.metadata)
+    if family and (not found or family in found):
+        return family
+    found = frozenset() if found == UNETS else found
+    base = header.metadata.get("ss_base_model_version", "")
+    return named(found) or other_kind(header.tensors) or base[:80] or None
+
+
+def cross_attention_width(header: Header) -> int | None:
+    """How many values per token a U-Net's cross attention reads: the `in` of some attn2.to_k."""
+    stem, slots = "", dict[str, tuple[int, ...]]()
+    for key, info in header.tensors.items():
+        if "attn2.to_k." in key or "attn2_to_k." in key:
+            parts = split_key(key)
+            if parts and (not stem or parts[0] == stem):
+                stem, slots[parts[1]] = parts[0], info.shape
+        elif slots:
+            break
+    return inputs_by(slots)
