@@ -291,7 +291,7 @@ def _full(o: int, i: int, kernel: Shape, *, peft: bool) -> dict[str, Tensor]:
 FIRST = r"(?:single_transformer_|transformer_|model\.)?(?:blocks|layers)\.0\."
 """How the paths of a transformer's first blocks begin."""
 
-LARGE = 500_000
+LARGE = 800_000
 """Numbers of a weight that is given whole in the first block alone, so that files stay small."""
 
 ALGORITHMS = {

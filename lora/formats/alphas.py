@@ -80,6 +80,10 @@ class Alphas:
             _complete_oft(slots, config)
         elif "ia3_l" in slots and config.feedforward is not None:
             slots["on_input"] = torch.tensor(config.feedforward.find(name) is not None)
+        elif "hra_u" in slots:
+            slots["gram_schmidt"] = torch.tensor(config.gram_schmidt)
+        elif "ada_e" in slots:
+            slots["ada_scaling"] = torch.tensor(config.ada_scaling)
         elif "alpha" not in slots:
             _complete_alpha(slots, config, name)
 
@@ -100,6 +104,11 @@ class PeftConfig:
     feedforward: Patterns | None
     """The modules whose IA3 factors belong to the inputs."""
 
+    gram_schmidt: bool
+    """Whether HRA's vectors are made orthogonal."""
+    ada_scaling: float
+    """AdaLoRA's scaling of every layer."""
+
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
         """Raises: ValueError, TypeError or AttributeError if the fields are not what peft writes;
@@ -110,15 +119,18 @@ class PeftConfig:
         terms = int(fields.get("num_cayley_neumann_terms") or NEUMANN_TERMS)
         if not 0 < terms <= MAX_NEUMANN_TERMS:
             raise ValueError("num_cayley_neumann_terms")
+        ada = fields.get("peft_type") == "ADALORA"  # whose patterns are masks of ranks
         return cls(
             alpha=None if alpha is None else _finite(alpha),
             rank=None if fields.get("r") is None else _finite(fields["r"]),
             alphas=Patterns.of(fields.get("alpha_pattern") or {}),
-            ranks=Patterns.of(fields.get("rank_pattern") or {}),
+            ranks=Patterns.of({} if ada else fields.get("rank_pattern") or {}),
             rs_lora=bool(fields.get("use_rslora")),
             neumann_terms=0 if fields.get("use_cayley_neumann") is False else terms,
             oft_limit=_finite(fields.get("eps") or OFT_EPS) if fields.get("coft") else None,
             feedforward=_modules(fields.get("feedforward_modules")),
+            gram_schmidt=bool(fields.get("apply_GS")),
+            ada_scaling=_ada_scaling(fields) if ada else 1.0,
         )
 
 
@@ -213,6 +225,17 @@ def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> 
         whole = config.ranks.find(name) or config.rank
         if whole and alpha != whole:
             slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole)
+
+
+def _ada_scaling(fields: Mapping[str, Any]) -> float:
+    """As `AdaLoraLayer` and its `get_delta_weight` compute it, with PEFT's defaults.
+
+    Raises: LoraUnsupported for an alpha of 0, in whose place PEFT takes each layer's own rank.
+    """
+    alpha, rank = _finite(fields.get("lora_alpha", 8)), _finite(fields.get("init_r", 12))
+    if alpha <= 0 or rank <= 0:
+        raise LoraUnsupported("the PEFT config says lora_alpha or init_r = 0, which is not read")
+    return alpha / (rank + 1e-5)
 
 
 def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:

@@ -12,15 +12,14 @@ from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.alphas import BASE_MODEL
 from lora.formats.header import Header
 from lora.formats.names.families import (
-    ALL,
     CROSS_ATTENTION_WIDTHS,
-    claimed,
     cross_attention_width,
     evidence,
     named,
-    other_kind,
 )
+from lora.formats.names.family import ALL, claimed
 from lora.formats.names.keys import KeyMap
+from lora.formats.names.others import other_kind
 from lora.formats.names.prefixes import COMPONENTS
 
 TEXT = tuple(

@@ -14,7 +14,7 @@ READ = frozenset(
     {
         *("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
         *("coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms", "feedforward_modules"),
-        *("peft_type", "base_model_name_or_path"),
+        *("peft_type", "base_model_name_or_path", "apply_GS", "init_r"),
     }
 )
 """They change the result, and are read."""
@@ -24,7 +24,8 @@ SHOWN = frozenset(
         *("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices"),
         *("use_effective_conv2d", "decompose_both", "decompose_factor", "block_share"),
         *("oft_block_size", "target_modules", "exclude_modules", "layers_to_transform"),
-        *("layers_pattern", "fan_in_fan_out"),
+        *("layers_pattern", "fan_in_fan_out", "mini_r"),
+        *("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
     }
 )
 """They change the result, and the tensors show how."""
@@ -35,6 +36,8 @@ TRAINING = frozenset(
         *("lora_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale"),
         *("init_weights", "init_ia3_weights", "megatron_config", "megatron_core"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+        *("boft_dropout", "miss_dropout", "target_r", "tinit", "tfinal", "deltaT", "total_step"),
+        *("beta1", "beta2", "orth_reg_weight"),
         *("velora_config", "qalora_group_size", "ensure_weight_tying"),
     }
 )
@@ -44,7 +47,9 @@ INITIAL = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 """The values of `init_lora_weights` that leave the base weight as it is. PiSSA, OLoRA, CorDA, LoftQ and
 LoRA-GA take the adapter's first value off it, and the file lacks that value."""
 
-TYPES = (None, "LORA", "LOHA", "LOKR", "OFT", "IA3", "LN_TUNING")
+TYPES = (
+    *(None, "LORA", "LOHA", "LOKR", "OFT", "IA3", "LN_TUNING", "BOFT", "HRA", "MISS", "ADALORA"),
+)
 """The values of `peft_type` that are implemented."""
 
 CONVERT = "Merge it with PEFT (merge_and_unload), and extract a LoRA from the merged model."

@@ -21,6 +21,11 @@ STEP = ".step"
 PLAIN = frozenset({"lora_up", "lora_down", "alpha", "dora_scale", "magnitude"})
 """The slots of most linear layers, which mean the same to all trainers."""
 
+BY_CONFIG = {"hra_u": "HRA", "ada_e": "AdaLoRA"}
+"""Slot -> the method, of those whose settings no tensor shows."""
+
+MAGNITUDES = frozenset({"dora_scale", "magnitude"})
+
 COMFY = "diffusion_model."
 """How ComfyUI's training node begins every name."""
 
@@ -44,6 +49,11 @@ def settle(
     """
     if len(shape) <= 2 and slots.keys() <= PLAIN:
         return None
+    for slot, method in BY_CONFIG.items():
+        if slot in slots and not has_config:
+            return f"{method} can only be read with PEFT's adapter_config.json"
+    if "oft_r" in slots and MAGNITUDES & slots.keys():
+        return "DoRA over OFT is not read"
     _multiply_steps(slots)
     if "oft_blocks" in slots and "alpha" in slots and stem.startswith(COMFY):
         slots["constraint"] = slots.pop("alpha")

@@ -18,7 +18,8 @@ from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, DoRA
 from lora.formats.contents import Layer, UnusedKey
 from lora.formats.header import Header, read_header
-from lora.formats.names.families import claimed, evidence, family_of, identify, named
+from lora.formats.names.families import evidence, identify, named
+from lora.formats.names.family import claimed, family_of
 from lora.formats.names.keys import KeyMap
 from lora.formats.opening import Opened, opened
 from lora.tools.adapters.hashes import HASH_FIELDS, Hashes, hashes_of

@@ -21,6 +21,7 @@ from functools import lru_cache
 
 from torch import Tensor
 
+from lora.formats.algorithms.adalora import AdaLoRA
 from lora.formats.algorithms.base import Algorithm, LowRank, slots_of
 from lora.formats.algorithms.dora import DoRA
 from lora.formats.algorithms.full import (
@@ -31,11 +32,14 @@ from lora.formats.algorithms.full import (
     WeightValue,
 )
 from lora.formats.algorithms.glora import GLoRA
+from lora.formats.algorithms.hra import HRA
 from lora.formats.algorithms.ia3 import IA3, PeftIA3
 from lora.formats.algorithms.loha import LoHa
 from lora.formats.algorithms.lokr import LoKr
 from lora.formats.algorithms.lora import LoRA, LoRABias
+from lora.formats.algorithms.miss import MiSS
 from lora.formats.algorithms.oft import OFT, PeftOFT
+from lora.formats.algorithms.peft_boft import PeftBOFT
 
 ALGORITHMS: tuple[type[Algorithm], ...] = (
     LoRABias,  # before LoRA, whose tensors it reads too
@@ -45,6 +49,10 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
     GLoRA,
     OFT,
     PeftOFT,
+    PeftBOFT,
+    HRA,
+    MiSS,
+    AdaLoRA,
     IA3,  # before WeightValue, whose only slot it has too
     PeftIA3,
     WeightDifference,

@@ -11,25 +11,31 @@ import re
 from collections.abc import Iterable, Mapping, Set
 
 from lora.formats.header import Header, TensorInfo
+from lora.formats.names.family import (
+    ALL,
+    CHROMA,
+    FLUX1,
+    FLUX2,
+    HUNYUAN,
+    LANGUAGE,
+    LTX,
+    LUMINA,
+    QWEN,
+    REFINER,
+    SD1,
+    SD2,
+    SD3,
+    UNETS,
+    WAN,
+    XL,
+    ZIMAGE,
+    Families,
+    claimed,
+)
+from lora.formats.names.others import other_kind
 from lora.formats.names.prefixes import DRAWING, unwrapped
 from lora.formats.names.shapes import inputs_by
 from lora.formats.names.slots import split_key
-
-Families = frozenset[str]
-
-SD1, SD2, XL, REFINER = "SD 1.5", "SD 2", "SDXL", "SDXL refiner"
-SD3, FLUX1, FLUX2, CHROMA = "SD 3", "Flux.1", "Flux.2", "Chroma"
-QWEN, HUNYUAN, WAN, LTX = "Qwen-Image", "HunyuanVideo", "Wan", "LTX"
-ZIMAGE, LUMINA, LANGUAGE = "Z-Image", "Lumina 2", "language model"
-
-TRANSFORMERS = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA)
-"""The families whose drawing component is a transformer."""
-
-UNETS = frozenset({SD1, SD2, XL, REFINER})
-"""The families that draw with a U-Net."""
-
-ALL = (SD1, SD2, XL, REFINER, *TRANSFORMERS, LANGUAGE)
-"""The families that names or widths can show."""
 
 _OLD, _FOUR, _LARGE = (SD1, SD2), (SD1, SD2, REFINER), (XL, REFINER)
 _JOINT = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN)
@@ -71,6 +77,7 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"double_stream_modulation|single_stream_modulation|time_guidance_embed", (FLUX2,)),
     (r"distilled_guidance_layer", (CHROMA,)),
     (r"context_embedder_(?!token_refiner|time_text|proj_in)", (SD3, *_FLUXES)),
+    (r"x_embedder_(?!proj)", (*_FLUXES, LUMINA)),
     (r"context_embedder_(?:token_refiner|time_text_embed|proj_in)", (HUNYUAN,)),
     (r"blocks_\d+_(?:attn[12]_(?:to_|add_|norm_)|ffn_net_)|condition_embedder_", (WAN,)),
     (r"(?:layers|noise_refiner|context_refiner)_\d+_attn_(?:to_|norm_)", (LUMINA,)),
@@ -117,99 +124,32 @@ _PREFIXES: Mapping[str, Families] = {
 CROSS_ATTENTION_WIDTHS = {768: SD1, 1024: SD2, 1280: REFINER, 2048: XL}
 """How many values per token a U-Net's cross attention reads -> its family."""
 
+REFINER_WIDTH = 384
+"""Of the refiner's first block; those of the other U-Nets have another."""
+
 _WIDTHS: Mapping[int, tuple[str, ...]] = {
     **{1152: (SD3,), 1536: (SD3, WAN), 2432: (SD3,), 2304: (LUMINA,), 3840: (ZIMAGE,)},
     **{3072: (FLUX1, CHROMA, QWEN, HUNYUAN, WAN, FLUX2), 4096: (FLUX2, LTX), 6144: (FLUX2,)},
 }
 """How many values a transformer's attention reads per token -> the families of that width."""
 
+_DEPTHS = (
+    (
+        re.compile(r"(?:transformer|double|joint)_blocks_(\d+)_"),
+        {8: (FLUX2,), 19: (FLUX1, CHROMA), 20: (HUNYUAN,), 24: (SD3,), 38: (SD3,), 60: (QWEN,)},
+    ),
+    (
+        re.compile(r"single_(?:transformer_)?blocks_(\d+)_"),
+        {38: (FLUX1, CHROMA), 40: (HUNYUAN,), 48: (FLUX2,)},
+    ),
+)
+"""How a block's name begins -> how many of them there are -> the families that have so many."""
+
 _NAMES_COMPILED = tuple((re.compile(pattern), frozenset(names)) for pattern, names in _NAMES)
 _READS = re.compile(
-    r"(?:attn2[._]to_[kv]|attn[._]to_q|attn[._]add_k_proj|attention[._](?:to_q|qkv))$"
+    r"(?:attn2[._]to_[kv]|attn[._](?:to_q|add_k_proj|qkv|proj)|attention[._](?:to_q|qkv)"
+    r"|(?:input_blocks[._]1[._]0[._]in_layers[._]2|down_blocks[._]0[._]resnets[._]0[._]conv1))$"
 )
-
-OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
-    (name, re.compile(pattern))
-    for name, pattern in (
-        ("a Control-LoRA", r"lora_controlnet$"),
-        ("a ControlNet-LLLite", r"lllite_"),
-        ("a ControlNet", r"(?:control_model\.)?(?:input_hint_block|zero_convs)\.|controlnet_"),
-        (
-            "an IP-Adapter",
-            r"image_proj\.|ip_adapter\.|\d+\.to_[kv]_ip\.|\d+\.to_(?:q|k|v|out)_lora\.",
-        ),
-        ("a hypernetwork", r"(?:320|640|768|1024|1280|2048)\.[01]\."),
-        ("an AnimateDiff motion module", r".*[._](?:motion_modules|temporal_transformer)[._]"),
-        ("a T2I-Adapter", r"(?:adapter\.)?body\.\d+\.(?:resnets|in_conv|block1)"),
-        (
-            "a VAE",
-            r"(?:first_stage_model\.)?(?:en|de)coder\.(?:down|up|mid)(?:_blocks)?\.|quant_conv\.",
-        ),
-        ("an upscaler", r"(?:module\.)?(?:params_ema\.)?(?:body|model)\.\d+\.(?:rdb|RDB|sub)"),
-        ("an adapter for Stable Cascade", r"(?:lora_unet_)?down_blocks[._]\d+[._]\d+[._]attention"),
-        ("an adapter for HiDream", r".*(?:double|single)_stream_blocks[._]"),
-        ("an adapter for AuraFlow", r".*joint_transformer_blocks[._]"),
-        ("an adapter for Cosmos", r".*blocks[._]\d+[._](?:self|cross)_attn[._][qkv]_proj"),
-    )
-)
-"""What a file is that is for none of the families -> how a key of it begins."""
-
-_NAMED_SO = tuple(
-    (re.compile(pattern), name)
-    for pattern, name in (
-        (r"refiner", REFINER),
-        (r"pixart", "PixArt"),
-        (r"kolors", "Kolors"),
-        (r"auraflow|pony.?v?7", "AuraFlow"),
-        (r"cascade", "Stable Cascade"),
-        (r"hidream", "HiDream"),
-        (r"cosmos|anima(?![a-z])", "Cosmos"),
-        (r"sd[_ -]?xl|diffusion-xl|(?<![a-z])pony|illustrious|noob|animagine|ssd-?1b", XL),
-        (r"(?<![a-z])sd[_ -]?v?1|diffusion-v?1", SD1),
-        (r"(?<![a-z])sd[_ -]?v?2|diffusion-v?2", SD2),
-        (r"(?<![a-z])sd[_ -]?v?3|diffusion-v?3", SD3),
-        (r"(?<![a-z])chroma(?![a-z])", CHROMA),
-        (r"(?<![a-z])flux[._ -]?2", FLUX2),
-        (r"(?<![a-z])flux(?![a-z])", FLUX1),
-        (r"(?<![a-z])qwen[_ -]?image", QWEN),
-        (r"z[_ -]?image", ZIMAGE),
-        (r"hunyuan[_ -]?video|^hunyuan$", HUNYUAN),
-        (r"(?<![a-z])ltx", LTX),
-        (r"lumina", LUMINA),
-        (r"(?<![a-z])wan(?![a-z])", WAN),
-        (r"(?<![a-z])xl(?![a-z])", XL),
-    )
-)
-"""What a base model's name has in it -> its family; the first that fits counts.
-
-A maker's name is no family: Qwen makes language models, too, and only shapes tell those.
-"""
-
-BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
-"""The fields that name a base model; the last is one of PEFT's config."""
-
-
-def family_of(base: str) -> str | None:
-    """The family of a base model by its name; None if the name alone does not tell it."""
-    return next((name for part, name in _NAMED_SO if part.search(base.lower())), None)
-
-
-def claimed(fields: Mapping[str, object]) -> str | None:
-    """The family that a file's metadata and its PEFT config name; None if they name none that is known."""
-    for field in BASES:
-        name = str(fields.get(field) or "")
-        own = field != BASES[-1]
-        # A config may name a folder of somebody's: only its last part, and only well-known names.
-        family = family_of(name if own else name.rstrip("/").rpartition("/")[2])
-        if family and (own or family in ALL):
-            return SD2 if family == SD1 and fields.get("ss_v2") == "True" else family
-    return SD2 if fields.get("ss_v2") == "True" else None
-
-
-def other_kind(keys: Iterable[str]) -> str | None:
-    """What a file is that is no adapter for any family; None if no key shows it."""
-    every = tuple(keys)
-    return next((name for name, form in OTHERS if any(map(form.match, every))), None)
 
 
 def families_by_names(keys: Iterable[str]) -> Families:
@@ -239,7 +179,11 @@ def families_by_widths(header: Header) -> Families:
     """The families whose attention reads as many values per token as the file's; empty if none is known."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in header.tensors.items():
-        if "at" in key and (parts := split_key(key)) and _READS.search(parts[0]):
+        if (
+            ("at" in key or "_blocks" in key)
+            and (parts := split_key(key))
+            and _READS.search(parts[0])
+        ):
             modules.setdefault(parts[0], {})[parts[1]] = info.shape
     return frozenset(name for stem, slots in modules.items() for name in _by_width(stem, slots))
 
@@ -249,6 +193,8 @@ def _by_width(stem: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...
     if "attn2" in stem[-11:]:
         family = CROSS_ATTENTION_WIDTHS.get(width)
         return (family,) if family else ()
+    if "conv1" in stem or "in_layers" in stem:
+        return (REFINER,) if width == REFINER_WIDTH else ()
     return _WIDTHS.get(width, ())
 
 
@@ -266,9 +212,20 @@ def evidence(header: Header, keys: Iterable[str] | None = None) -> Families:
         found = (found & widths) or found
     elif widths <= frozenset(CROSS_ATTENTION_WIDTHS.values()):
         found = widths
+    found = _by_depths(tensors, found) if found & {*_JOINT} and len(found) > 1 else found
     for prefix, names in _PREFIXES.items():
         if (not found or found & names != found) and _begins(tensors, prefix):
             found = (found & names) or found or names
+    return found
+
+
+def _by_depths(keys: Iterable[str], found: Families) -> Families:
+    """Those of the families that have as many blocks as the file, if it has all blocks from the first on."""
+    paths = {_path(key)[:LONGEST] for key in keys}
+    for form, depths in _DEPTHS:
+        numbers = {int(match[1]) for match in map(form.match, paths) if match}
+        whole = numbers == set(range(len(numbers)))
+        found = (found & {*depths.get(len(numbers), ())} if whole else None) or found
     return found
 
 

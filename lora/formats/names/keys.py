@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from lora.formats.names.families import CROSS_ATTENTION_WIDTHS, Families, families_by_names
+from lora.formats.names.families import CROSS_ATTENTION_WIDTHS, families_by_names
+from lora.formats.names.family import Families
 from lora.formats.names.prefixes import COMPONENTS, PEFT_PREFIX, other_forms, prefixes_of
 from lora.formats.names.sgm import Blocks, block_of, sgm_path
 from lora.formats.names.slots import MAX_KEY, Shape, named_slot

@@ -53,6 +53,10 @@ def _rotated_input(slots: Slots) -> Shape:
     return (1, count * side)
 
 
+def _of_butterfly(slots: Slots) -> Shape:
+    return (math.prod(slots["boft_s"]), math.prod(slots["boft_r"][1:3]))
+
+
 def _scaled(factors: Shape) -> Shape:
     """IA3's factors belong to the outputs or to the inputs: a square weight fits both."""
     return (math.prod(factors),) * 2
@@ -66,6 +70,10 @@ SHAPES: Mapping[str, Callable[[Slots], Shape]] = {
     "b1": _glora,
     "oft_blocks": _rotated,
     "oft_r": _rotated_input,
+    "boft_r": _of_butterfly,
+    "hra_u": lambda slots: (1, slots["hra_u"][0]),
+    "miss_block": lambda slots: (slots["miss_block"][-1], 1),
+    "ada_a": lambda slots: (slots["ada_b"][0], slots["ada_a"][1]),
     "diff": lambda slots: slots["diff"],
     "ia3_l": lambda slots: _scaled(slots["ia3_l"]),
     "on_input": lambda slots: _scaled(slots["weight"]),
@@ -93,7 +101,7 @@ def parameters_by(slots: Slots) -> dict[str, Shape]:
     return shapes or {"weight": ()}
 
 
-_OUTPUTS_ALONE = frozenset({"oft_blocks", "on_input", "ia3_l"})
+_OUTPUTS_ALONE = frozenset({"oft_blocks", "on_input", "ia3_l", "miss_block"})
 """The slots that say nothing of the inputs."""
 
 

@@ -27,7 +27,10 @@ LYCORIS: Mapping[str, str] = {
 LYCORIS_NORMS: Mapping[str, str] = {"diff": "w_norm", "diff_b": "b_norm"}
 """The same, for the modules that LyCORIS has for norms."""
 
-ONE_NUMBER = ("alpha", "constraint", "on_input", "neumann_terms", "scaled_oft")
+ONE_NUMBER = (
+    *("alpha", "constraint", "on_input", "neumann_terms", "scaled_oft"),
+    *("gram_schmidt", "ada_scaling"),
+)
 """The slots that hold one number. PEFT keeps them in its config."""
 
 PEFT: Mapping[str, str] = {
@@ -57,6 +60,14 @@ SLOTS: Mapping[str, str] = {
     # ai-toolkit's
     "magnitude": "magnitude",
     "lora_up.bias": "lora_up_bias",
+    # PEFT's other methods, which are read and not written
+    "boft_R": "boft_r",
+    "boft_s": "boft_s",
+    "hra_u": "hra_u",
+    "miss_block": "miss_block",
+    "lora_A": "ada_a",  # AdaLoRA's, which are no modules and have no `weight`
+    "lora_B": "ada_b",
+    "lora_E": "ada_e",
     # OneTrainer's
     "oft_R.scaled_oft": "scaled_oft",
     # parameters given whole; LyCORIS' IA3 factors are called `weight`, too
@@ -99,7 +110,8 @@ STEPS: Mapping[str, str] = {
 
 _NAMED = re.compile(
     r"(lora_[AB]|lora_magnitude_vector|oft_R|modules_to_save|ln_tuning_layers)\.([\w-]+)\.(weight|bias)"
-    r"|(lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+)\.(default(?:_\d+)?)"
+    r"|(lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+|boft_[Rs]|hra_u|miss_block|lora_[ABE])"
+    r"\.(default(?:_\d+)?)"
 )
 """PEFT may leave an adapter's name in its own (`lora_A.NAME.weight`). Where no `weight` follows, only the
 names that PEFT and diffusers give are known: another word may mean anything (`lokr_w1.scale`)."""

@@ -14,7 +14,8 @@ import torch
 
 from lora.engine.modules import targets_of
 from lora.formats.header import Header
-from lora.formats.names.families import XL, claimed, evidence
+from lora.formats.names.families import evidence
+from lora.formats.names.family import XL, claimed
 from lora.formats.names.keys import KeyMap
 
 UNET: Mapping[str, Any] = {

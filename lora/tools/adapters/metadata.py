@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lora.formats.names.families import BASES
+from lora.formats.names.family import BASES
 
 MAX_TEXT = 300
 """Characters of one fact."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from lora.formats.embeddings import BUNDLE, ENCODERS, is_embedding
 from lora.formats.header import Header
-from lora.formats.names.families import LANGUAGE, SD1, SD2, TRANSFORMERS, evidence
+from lora.formats.names.families import evidence
+from lora.formats.names.family import LANGUAGE, SD1, SD2, TRANSFORMERS
 from lora.formats.names.keys import KeyMap
 from lora.formats.names.prefixes import COMPONENTS, unwrapped
 from lora.formats.names.sgm import SD_BLOCKS, SDXL_BLOCKS

@@ -13,14 +13,9 @@ from lora.engine.engine import LoraEngine
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import LoraFile, load
 from lora.formats.header import Header, TensorInfo
-from lora.formats.names.families import (
-    claimed,
-    evidence,
-    families_by_names,
-    family_of,
-    identify,
-    other_kind,
-)
+from lora.formats.names.families import evidence, families_by_names, identify
+from lora.formats.names.family import claimed, family_of
+from lora.formats.names.others import other_kind
 from lora.tools.adapters.known import sdxl_key_map
 from tests.adapters import CONV_SGM, CROSS_SGM, SELF_SGM, kohya, randn, write
 

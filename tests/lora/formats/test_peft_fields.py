@@ -16,7 +16,7 @@ from tests.adapters import randn
 
 CONFIGS = (
     *(peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig, peft.OFTConfig, peft.IA3Config),
-    peft.LNTuningConfig,
+    *(peft.LNTuningConfig, peft.HRAConfig, peft.MissConfig, peft.BOFTConfig),
 )
 
 
@@ -27,6 +27,15 @@ def test_a_config_with_its_defaults_is_read(config: Any) -> None:
     known = READ | SHOWN | TRAINING | {"init_lora_weights"}
     unknown = {field.name for field in dataclasses.fields(config)} - known
     assert not any(fields[name] for name in unknown)
+
+
+def test_adaloras_schedule_is_no_matter() -> None:
+    fields = peft.AdaLoraConfig(target_modules=["to_q"], total_step=10, init_r=4).to_dict()
+    fields["rank_pattern"] = {"to_q.lora_E": [True, False]}
+    config = Alphas.of({}, json.dumps(fields, default=sorted)).configs[""]
+    assert config.ada_scaling == pytest.approx(8 / 4, rel=1e-4)
+    with pytest.raises(LoraUnsupported):
+        Alphas.of({}, json.dumps({"peft_type": "ADALORA", "lora_alpha": 0}))
 
 
 @pytest.mark.parametrize(
@@ -42,10 +51,7 @@ def test_a_config_with_its_defaults_is_read(config: Any) -> None:
         {"use_bdlora": {"a": 1}},
         {"arrow_config": {"top_k": 3}},
         {"a_field_of_tomorrow": 3},
-        *(
-            {"peft_type": kind}
-            for kind in ("VERA", "BOFT", "HRA", "RANDLORA", "ADALORA", "TOMORROW")
-        ),
+        *({"peft_type": kind} for kind in ("VERA", "RANDLORA", "SHIRA", "TOMORROW")),
     ],
     ids=str,
 )

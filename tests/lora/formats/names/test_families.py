@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lora.formats.header import Header, TensorInfo
-from lora.formats.names.families import family_of, identify
+from lora.formats.names.families import identify
+from lora.formats.names.family import family_of
 
 
 @pytest.mark.parametrize(
