@@ -14,13 +14,14 @@ from pathlib import Path
 from torch import Tensor
 
 from lora.errors import LoraIncompatible, LoraUnsupported
-from lora.formats.algorithms import Algorithm, recipes
+from lora.formats.algorithms import Algorithm, Flaw, recipes
 from lora.formats.alphas import Alphas
 from lora.formats.embeddings import is_embedding
 from lora.formats.evidence import HINT, Keys, refuse_strangers
 from lora.formats.header import Header
+from lora.formats.names.encoders import encoder_of
 from lora.formats.names.families import identify
-from lora.formats.names.keys import KeyMap, Target
+from lora.formats.names.keys import KeyMap, Match, Target
 from lora.formats.names.prefixes import unwrapped
 from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS, is_bare
 from lora.formats.tensors import read_runs
@@ -131,20 +132,19 @@ def read_contents(
 def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
     """Finds the module of each key, before any tensor is read."""
     keys, modules = Keys(has_config=bool(contents.alphas.configs)), contents.modules
-    for key in contents.header.tensors:
-        match = key_map.match(key)
-        if match is None:
+    tensors = contents.header.tensors
+    for key in tensors:
+        if match := key_map.match(key):
+            _put(modules, match, key)
+        else:
             (keys.words if is_embedding(key) else keys.strangers).append(key)
-            continue
-        place = match.target, match.stem, match.adapter
-        while True:
-            module = modules.get(place)
-            if module is None:
-                module = modules[place] = Module(*place)
-            if module.keys.setdefault(match.slot, key) is key:
-                break
-            # Another suffix for the same slot (`lora_A.weight`, `lora_down.weight`) begins another set.
-            place = match.target, match.stem, place[2] + AGAIN
+    if keys.strangers and (encoder := encoder_of(tensors, keys.strangers, key_map)):
+        others, keys.strangers = keys.strangers, []
+        for key in others:
+            if match := key_map.match(f"{encoder}.{unwrapped(key)}"):
+                _put(modules, match, key)
+            else:
+                keys.strangers.append(key)
     if keys.strangers:
         _sort_strangers(contents, keys, key_map)
     for module in modules.values():
@@ -156,6 +156,19 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
         elif not all(slot.startswith("?") for slot in own):
             keys.adapter += len(own)
     return keys
+
+
+def _put(modules: dict[tuple[Target, str, str], Module], match: Match, key: str) -> None:
+    """Adds a key to its module."""
+    place = match.target, match.stem, match.adapter
+    while True:
+        module = modules.get(place)
+        if module is None:
+            module = modules[place] = Module(*place)
+        if module.keys.setdefault(match.slot, key) is key:
+            return
+        # Another suffix for the same slot (`lora_A.weight`, `lora_down.weight`) begins another set.
+        place = match.target, match.stem, place[2] + AGAIN
 
 
 _PART = re.compile(r"_(?:lora|dora|magnitude|alpha|diff|hada|lokr|oft|boft|rescale|bias|scale)")
@@ -222,9 +235,7 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
             )
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
-            if (
-                "the layer" in misfit or "the parameter" in misfit
-            ):  # else the file alone is at fault
+            if not isinstance(misfit, Flaw):
                 contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
             return dict.fromkeys({**slots, **module.keys}, misfit)
         count = len(recipe.used & module.keys.keys()) + (0 if module.layers else len(implied))

@@ -22,7 +22,7 @@ from functools import lru_cache
 from torch import Tensor
 
 from lora.formats.algorithms.adalora import AdaLoRA
-from lora.formats.algorithms.base import Algorithm, LowRank, slots_of
+from lora.formats.algorithms.base import Algorithm, Flaw, LowRank, slots_of
 from lora.formats.algorithms.dora import DoRA
 from lora.formats.algorithms.full import (
     BiasDifference,
@@ -68,7 +68,7 @@ DECOMPOSABLE = (LoRA, LoHa, LoKr)
 MAGNITUDES = {"dora_scale": True, "magnitude": False}
 """A DoRA layer's own slot -> whether it may belong to the inputs (see `DoRA`)."""
 
-__all__ = ["ALGORITHMS", "Algorithm", "DoRA", "LowRank", "Recipe", "recipes"]
+__all__ = ["ALGORITHMS", "Algorithm", "DoRA", "Flaw", "LowRank", "Recipe", "recipes"]
 
 
 @dataclass(frozen=True)

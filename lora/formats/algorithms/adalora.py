@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, LowRank, placed
+from lora.formats.algorithms.base import Algorithm, Flaw, LowRank, placed
 from lora.formats.names.slots import Shape
 
 
@@ -39,7 +39,7 @@ class AdaLoRA(Algorithm):
         """See `Algorithm.misfit`."""
         a, b = tuple(self.ada_a.shape), tuple(self.ada_b.shape)
         if (len(a), len(b)) != (2, 2) or b[1] != a[0] or self.ada_e.numel() != a[0]:
-            return f"lora_A {list(a)}, lora_B {list(b)} and lora_E do not fit together"
+            return Flaw(f"lora_A {list(a)}, lora_B {list(b)} and lora_E do not fit together")
         if (b[0], a[1]) != shape:
             return f"factors {list(b)} and {list(a)} do not fit the layer {list(shape)}"
         return None

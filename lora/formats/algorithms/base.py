@@ -23,6 +23,12 @@ class LowRank(NamedTuple):
     scaling: float
 
 
+class Flaw(str):
+    """A reason that lies in the file alone: its tensors are no layer of any model that we apply."""
+
+    __slots__ = ()
+
+
 BORROWED = {"borrowed": True}
 """Metadata of a field that an algorithm only reads, since another algorithm uses it: an alpha, a rank."""
 
@@ -42,7 +48,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def misfit(self, shape: Shape) -> str | None:
-        """Why it cannot belong to a parameter of this shape; None if it can."""
+        """Why it cannot belong to a parameter of this shape; None if it can. A `Flaw` is no parameter's."""
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:

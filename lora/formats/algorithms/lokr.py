@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed, scaling, tucker
+from lora.formats.algorithms.base import Algorithm, Flaw, placed, scaling, tucker
 from lora.formats.names.slots import Shape
 
 
@@ -50,12 +50,12 @@ class LoKr(Algorithm):
             return f"a Kronecker product is no {list(shape)}"
         first, trouble = _shape_of("lokr_w1", self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
         if trouble:
-            return trouble
+            return Flaw(trouble)
         second, trouble = _shape_of(
             "lokr_w2", self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2
         )
         if trouble:
-            return trouble
+            return Flaw(trouble)
         columns = math.prod(second[1:])
         whole = first[0] * second[0], first[1] * columns
         fits = len(first) == 2 and whole == (shape[0], math.prod(shape[1:]))

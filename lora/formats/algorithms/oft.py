@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed
+from lora.formats.algorithms.base import Algorithm, Flaw, placed
 from lora.formats.names.slots import Shape
 
 
@@ -56,7 +56,7 @@ class OFT(Algorithm):
             return f"oft_blocks {list(blocks)} do not fit the layer {list(shape)}"
         rows = shape[0]
         if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
-            return f"oft_blocks {list(blocks)} are no square blocks"
+            return Flaw(f"oft_blocks {list(blocks)} are no square blocks")
         if blocks[-3] * blocks[-2] != rows:
             return f"oft_blocks {list(blocks)} do not make up the {rows} rows of the layer"
         if len(blocks) == 4 and (blocks[-1] % 2 or rows % (2 ** blocks[0] * (blocks[-1] // 2))):
@@ -129,7 +129,7 @@ class PeftOFT(Algorithm):
         triangles, size = tuple(self.oft_r.shape), self.rank if self.oft_r.dim() == 2 else 0
         inputs = math.prod(shape[1:])
         if len(triangles) != 2 or size * (size - 1) // 2 != triangles[1]:
-            return f"oft_R {list(triangles)} holds no upper triangles"
+            return Flaw(f"oft_R {list(triangles)} holds no upper triangles")
         if triangles[0] * size != inputs and (triangles[0] != 1 or inputs % size):
             return f"oft_R {list(triangles)} does not make up the {inputs} inputs of the layer"
         return None

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed
+from lora.formats.algorithms.base import Algorithm, Flaw, placed
 from lora.formats.names.slots import Shape
 
 
@@ -38,9 +38,9 @@ class PeftBOFT(Algorithm):
         """See `Algorithm.misfit`."""
         ours = tuple(self.boft_r.shape)
         if len(ours) != 4 or ours[2] != ours[3]:
-            return f"boft_R {list(ours)} holds no square blocks that fit together"
+            return Flaw(f"boft_R {list(ours)} holds no square blocks")
         if ours[0] != 1:
-            return f"boft_R {list(ours)} has several butterfly stages, which are not read"
+            return Flaw(f"boft_R {list(ours)} has several butterfly stages, which are not read")
         if len(shape) < 2 or ours[1] * ours[2] != math.prod(shape[1:]):
             return f"boft_R {list(ours)} does not make up the inputs of the layer {list(shape)}"
         if self.boft_s.numel() != shape[0]:
