@@ -37,7 +37,7 @@ from benchmarks.tools_page import keep
 from demo.networks import TOPOLOGY, new_unet
 from lora.engine.stack import LoraUse
 from lora.formats.adapter import load
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 from lora.tools.adapters.saving import WriteOptions
 from lora.tools.extract.options import ExtractOptions, takes_factors
 from lora.tools.extract.run import extract

@@ -94,7 +94,7 @@ def engine_for(pipeline: Any, budgets: Budgets | None = None) -> LoraEngine:
     Raises: ValueError if the pipeline has no such part.
     """
     from lora.engine.engine import Budgets, LoraEngine
-    from lora.formats.names.keys import COMPONENTS
+    from lora.formats.names.prefixes import COMPONENTS
 
     parts: dict[str, nn.Module] = {
         name: part for name in COMPONENTS if (part := pipeline.components.get(name)) is not None

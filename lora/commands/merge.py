@@ -10,7 +10,7 @@ from typing import Any
 
 from lora.commands import shared
 from lora.errors import ToolError
-from lora.formats.names.keys import COMPONENTS
+from lora.formats.names.prefixes import COMPONENTS
 from lora.tools import FILE_FORMATS
 from lora.tools.overwriting import refuse_existing
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 from lora.formats.tensors import COMPUTING
 
 

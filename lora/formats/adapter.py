@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from lora.formats.contents import Layer, UnusedKey, read_contents, refuse_other_models
+from lora.formats.contents import Layer, UnusedKey, read_contents, refuse_misfits
 from lora.formats.embeddings import TokenEmbedding, read_embedding
 from lora.formats.header import read_header
 from lora.formats.names.keys import KeyMap
@@ -65,8 +65,8 @@ def load(
 
     `config` is the text of a PEFT adapter's adapter_config.json; `mapped`: see `read_runs`. No weight of the
     pipeline is touched. Raises: LoraCorrupt if the file is not whole, or holds NaN or infinity;
-    LoraIncompatible if none of its tensors has a place in this pipeline, or its cross attention is
-    another model's; LoraUnsupported if they have, and none can be applied.
+    LoraIncompatible if it is for another model, or the larger part of it has no place in this pipeline;
+    LoraUnsupported if none of it can be applied, or it holds more than one LoRA.
     """
     header = read_header(path)
     contents = read_contents(path, header, key_map, config=config, mapped=mapped)
@@ -78,7 +78,7 @@ def load(
         else:
             embeddings.append(embedding)
     layers = tuple(layer for module in contents.modules.values() for layer in module.layers)
-    refuse_other_models(contents, key_map, used=bool(layers or embeddings))
+    refuse_misfits(contents, used=bool(layers or embeddings))
     identity = hashlib.sha256(config.encode()).hexdigest()[:16] if config is not None else ""
     return LoraFile(
         sha256,

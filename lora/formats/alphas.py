@@ -17,16 +17,23 @@ import torch
 from torch import Tensor
 
 from lora.errors import LoraCorrupt, LoraUnsupported
-from lora.formats.names.keys import PEFT_PREFIX
+from lora.formats.names.prefixes import PEFT_PREFIX
+from lora.formats.peft_fields import refuse_unread
 
 RANKED = ("lora_down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 """The slots whose first dimension is the rank."""
+
+SCALED = ("lora_up", "lora_up_bias", "hada_w1_a", "lokr_w1", "lokr_w1_a")
+"""The slots of which the change is a multiple."""
 
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
 """PEFT's default number of terms for OFT, the largest number that is read, and PEFT's default `eps`."""
 
 MAX_SCALING = 1e30
 """A larger number would overflow when it is multiplied in float32."""
+
+BASE_MODEL = "base_model_name_or_path"
+"""PEFT's field for the model that was trained."""
 
 CONFIG_IN_FILE = "lora_adapter_metadata"
 """The key of a file's metadata under which diffusers stores PEFT's config, one table for all components."""
@@ -37,12 +44,15 @@ class Alphas:
     """One PEFT config per component; the one with the empty name is for all that have none."""
 
     configs: Mapping[str, PeftConfig]
+    base_model: str = ""
+    """The base model that a config names."""
 
     @classmethod
     def of(cls, metadata: Mapping[str, str], config: str | None = None) -> Alphas:
         """From a file's metadata and, if there is one, the text of its `adapter_config.json`.
 
-        Raises: LoraCorrupt if either is not what PEFT writes; LoraUnsupported for a pattern that is not read.
+        Raises: LoraCorrupt if either is not what PEFT writes; LoraUnsupported for a field or a pattern that
+        is not read.
         """
         source = CONFIG_IN_FILE
         try:
@@ -53,7 +63,9 @@ class Alphas:
             if config is not None:
                 source = "adapter_config.json"
                 configs[""] = json.loads(config)
-            return cls({name: PeftConfig.of(fields) for name, fields in configs.items()})
+            bases = [str(fields.get(BASE_MODEL) or "") for fields in configs.values()]
+            made = {name: PeftConfig.of(fields) for name, fields in configs.items()}
+            return cls(made, next(filter(None, bases), ""))
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise LoraCorrupt(f"the file's {source} is malformed") from error
 
@@ -68,6 +80,10 @@ class Alphas:
             _complete_oft(slots, config)
         elif "ia3_l" in slots and config.feedforward is not None:
             slots["on_input"] = torch.tensor(config.feedforward.find(name) is not None)
+        elif "hra_u" in slots:
+            slots["gram_schmidt"] = torch.tensor(config.gram_schmidt)
+        elif "ada_e" in slots:
+            slots["ada_scaling"] = torch.tensor(config.ada_scaling)
         elif "alpha" not in slots:
             _complete_alpha(slots, config, name)
 
@@ -88,24 +104,33 @@ class PeftConfig:
     feedforward: Patterns | None
     """The modules whose IA3 factors belong to the inputs."""
 
+    gram_schmidt: bool
+    """Whether HRA's vectors are made orthogonal."""
+    ada_scaling: float
+    """AdaLoRA's scaling of every layer."""
+
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
         """Raises: ValueError, TypeError or AttributeError if the fields are not what peft writes;
-        LoraUnsupported for a pattern that is not read.
+        LoraUnsupported for a field or a pattern that is not read.
         """
+        refuse_unread(fields)
         alpha = fields.get("alpha") if fields.get("lora_alpha") is None else fields["lora_alpha"]
         terms = int(fields.get("num_cayley_neumann_terms") or NEUMANN_TERMS)
         if not 0 < terms <= MAX_NEUMANN_TERMS:
             raise ValueError("num_cayley_neumann_terms")
+        ada = fields.get("peft_type") == "ADALORA"  # whose patterns are masks of ranks
         return cls(
             alpha=None if alpha is None else _finite(alpha),
             rank=None if fields.get("r") is None else _finite(fields["r"]),
             alphas=Patterns.of(fields.get("alpha_pattern") or {}),
-            ranks=Patterns.of(fields.get("rank_pattern") or {}),
+            ranks=Patterns.of({} if ada else fields.get("rank_pattern") or {}),
             rs_lora=bool(fields.get("use_rslora")),
             neumann_terms=0 if fields.get("use_cayley_neumann") is False else terms,
             oft_limit=_finite(fields.get("eps") or OFT_EPS) if fields.get("coft") else None,
             feedforward=_modules(fields.get("feedforward_modules")),
+            gram_schmidt=bool(fields.get("apply_GS")),
+            ada_scaling=_ada_scaling(fields) if ada else 1.0,
         )
 
 
@@ -187,6 +212,10 @@ def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> 
     alpha = config.alpha if own_alpha is None else own_alpha
     if alpha is None:
         return
+    if not alpha:
+        # To PEFT 0 is a scaling of 0; to kohya, whose tensor this would be, it is none.
+        slots |= {slot: torch.zeros_like(slots[slot]) for slot in SCALED if slot in slots}
+        return
     rank = next((slots[s].shape[0] for s in RANKED if s in slots and slots[s].dim()), None)
     if rank is not None:
         # rsLoRA (arXiv 2312.03732): scaling = alpha / sqrt(rank).
@@ -196,6 +225,17 @@ def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> 
         whole = config.ranks.find(name) or config.rank
         if whole and alpha != whole:
             slots["lokr_w1"] = slots["lokr_w1"].float() * (alpha / whole)
+
+
+def _ada_scaling(fields: Mapping[str, Any]) -> float:
+    """As `AdaLoraLayer` and its `get_delta_weight` compute it, with PEFT's defaults.
+
+    Raises: LoraUnsupported for an alpha of 0, in whose place PEFT takes each layer's own rank.
+    """
+    alpha, rank = _finite(fields.get("lora_alpha", 8)), _finite(fields.get("init_r", 12))
+    if alpha <= 0 or rank <= 0:
+        raise LoraUnsupported("the PEFT config says lora_alpha or init_r = 0, which is not read")
+    return alpha / (rank + 1e-5)
 
 
 def _complete_oft(slots: dict[str, Tensor], config: PeftConfig) -> None:

@@ -6,6 +6,7 @@ ends up in a module, among the words that it teaches, or among the unused ones w
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +14,19 @@ from pathlib import Path
 from torch import Tensor
 
 from lora.errors import LoraIncompatible, LoraUnsupported
-from lora.formats.algorithms import Algorithm, recipes
+from lora.formats.algorithms import Algorithm, Flaw, recipes
 from lora.formats.alphas import Alphas
 from lora.formats.embeddings import is_embedding
-from lora.formats.families import CROSS_ATTENTION_WIDTHS, cross_attention_width, identify
+from lora.formats.evidence import HINT, Keys, refuse_strangers
 from lora.formats.header import Header
-from lora.formats.names.keys import ONE_NUMBER, REFUSED, SLOTS, KeyMap, Target
+from lora.formats.names.encoders import encoder_of
+from lora.formats.names.families import identify
+from lora.formats.names.keys import KeyMap, Match, Target
+from lora.formats.names.prefixes import unwrapped
+from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS, is_bare
 from lora.formats.tensors import read_runs
+from lora.formats.trainers import settle
+from lora.formats.twins import AGAIN, repeated
 
 UNKNOWN_MODULE = "no module of this model has that name"
 
@@ -52,13 +59,15 @@ class UnusedKey:
 
 @dataclass(eq=False, slots=True)
 class Module:
-    """The tensors that a file has for one module of the model."""
+    """The tensors that a file has for one module of the model, under one name and of one adapter."""
 
     target: Target
     stem: str
     """The module's name in the file."""
+    adapter: str = ""
+    """The adapter's name in its keys, where PEFT left one."""
     keys: dict[str, str] = field(default_factory=dict)
-    """Slot of `keys.SLOTS` -> key."""
+    """Slot of `slots.SLOTS` -> key."""
     slots: dict[str, Tensor] = field(default_factory=dict)
     """Slot -> tensor, with those that a PEFT config adds."""
     layers: list[Layer] = field(default_factory=list)
@@ -71,7 +80,8 @@ class Contents:
 
     header: Header
     alphas: Alphas
-    modules: dict[Target, Module] = field(default_factory=dict)
+    modules: dict[tuple[Target, str, str], Module] = field(default_factory=dict)
+    """By target, name in the file and adapter: tensors of different ones are never joined."""
     words: dict[str, Tensor] = field(default_factory=dict)
     """Key -> the vectors of a word of the prompt, as the file has them."""
     unused: list[UnusedKey] = field(default_factory=list)
@@ -94,67 +104,118 @@ def read_contents(
     `read_runs`. Without `check_shapes`, `key_map` is only asked for names: its model may have other shapes.
     A module is used as a whole or not at all: half of it would be another adapter than the one trained.
 
-    Raises: LoraCorrupt if the file is not whole, or holds NaN or infinity; LoraUnsupported if it is a model.
+    Raises: LoraCorrupt if the file is not whole, or holds NaN or infinity; LoraIncompatible if it is for
+    another model; LoraUnsupported if it is a model, holds two LoRAs, or its config says what is not read.
     """
     contents = Contents(header, Alphas.of(header.metadata, config))
-    words = _group_keys(contents, key_map)
+    keys = _group_keys(contents, key_map)
+    refuse_strangers(header, key_map, keys, contents.alphas.base_model, widths=check_shapes)
     runs = read_runs(path, header, mapped=mapped)
     tensors = {name: tensor for run in runs for name, tensor in run.tensors()}
-    contents.words = {key: tensors[key] for key in words}
-    for module in list(contents.modules.values()):
+    contents.words = {key: tensors[key] for key in keys.words}
+    modules = contents.modules
+    for module in modules.values():
         module.slots = {slot: tensors[key] for slot, key in module.keys.items()}
-        contents.alphas.complete(module.slots, module.target.component, module.stem)
+    if len(modules) > len({target for target, _, _ in modules}):
+        for twin, reason in tuple(repeated(modules.values())):
+            _drop(
+                contents,
+                modules[twin.target, twin.stem, twin.adapter],
+                dict.fromkeys(twin.slots, reason),
+            )
+    for module in list(modules.values()):
         if reasons := _check(contents, module, check_shapes=check_shapes):
             _drop(contents, module, reasons)
     return contents
 
 
-def _group_keys(contents: Contents, key_map: KeyMap) -> list[str]:
-    """Finds the module of each key, before any tensor is read. Returns the keys of words."""
-    words: list[str] = []
-    modules, adapter = contents.modules, False
-    for key in contents.header.tensors:
-        match = key_map.match(key)
-        if match is None and is_embedding(key):
-            words.append(key)
-            continue
-        if match is None:
-            missing = key_map.missing_component(key)
-            reason = f"this model has no {missing}" if missing else UNKNOWN_MODULE
-            contents.unused.append(UnusedKey(key, reason))
-            continue
-        adapter = adapter or key[len(match.stem) + 1 :] not in ("weight", "bias")
-        module = modules.get(match.target)
+def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
+    """Finds the module of each key, before any tensor is read."""
+    keys, modules = Keys(has_config=bool(contents.alphas.configs)), contents.modules
+    tensors = contents.header.tensors
+    for key in tensors:
+        if match := key_map.match(key):
+            _put(modules, match, key)
+        else:
+            (keys.words if is_embedding(key) else keys.strangers).append(key)
+    if keys.strangers and (encoder := encoder_of(tensors, keys.strangers, key_map)):
+        others, keys.strangers = keys.strangers, []
+        for key in others:
+            if match := key_map.match(f"{encoder}.{unwrapped(key)}"):
+                _put(modules, match, key)
+            else:
+                keys.strangers.append(key)
+    if keys.strangers:
+        _sort_strangers(contents, keys, key_map)
+    for module in modules.values():
+        own = module.keys
+        keys.bound += len(own)
+        keys.drawing += len(own) * (module.target.component == key_map.components[0])
+        if own.keys() <= BARE and all(is_bare(key) for key in own.values()):
+            keys.bare += len(own)
+        elif not all(slot.startswith("?") for slot in own):
+            keys.adapter += len(own)
+    return keys
+
+
+def _put(modules: dict[tuple[Target, str, str], Module], match: Match, key: str) -> None:
+    """Adds a key to its module."""
+    place = match.target, match.stem, match.adapter
+    while True:
+        module = modules.get(place)
         if module is None:
-            module = modules[match.target] = Module(match.target, match.stem)
-        twin = module.keys.setdefault(match.slot, key)
-        if twin is not key:
-            contents.unused.append(UnusedKey(key, f"says the same as {twin[:MAX_SHOWN]}"))
-    if modules and not adapter:
-        raise LoraUnsupported(
-            "the file holds a model's own weights, and none of an adapter",
-            "Extract a LoRA from it first.",
-        )
-    return words
+            module = modules[place] = Module(*place)
+        if module.keys.setdefault(match.slot, key) is key:
+            return
+        # Another suffix for the same slot (`lora_A.weight`, `lora_down.weight`) begins another set.
+        place = match.target, match.stem, place[2] + AGAIN
+
+
+_PART = re.compile(r"_(?:lora|dora|magnitude|alpha|diff|hada|lokr|oft|boft|rescale|bias|scale)")
+
+
+def _sort_strangers(contents: Contents, keys: Keys, key_map: KeyMap) -> None:
+    """Gives reasons to the keys of no module. One that plainly continues a module's name belongs to it, so
+    that the module is not used without it.
+    """
+    stems = {module.stem.replace(".", "_"): module for module in contents.modules.values()}
+    orphans = set()
+    for key in keys.strangers:
+        flat = unwrapped(key).replace(".", "_")
+        parts = (flat[: part.start()] for part in _PART.finditer(flat[:MAX_KEY]))
+        if module := next(filter(None, map(stems.get, parts)), None):
+            module.keys[f"?{key}"] = key
+            orphans.add(key)
+            continue
+        missing = key_map.missing_component(key)
+        keys.elsewhere += missing is not None
+        reason = f"this model has no {missing}" if missing else UNKNOWN_MODULE
+        contents.unused.append(UnusedKey(key, reason))
+    keys.strangers = [key for key in keys.strangers if key not in orphans]
 
 
 def _drop(contents: Contents, module: Module, reasons: Mapping[str, str]) -> None:
     """Lists slots as unused, and takes the module out if none is left."""
     for slot, reason in reasons.items():
-        del module.slots[slot]
+        module.slots.pop(slot, None)
         if slot in module.keys:
             contents.unused.append(UnusedKey(module.keys.pop(slot), reason))
     if not module.slots:
-        del contents.modules[module.target]
+        del contents.modules[module.target, module.stem, module.adapter]
 
 
 def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping[str, str]:
     """Makes the module's layers, or notes that it does not fit. Returns a reason for each slot that cannot
     be used.
     """
-    slots = module.slots
-    if trouble := _trouble(slots):
-        return dict.fromkeys(slots, trouble)
+    slots, target = module.slots, module.target
+    alphas, about = contents.alphas, contents.header.metadata
+    shape = target.parameters.get("weight", ())
+    trouble = settle(slots, module.keys, module.stem, shape, about, has_config=bool(alphas.configs))
+    if trouble := trouble or _trouble(slots):
+        return dict.fromkeys({**slots, **module.keys}, trouble)
+    alphas.complete(slots, target.component, module.stem)
+    implied = module.keys.keys() - slots.keys()
     used, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}
     if left and not alone:
@@ -162,21 +223,22 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
         fault = "a part is missing" if known else "no known algorithm has such tensors"
         shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
         more = ", ..." * (len(slots) > MAX_SLOTS_SHOWN)
-        return dict.fromkeys(slots, f"{fault} (the layer has {', '.join(shown)}{more})")
-    target = module.target
+        return dict.fromkeys(
+            {**slots, **module.keys}, f"{fault} (the layer has {', '.join(shown)}{more})"
+        )
     for recipe in used if check_shapes else ():
         algorithm = recipe.make(slots)
         parameter = target.parameter(algorithm.parameter)
         if parameter is None:
-            return dict.fromkeys(slots, f"the module has no {algorithm.parameter}")
+            return dict.fromkeys(
+                {**slots, **module.keys}, f"the module has no {algorithm.parameter}"
+            )
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
-            if (
-                "the layer" in misfit or "the parameter" in misfit
-            ):  # else the file alone is at fault
+            if not isinstance(misfit, Flaw):
                 contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
-            return dict.fromkeys(slots, misfit)
-        count = len(recipe.used & module.keys.keys())
+            return dict.fromkeys({**slots, **module.keys}, misfit)
+        count = len(recipe.used & module.keys.keys()) + (0 if module.layers else len(implied))
         module.layers.append(Layer(target, parameter, algorithm, count))
         for companion in algorithm.companions(shape):
             if name := target.parameter(companion.parameter):
@@ -199,30 +261,18 @@ def _trouble(slots: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-HINT = "Choose a LoRA that was made for this model."
-
-
-def refuse_other_models(contents: Contents, key_map: KeyMap | None, *, used: bool) -> None:
-    """Refuses a file of which nothing can be used, and one whose cross attention is not the model's:
-    some layers of another family's file may fit by chance. Without `key_map` the latter is not checked.
+def refuse_misfits(contents: Contents, *, used: bool) -> None:
+    """Refuses a file of which nothing can be used, and one whose larger part has other shapes than the model.
 
     Raises: LoraIncompatible; LoraUnsupported if the file has modules of this model, and none can be applied.
     """
     header, unused = contents.header, contents.unused
-    width, ours = cross_attention_width(header), key_map and _cross_attention_of(key_map)
-    if width and ours and width != ours:
-        # Metadata may name a family whose width this is not: the demo's LoRAs are SDXL's in all but size.
-        family = CROSS_ATTENTION_WIDTHS.get(width)
-        made_for = f"{family}, whose" if family else "a model whose"
-        raise LoraIncompatible(
-            f"the file was made for {made_for} cross attention reads {width} values per token, "
-            f"and this model's reads {ours}",
-            HINT,
-        )
-    if used:
+    if used and 2 * len(contents.misfits) <= len(header.tensors):
         return
     bound = [u for u in unused if u.reason != UNKNOWN_MODULE and "has no" not in u.reason]
-    misfit = next((u for u in contents.misfits if len(contents.misfits) == len(bound)), None)
+    misfit = next(
+        (u for u in contents.misfits if used or len(contents.misfits) == len(bound)), None
+    )
     if bound and not misfit:
         raise LoraUnsupported(
             f"none of the file's {len(unused)} tensors can be applied "
@@ -233,13 +283,12 @@ def refuse_other_models(contents: Contents, key_map: KeyMap | None, *, used: boo
     made_for = f"the file was made for {family}" if family else "the file is for an unknown model"
     if misfit:
         made_for = "the file was made for a model with layers of other widths"
+    fits = (
+        f"{len(unused)} of its tensors do not fit"
+        if used
+        else f"none of its {len(unused)} tensors fits"
+    )
     raise LoraIncompatible(
-        f"{made_for}, and none of its {len(unused)} tensors fits this model "
-        f"({first.key[:MAX_SHOWN]}: {first.reason})",
+        f"{made_for}, and {fits} this model ({first.key[:MAX_SHOWN]}: {first.reason})",
         HINT,
     )
-
-
-def _cross_attention_of(key_map: KeyMap) -> int | None:
-    widths = {t.parameters["weight"][1] for t in key_map.targets if t.path.endswith(".attn2.to_k")}
-    return widths.pop() if len(widths) == 1 else None

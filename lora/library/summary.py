@@ -7,22 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 from lora.formats.algorithms import Recipe, recipes
 from lora.formats.algorithms.oft import OFT
 from lora.formats.alphas import RANKED
 from lora.formats.embeddings import BUNDLE, is_embedding
-from lora.formats.families import identify
 from lora.formats.header import Header
-from lora.formats.names.keys import slot_of
+from lora.formats.names.families import identify
+from lora.formats.names.slots import split_key
 from lora.library.states import State
 
 MAX_WORDS, MAX_WORD, MAX_TAGS = 20, 100, 5
 """How many words are kept, how long each may be, and how many of them may be tags of images."""
-
-MAX_DOTS = 3
-"""The longest suffix of a key has so many parts (`lora_linear_layer.up.weight`)."""
 
 
 def summarised(state: State, header: Header) -> State:
@@ -58,21 +54,14 @@ def _name_of(match: Recipe, slots: Mapping[str, tuple[int, ...]]) -> str:
     return match.algorithm.name
 
 
-_slot_of = lru_cache(maxsize=1024)(slot_of)  # a file has thousands of keys and few suffixes
-
-
 def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
     """Module's name in the file -> slot -> shape."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, info in header.tensors.items():
         if is_embedding(key):
             continue
-        parts = key.rsplit(".", MAX_DOTS)
-        for count in range(1, len(parts)):  # the longest suffix first
-            slot = _slot_of(".".join(parts[count:]))
-            if not slot.startswith("?"):
-                modules.setdefault(".".join(parts[:count]), {})[slot] = info.shape
-                break
+        if parts := split_key(key):
+            modules.setdefault(parts[0], {})[parts[1]] = info.shape
     return modules
 
 

@@ -17,7 +17,7 @@ from lora.formats.algorithms.glora import GLoRA
 from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
 from lora.formats.algorithms.lora import LoRA
 from lora.formats.algorithms.oft import OFT, PeftOFT
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 from lora.tools import TABLES, OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.reading import open_adapter

@@ -17,8 +17,9 @@ from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, DoRA
 from lora.formats.contents import Layer, UnusedKey
-from lora.formats.families import family_of, identify
 from lora.formats.header import Header, read_header
+from lora.formats.names.families import evidence, identify, named
+from lora.formats.names.family import claimed, family_of
 from lora.formats.names.keys import KeyMap
 from lora.formats.opening import Opened, opened
 from lora.tools.adapters.hashes import HASH_FIELDS, Hashes, hashes_of
@@ -138,7 +139,7 @@ def describe(path: Path, against: KeyMap | None = None) -> Description:
         tensors=len(header.tensors),
         algorithms=_algorithms(file),
         layouts=_counted(layout_of(key) for key in header.tensors),
-        base=_family(bases),
+        base=_family(header, bases),
         base_told_by=bases,
         dtypes=_counted(info.dtype for info in header.tensors.values()),
         components=_components(file),
@@ -173,14 +174,15 @@ BY_SHAPES = "names and shapes"
 
 def _bases(header: Header, config: str | None) -> dict[str, str]:
     """Evidence -> the base model that the file is for by it; names and shapes come first."""
-    by_shapes = identify(Header(header.tensors, {}))
+    by_shapes = identify(Header(header.tensors, {}))  # no metadata: the fields follow
     first = {BY_SHAPES: by_shapes} if by_shapes else {}
     return first | named_bases(header.metadata, config)
 
 
-def _family(bases: Mapping[str, str]) -> str | None:
-    families = (family_of(base) for name, base in bases.items() if name != BY_SHAPES)
-    return bases.get(BY_SHAPES) or next(filter(None, families), None)
+def _family(header: Header, bases: Mapping[str, str]) -> str | None:
+    """Of the families that names and shapes leave, the one that the metadata names, if there is one."""
+    found, told = evidence(header), claimed(bases)
+    return told if told and (not found or told in found) else bases.get(BY_SHAPES)
 
 
 def _warnings(
@@ -191,11 +193,11 @@ def _warnings(
         yield "sshs_model_hash is not the tensors' hash: they were changed after training"
     if not file.scaled and any(layer.algorithm.rank for layer in file.layers):
         yield "the file says nothing of alpha: it counts as the rank"
-    by_shapes = bases.get(BY_SHAPES)
+    found = evidence(header)
     for name, base in bases.items():
         family = family_of(base) if name != BY_SHAPES else None
-        if family and by_shapes and family != by_shapes:
-            yield f"{name} says {family}, names and shapes say {by_shapes}"
+        if family and found and family not in found:
+            yield f"{name} says {family}, names and shapes say {named(found)}"
 
 
 def _components(file: LoraFile) -> dict[str, Component]:

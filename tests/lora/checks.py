@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lora.engine.engine import LoraEngine
 from lora.formats.adapter import LoraFile, load
 from lora.formats.algorithms import Algorithm, recipes
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 from tests.adapters import randn, write
 
 NOT_VARIED = ("alpha", "neumann_terms", "bias_size")

@@ -28,7 +28,7 @@ from lora.fetch.redaction import redact_url
 from lora.fetch.sources import Reference, parse
 from lora.formats.adapter import LoraFile, load
 from lora.formats.header import DTYPE_BYTES, read_header
-from lora.formats.names.keys import SLOTS
+from lora.formats.names.slots import SLOTS
 from schemas import IMAGE_REQUEST, ImageRequest, parse_job
 from tests.adapters import as_bytes, kohya, randn
 from tests.lora.small import NAMES, small, tensors_of

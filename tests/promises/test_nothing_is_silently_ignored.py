@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from lora.engine.engine import LoraEngine
 from lora.engine.stack import LoraUse, Mode
 from lora.errors import LoraIncompatible, LoraUnsupported
+from lora.formats.names.keys import ALONE
 from tests.adapters import (
     CONV_SGM,
     CONVOLUTION,
@@ -292,6 +293,8 @@ def _assert_output(
 def test_every_key_means_its_layer_with_its_own_scaling(
     case: str, mode: Mode, components: dict[str, nn.Module], tmp_path: Path
 ) -> None:
+    if ALONE in PAIRS[case][0].stem:  # a model with two text encoders has none of that name
+        components = {name: own for name, own in components.items() if name != TE2}
     tensors = tensors_of(PAIRS[case], components)
     assert_applied(components, tmp_path, tensors, changes_of(PAIRS[case], tensors), mode)
 

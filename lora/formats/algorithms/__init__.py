@@ -1,7 +1,7 @@
 """The algorithms that adapters use, one file each, and the one table that lists them.
 
 An algorithm is a frozen dataclass whose fields are the tensors of one layer of a file, named as the slots
-of `formats/names/keys.py`. To add one: write its file, add a row here and its suffixes to `keys.SLOTS`.
+of `formats/names/slots.py`. To add one: write its file, add a row here and its suffixes to `slots.SLOTS`.
 
 All algorithms share these semantics:
 
@@ -21,7 +21,8 @@ from functools import lru_cache
 
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, LowRank, slots_of
+from lora.formats.algorithms.adalora import AdaLoRA
+from lora.formats.algorithms.base import Algorithm, Flaw, LowRank, slots_of
 from lora.formats.algorithms.dora import DoRA
 from lora.formats.algorithms.full import (
     BiasDifference,
@@ -31,11 +32,14 @@ from lora.formats.algorithms.full import (
     WeightValue,
 )
 from lora.formats.algorithms.glora import GLoRA
+from lora.formats.algorithms.hra import HRA
 from lora.formats.algorithms.ia3 import IA3, PeftIA3
 from lora.formats.algorithms.loha import LoHa
 from lora.formats.algorithms.lokr import LoKr
 from lora.formats.algorithms.lora import LoRA, LoRABias
+from lora.formats.algorithms.miss import MiSS
 from lora.formats.algorithms.oft import OFT, PeftOFT
+from lora.formats.algorithms.peft_boft import PeftBOFT
 
 ALGORITHMS: tuple[type[Algorithm], ...] = (
     LoRABias,  # before LoRA, whose tensors it reads too
@@ -45,6 +49,10 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
     GLoRA,
     OFT,
     PeftOFT,
+    PeftBOFT,
+    HRA,
+    MiSS,
+    AdaLoRA,
     IA3,  # before WeightValue, whose only slot it has too
     PeftIA3,
     WeightDifference,
@@ -60,7 +68,7 @@ DECOMPOSABLE = (LoRA, LoHa, LoKr)
 MAGNITUDES = {"dora_scale": True, "magnitude": False}
 """A DoRA layer's own slot -> whether it may belong to the inputs (see `DoRA`)."""
 
-__all__ = ["ALGORITHMS", "Algorithm", "DoRA", "LowRank", "Recipe", "recipes"]
+__all__ = ["ALGORITHMS", "Algorithm", "DoRA", "Flaw", "LowRank", "Recipe", "recipes"]
 
 
 @dataclass(frozen=True)

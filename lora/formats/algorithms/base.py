@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 
 
 class LowRank(NamedTuple):
@@ -21,6 +21,12 @@ class LowRank(NamedTuple):
     up: Tensor
     """[out, rank]."""
     scaling: float
+
+
+class Flaw(str):
+    """A reason that lies in the file alone: its tensors are no layer of any model that we apply."""
+
+    __slots__ = ()
 
 
 BORROWED = {"borrowed": True}
@@ -42,7 +48,7 @@ class Algorithm(ABC):
 
     @abstractmethod
     def misfit(self, shape: Shape) -> str | None:
-        """Why it cannot belong to a parameter of this shape; None if it can."""
+        """Why it cannot belong to a parameter of this shape; None if it can. A `Flaw` is no parameter's."""
 
     @abstractmethod
     def delta(self, weight: Tensor) -> Tensor:

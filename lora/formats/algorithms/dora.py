@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora.formats.algorithms.base import Algorithm, placed
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)

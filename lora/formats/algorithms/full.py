@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lora.formats.algorithms.base import Algorithm, placed
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed, scaling, tucker
-from lora.formats.names.keys import Shape
+from lora.formats.algorithms.base import Algorithm, Flaw, placed, scaling, tucker
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class GLoRA(Algorithm):
         """See `Algorithm.misfit`."""
         factors = (self.a1, self.a2, self.b1, self.b2)
         if any(factor.dim() < 2 for factor in factors):
-            return "a factor has less than two dimensions"
+            return Flaw("a factor has less than two dimensions")
         if self._ordered(shape) is None:
             shapes = [list(factor.shape) for factor in factors]
             return f"factors {shapes} do not fit the layer {list(shape)}"

@@ -11,8 +11,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed
-from lora.formats.names.keys import Shape
+from lora.formats.algorithms.base import Algorithm, Flaw, placed
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class IA3(Algorithm):
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
         if self.on_input.numel() != 1:
-            return "on_input is not one number"
+            return Flaw("on_input is not one number")
         if len(shape) < 2 or self.weight.numel() != shape[int(bool(self.on_input))]:
             return f"the factors {list(self.weight.shape)} do not fit the layer {list(shape)}"
         return None

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed, scaling, tucker
-from lora.formats.names.keys import Shape
+from lora.formats.algorithms.base import Algorithm, Flaw, placed, scaling, tucker
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +45,9 @@ class LoHa(Algorithm):
             (self.hada_w2_a, self.hada_w2_b, self.hada_t2),
         )
         if any(t.dim() < 2 for pair in pairs for t in pair if t is not None):
-            return "a factor has less than two dimensions"
+            return Flaw("a factor has less than two dimensions")
         if (self.hada_t1 is None) != (self.hada_t2 is None):
-            return "only one of hada_t1 and hada_t2 is there"
+            return Flaw("only one of hada_t1 and hada_t2 is there")
         for a, b, core in pairs:
             if core is None:
                 fits = a.shape[0] == shape[0] and b[0].numel() == math.prod(shape[1:])

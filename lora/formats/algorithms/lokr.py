@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed, scaling, tucker
-from lora.formats.names.keys import Shape
+from lora.formats.algorithms.base import Algorithm, Flaw, placed, scaling, tucker
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,27 +50,26 @@ class LoKr(Algorithm):
             return f"a Kronecker product is no {list(shape)}"
         first, trouble = _shape_of("lokr_w1", self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
         if trouble:
-            return trouble
+            return Flaw(trouble)
         second, trouble = _shape_of(
             "lokr_w2", self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2
         )
         if trouble:
-            return trouble
+            return Flaw(trouble)
         columns = math.prod(second[1:])
         whole = first[0] * second[0], first[1] * columns
         fits = len(first) == 2 and whole == (shape[0], math.prod(shape[1:]))
-        fits = fits and second[2:] in ((), shape[2:]) and columns % math.prod(shape[2:]) == 0
+        fits = fits and second[2:] in ((), shape[2:])
         if not fits:
             return f"lokr_w1 {list(first)} and lokr_w2 {list(second)} do not fit the layer {list(shape)}"
         return None
 
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * kron(w1, w2)."""
-        kernel = weight.shape[2:]
         first = _whole(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None, weight)
         second = _whole(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2, weight)
-        second = second.reshape(second.shape[0], -1, *kernel).contiguous()
-        product = torch.kron(first.reshape(*first.shape, *(1 for _ in kernel)), second)
+        # Flat: ComfyUI's trainer splits in * kh * kw, and w2 need not hold whole kernels.
+        product = torch.kron(first, second.flatten(1))
         factor = 1.0 if self.rank is None else scaling(self.alpha, self.rank)
         return product.mul_(factor).reshape(weight.shape)
 

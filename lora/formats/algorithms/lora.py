@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import BORROWED, Algorithm, LowRank, placed, scaling, tucker
-from lora.formats.names.keys import Shape
+from lora.formats.algorithms.base import BORROWED, Algorithm, Flaw, LowRank, placed, scaling, tucker
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class LoRA(Algorithm):
         """See `Algorithm.misfit`; 1x1-shaped factors on a linear layer are accepted."""
         up, down = tuple(self.lora_up.shape), tuple(self.lora_down.shape)
         if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0]:
-            return f"lora_up {list(up)} and lora_down {list(down)} do not fit together"
+            return Flaw(f"lora_up {list(up)} and lora_down {list(down)} do not fit together")
         if self.lora_mid is not None:
             rank, kernel = down[0], shape[2:]
             if len(shape) != 4 or tuple(self.lora_mid.shape) != (rank, rank, *kernel):
@@ -63,11 +63,11 @@ class LoRA(Algorithm):
         if self.bias_indices is None and self.bias_values is None and self.bias_size is None:
             return None
         if self.bias_indices is None or self.bias_values is None:
-            return "of bias_indices and bias_values only one is there"
+            return Flaw("of bias_indices and bias_values only one is there")
         rows, columns = shape[0], math.prod(shape[1:])
         count = self.bias_values.numel()
         if tuple(self.bias_indices.shape) != (2, count) or self.bias_values.dim() != 1:
-            return "bias_indices are not two rows, one column for each of bias_values"
+            return Flaw("bias_indices are not two rows, one column for each of bias_values")
         # LyCORIS stores them as int16, which wraps around above 32,767.
         indices = self.bias_indices.long()
         outside = (indices[0] >= rows) | (indices[1] >= columns) | (indices < 0).any(0)

@@ -5,9 +5,12 @@ block of output rows is multiplied by R^T, then every row by `rescale` (LyCORIS'
 sd-scripts' `OFTModule`). BOFT has m such stages, between which the rows are shuffled as in a butterfly, and
 which multiply by R in place of R^T (LyCORIS' `ButterflyOFTModule`).
 
+ComfyUI's training node has LyCORIS' form, with norm(Q) <= alpha (`comfy/weight_adapter/oft.py`).
+
 PEFT rotates the inputs, W' = W R^T, and stores the upper triangle of Q. Its R is the Cayley transform's
 Neumann series of a few terms, as `OFTRotationModule._cayley_batch` computes it, unless its config says
-otherwise.
+otherwise. OneTrainer's `OFTModule` does the same for linear layers, and multiplies a convolution by R in
+place of R^T; its scaled form divides the stored numbers by 2 sqrt(b - 1), b the size of a block.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.base import Algorithm, placed
-from lora.formats.names.keys import Shape
+from lora.formats.algorithms.base import Algorithm, Flaw, placed
+from lora.formats.names.slots import Shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +36,8 @@ class OFT(Algorithm):
     """[out, 1, ...]."""
     alpha: Tensor | None = None
     """The constraint on norm(Q), per output; 0 for none."""
+    constraint: Tensor | None = None
+    """The same for all outputs together, as ComfyUI has it."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -51,7 +56,7 @@ class OFT(Algorithm):
             return f"oft_blocks {list(blocks)} do not fit the layer {list(shape)}"
         rows = shape[0]
         if len(blocks) not in (3, 4) or blocks[-1] != blocks[-2]:
-            return f"oft_blocks {list(blocks)} are no square blocks"
+            return Flaw(f"oft_blocks {list(blocks)} are no square blocks")
         if blocks[-3] * blocks[-2] != rows:
             return f"oft_blocks {list(blocks)} do not make up the {rows} rows of the layer"
         if len(blocks) == 4 and (blocks[-1] % 2 or rows % (2 ** blocks[0] * (blocks[-1] // 2))):
@@ -79,6 +84,7 @@ class OFT(Algorithm):
         blocks = placed(self.oft_blocks, weight)
         skew = blocks - blocks.transpose(-1, -2)
         limit = float(self.alpha) * weight.shape[0] if self.alpha is not None else 0.0
+        limit = limit if self.constraint is None else float(self.constraint)
         norm = float(torch.linalg.vector_norm(skew)) + 1e-8
         if limit > 0 and norm > limit:
             skew = skew * (limit / norm)
@@ -97,6 +103,11 @@ def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
     return turned.reshape(-1, stride, 2, columns).transpose(1, 2).reshape(rows.shape)
 
 
+def block_size(oft_r: Tensor) -> int:
+    """b, of [n, b (b - 1) / 2]."""
+    return (1 + math.isqrt(1 + 8 * oft_r.shape[-1])) // 2
+
+
 @dataclass(frozen=True, eq=False)
 class PeftOFT(Algorithm):
     """PEFT's OFT: rotations of blocks of inputs."""
@@ -111,14 +122,14 @@ class PeftOFT(Algorithm):
     @property
     def rank(self) -> int:
         """The size of a block."""
-        return int((1 + math.isqrt(1 + 8 * self.oft_r.shape[-1])) // 2)
+        return block_size(self.oft_r)
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
         triangles, size = tuple(self.oft_r.shape), self.rank if self.oft_r.dim() == 2 else 0
         inputs = math.prod(shape[1:])
         if len(triangles) != 2 or size * (size - 1) // 2 != triangles[1]:
-            return f"oft_R {list(triangles)} holds no upper triangles"
+            return Flaw(f"oft_R {list(triangles)} holds no upper triangles")
         if triangles[0] * size != inputs and (triangles[0] != 1 or inputs % size):
             return f"oft_R {list(triangles)} does not make up the {inputs} inputs of the layer"
         return None

@@ -3,7 +3,7 @@
 A tensor's key is a stem (which module), a dot and a suffix (which tensor of the algorithm). Suffixes come
 from the table `SLOTS`. Stems are looked up in a dictionary of all names that any trainer gives to the
 modules of the loaded pipeline, made from the modules' own paths. So underscores are never parsed, and a
-key either means exactly one module or is reported as unknown.
+key either means exactly one module or is reported as unknown. The table of suffixes is `slots.SLOTS`.
 """
 
 from __future__ import annotations
@@ -14,144 +14,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from lora.formats.names.sgm import block_of, sgm_path
+from lora.formats.names.families import CROSS_ATTENTION_WIDTHS, families_by_names
+from lora.formats.names.family import Families
+from lora.formats.names.prefixes import COMPONENTS, PEFT_PREFIX, other_forms, prefixes_of
+from lora.formats.names.sgm import Blocks, block_of, sgm_path
+from lora.formats.names.slots import MAX_KEY, Shape, named_slot
 from lora.formats.names.wan import wan_path
-
-Shape = tuple[int, ...]
-
-SAME = (
-    *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
-    *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
-)
-"""The slots whose suffix is their own name, in LyCORIS and in PEFT: LoHa's and LoKr's."""
-
-LYCORIS: Mapping[str, str] = {
-    **{slot: f"{slot}.weight" for slot in ("lora_up", "lora_down", "lora_mid")},
-    **{slot: slot for slot in ("alpha", "bias_indices", "bias_values", "bias_size", *SAME)},
-    **{slot: slot for slot in ("dora_scale", "oft_blocks", "rescale", "on_input")},
-    **{slot: f"{slot}.weight" for slot in ("a1", "a2", "b1", "b2", "bm")},
-    **{slot: slot for slot in ("diff", "diff_b", "diff_m")},
-    "weight": "set_weight",
-}
-"""Slot -> what kohya, LyCORIS and ComfyUI put behind the module's name."""
-
-LYCORIS_NORMS: Mapping[str, str] = {"diff": "w_norm", "diff_b": "b_norm"}
-"""The same, for the modules that LyCORIS has for norms."""
-
-ONE_NUMBER = ("alpha", "on_input", "neumann_terms")
-"""The slots that hold one number. PEFT keeps them in its config."""
-
-PEFT: Mapping[str, str] = {
-    "lora_up": "lora_B.weight",
-    "lora_down": "lora_A.weight",
-    "lora_up_bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-    "oft_r": "oft_R.weight",
-    "ia3_l": "ia3_l",
-    **{slot: slot for slot in SAME},
-}
-"""Slot -> what PEFT and diffusers put behind the module's name."""
-
-SLOTS: Mapping[str, str] = {
-    **{suffix: slot for row in (LYCORIS, LYCORIS_NORMS, PEFT) for slot, suffix in row.items()},
-    # older forms of diffusers and PEFT
-    "lora.up.weight": "lora_up",
-    "lora.down.weight": "lora_down",
-    "lora_linear_layer.up.weight": "lora_up",
-    "lora_linear_layer.down.weight": "lora_down",
-    "up.weight": "lora_up",  # behind `processor.to_q_lora`
-    "down.weight": "lora_down",
-    "lora_magnitude_vector.weight": "magnitude",
-    "oft_R": "oft_r",
-    # parameters given whole; LyCORIS' IA3 factors are called `weight`, too
-    "weight": "weight",
-    "bias": "bias",
-    "base_layer.bias": "bias",  # PEFT's `bias="all"` and "lora_only"
-    "modules_to_save.weight": "weight",
-    "modules_to_save.bias": "bias",
-    # known, and refused with their reason: see `REFUSED`
-    "q_layer.weight": "q_layer",
-    "p_layer.weight": "p_layer",
-    "lambda_layer": "lambda_layer",
-    "reshape_weight": "reshape_weight",
-}
-"""Suffix of a key -> slot: the field of an algorithm that takes the tensor."""
-
-_T_LORA = (
-    "T-LoRA: the file lacks the base part that its trainer subtracts, and its rank changes with the "
-    "timestep; LyCORIS can export it as a LoRA"
-)
-REFUSED: Mapping[str, str] = {
-    "q_layer": _T_LORA,
-    "p_layer": _T_LORA,
-    "lambda_layer": _T_LORA,
-    "reshape_weight": "reshape_weight would change the layer's shape",
-}
-"""Slots of forms that cannot be applied, and why."""
-
-_ADAPTER_NAME = re.compile(
-    r"^(lora_[AB]|lora_magnitude_vector|oft_R|ia3_l|hada_\w+|lokr_\w+|modules_to_save)\.[^.]+(?=\.|$)"
-)
-"""PEFT may leave the adapter's name behind its own (`lora_A.default.weight`)."""
-
-
-def slot_of(suffix: str) -> str:
-    """The slot of a suffix; for an unknown one, `?` and the suffix, which is the name of no field."""
-    return SLOTS.get(suffix) or SLOTS.get(_ADAPTER_NAME.sub(r"\1", suffix), f"?{suffix}")
-
-
-MAX_KEY = 1000
-"""Trainers write no longer names. These are not looked up, since each of their dots costs a look-up."""
-
-PEFT_PREFIX = "base_model.model."
-"""What PEFT itself writes before a module's path."""
-
-
-@dataclass(frozen=True)
-class Prefixes:
-    """What stands before the path of a component's modules. After a `_`, the path has `_` for its dots."""
-
-    kohya: str
-    original: str
-    """ComfyUI's and LightX2V's: see `naming.Naming`."""
-    others: tuple[str, ...] = ()
-
-    @cached_property
-    def all(self) -> tuple[str, ...]:
-        """All that are read."""
-        return (self.kohya, self.original, *self.others)
-
-
-_DRAWING = ("lora_unet_", "diffusion_model.")
-COMPONENTS: Mapping[str, Prefixes] = {
-    "unet": Prefixes(*_DRAWING, ("unet.", "model.diffusion_model.", "lycoris_", "oft_unet_")),
-    "transformer": Prefixes(
-        *_DRAWING, ("transformer.", "model.diffusion_model.", "lora_transformer_", "lycoris_")
-    ),
-    "text_encoder": Prefixes(
-        "lora_te1_",
-        "text_encoders.clip_l.transformer.",
-        ("text_encoder.", "clip_l.", "lora_te_", "lycoris_te1_"),
-    ),
-    "text_encoder_2": Prefixes(
-        "lora_te2_",
-        "text_encoders.clip_g.transformer.",
-        ("text_encoder_2.", "clip_g.", "lycoris_te2_"),
-    ),
-    "text_encoder_3": Prefixes(
-        "lora_te3_", "text_encoders.t5xxl.transformer.", ("text_encoder_3.", "t5.")
-    ),
-}
-"""The prefixes of each component that pipelines have."""
-
-
-def prefixes_of(component: str) -> Prefixes:
-    """A component's prefixes; for an unknown one, its name and a dot."""
-    return COMPONENTS.get(component) or Prefixes(f"{component}.", f"{component}.")
-
 
 _MAIN_PREFIXES = ("", PEFT_PREFIX, "transformer.")
 """Further prefixes of the first component: none, PEFT's, and diffusers' for models that draw."""
+
+ALONE = "lora_te_"
+"""What kohya writes before the text encoder of a model that has one; it numbers them where there are two."""
 
 MODULATIONS = ("modulation", "scale_shift_table")
 """The names that models have for the table that `diff_m` changes."""
@@ -182,29 +56,41 @@ class Match(NamedTuple):
 
     target: Target
     slot: str
-    """One of the values of `SLOTS`, or `?` and the key's suffix if that is not known."""
+    """One of the values of `SLOTS` or `STEPS`, or `?` and the key's suffix if that is not known."""
     stem: str
-    """The module's name in the file."""
+    """The module's name in the file, without what wrappers put into it."""
+    adapter: str = ""
+    """The adapter's name in the key, where PEFT left one."""
 
 
 class KeyMap:
     """All names that trainers may give to the modules of one pipeline. Built once, never changed."""
 
-    def __init__(self, modules: Mapping[str, Mapping[str, Mapping[str, Shape]]]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, Mapping[str, Mapping[str, Shape]]],
+        blocks: Blocks | None = None,
+    ) -> None:
         """`modules`: component -> module path -> parameter -> shape; the first component draws.
 
+        `blocks`: those of the UNet, if only some of its modules are known, by the names in a file. Two names
+        there may mean one module: then the first module has both.
         Raises: ValueError if two modules share a name, since a key with that name would be ambiguous.
         """
         self._targets: dict[str, Target] = {}
         self.components = tuple(modules)
         for component, paths in modules.items():
             main = component == self.components[0]
+            own = (blocks or Blocks.of(paths)) if component == "unet" else None
             for path, parameters in paths.items():
-                sgm = sgm_path(path, paths) if component == "unet" else None
+                sgm = sgm_path(path, own) if own else None
                 target = Target(component, path, parameters, block_of(sgm or ""))
-                for name in _names(component, _paths(component, path, sgm, paths), main=main):
-                    if self._targets.setdefault(name, target) is not target:
-                        other = self._targets[name]
+                names = _names(component, _paths(component, path, sgm, paths), main=main)
+                for name in names:
+                    if name.startswith(ALONE) and "text_encoder_2" in modules:
+                        continue
+                    other = self._targets.setdefault(name, target)
+                    if other is not target and blocks is None:
                         raise ValueError(f"{name!r} would mean both {other} and {target}")
 
     @cached_property
@@ -212,20 +98,42 @@ class KeyMap:
         """Every module that has a name."""
         return frozenset(self._targets.values())
 
+    @cached_property
+    def cross_attention(self) -> int | None:
+        """How many values per token a U-Net's cross attention reads."""
+        ends = (t.parameters["weight"] for t in self.targets if t.path.endswith(".attn2.to_k"))
+        widths = {shape[1] for shape in ends}
+        return widths.pop() if len(widths) == 1 else None
+
+    @cached_property
+    def families(self) -> Families:
+        """The families that this model may belong to; empty if its names show none.
+
+        A narrow model of a family's topology belongs to the family.
+        """
+        main = self.components[0] if self.components else ""
+        names = families_by_names(t.path for t in self.targets if t.component == main)
+        family = CROSS_ATTENTION_WIDTHS.get(self.cross_attention or 0)
+        return frozenset({family}) if family in names else names
+
     def find(self, name: str) -> Target | None:
         """The module that trainers call by this name."""
         return self._targets.get(name)
 
     def match(self, key: str) -> Match | None:
         """The module and the slot of a key. The stem is its longest beginning that is a module's name;
-        None if it has none.
+        None if it has none, with the words of wrappers and without.
         """
         if len(key) > MAX_KEY:
             return None
+        return self._match(key) or next(filter(None, map(self._match, other_forms(key))), None)
+
+    def _match(self, key: str) -> Match | None:
         stem, dot, suffix = key.rpartition(".")
         while dot:
             if target := self._targets.get(stem):
-                return Match(target, slot_of(suffix), stem)
+                slot, adapter = named_slot(suffix)
+                return Match(target, slot, stem, adapter)
             stem, dot, more = stem.rpartition(".")
             suffix = f"{more}.{suffix}"
         return None

@@ -16,18 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Set
 from enum import StrEnum
 
-from lora.formats.names.keys import (
-    LYCORIS,
-    LYCORIS_NORMS,
-    ONE_NUMBER,
-    PEFT,
-    PEFT_PREFIX,
-    SAME,
-    KeyMap,
-    Target,
-    prefixes_of,
-)
+from lora.formats.names.keys import KeyMap, Target
+from lora.formats.names.prefixes import PEFT_PREFIX, prefixes_of
 from lora.formats.names.sgm import sgm_path
+from lora.formats.names.slots import LYCORIS, LYCORIS_NORMS, ONE_NUMBER, PEFT, SAME
 from lora.formats.names.wan import wan_path
 
 
@@ -64,7 +56,7 @@ PEFT_TYPES: Mapping[str, Set[str]] = {
 
 _SUFFIXES: Mapping[Naming, Mapping[str, str]] = {
     Naming.KOHYA: {slot: suffix for slot, suffix in LYCORIS.items() if slot != "diff_m"},
-    Naming.ORIGINAL: LYCORIS,
+    Naming.ORIGINAL: {**LYCORIS, "constraint": "alpha"},
     Naming.DIFFUSERS: {slot: PEFT[slot] for slot in PEFT_TYPES["LORA"]},
     # PEFT's Tucker core of a LoKr has another shape than LyCORIS'.
     Naming.PEFT: {slot: suffix for slot, suffix in PEFT.items() if slot != "lokr_t2"},
@@ -82,6 +74,10 @@ _WORDS: Mapping[str, str] = {
     "dora_scale": "DoRA magnitudes of the inputs",
     "oft_blocks": "LyCORIS' OFT",
     "oft_r": "PEFT's OFT",
+    "boft_r": "PEFT's BOFT",
+    "hra_u": "PEFT's HRA",
+    "miss_block": "PEFT's MiSS",
+    "ada_e": "AdaLoRA",
     "a1": "GLoRA",
     "on_input": "LyCORIS' IA3",
     "ia3_l": "PEFT's IA3",

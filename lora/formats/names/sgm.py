@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping, Set
+from dataclasses import dataclass
 from functools import cache
 from itertools import count
 
@@ -57,19 +58,37 @@ def layers(resnets: int, attended: Set[int] = frozenset()) -> Mapping[str, str]:
     return names
 
 
-def sgm_path(path: str, siblings: Container[str]) -> str | None:
+@dataclass(frozen=True)
+class Blocks:
+    """What the numbers in sgm's names depend on."""
+
+    resnets: int
+    """In a down block."""
+    attended: frozenset[int]
+    """The up blocks that have attention."""
+
+    @classmethod
+    def of(cls, paths: Container[str]) -> Blocks:
+        """The blocks of the UNet whose modules have all these paths, and no others."""
+        attended = (i for i in range(LEVELS) if f"up_blocks.{i}.attentions.0.proj_in" in paths)
+        resnets = next(n for n in count() if f"down_blocks.0.resnets.{n}.conv1" not in paths)
+        return cls(resnets, frozenset(attended))
+
+
+SDXL_BLOCKS, SD_BLOCKS = Blocks(2, frozenset({0, 1})), Blocks(2, frozenset({1, 2, 3}))
+"""Those of SDXL, and of SD 1.5 and SD 2: for a file that names a few of the modules."""
+
+
+def sgm_path(path: str, siblings: Container[str] | Blocks) -> str | None:
     """The sgm name of a module of diffusers' UNet; None if it has none.
 
-    `siblings` are all module paths of that UNet; they show its number of resnets, and its attentions.
+    `siblings`: the UNet's blocks, or all its module paths, which show them.
     """
     if path in WHOLE:
         return WHOLE[path]
+    blocks = siblings if isinstance(siblings, Blocks) else Blocks.of(siblings)
     layer, inside = _split(path, 3 if path.startswith("mid_block.") else 4)
-    attended = frozenset(
-        i for i in range(LEVELS) if f"up_blocks.{i}.attentions.0.proj_in" in siblings
-    )
-    resnets = next(n for n in count() if f"down_blocks.0.resnets.{n}.conv1" not in siblings)
-    theirs = layers(resnets, attended).get(layer)
+    theirs = layers(blocks.resnets, blocks.attended).get(layer)
     kind = layer.split(".")[-2:][0]
     inside = _INSIDE[kind].get(inside, "") if kind in _INSIDE else inside
     return f"{theirs}.{inside}" if theirs and inside else None

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from lora.engine.modules import targets_of
-from lora.formats.families import family_of, identify
 from lora.formats.header import Header
+from lora.formats.names.families import evidence
+from lora.formats.names.family import XL, claimed
 from lora.formats.names.keys import KeyMap
-from lora.tools.adapters.metadata import BASES
 
 UNET: Mapping[str, Any] = {
     "sample_size": 128,
@@ -60,6 +60,6 @@ def key_map_for(header: Header) -> KeyMap | None:
     """The modules of the model that an adapter is for, by its keys, shapes or metadata; None if that model is
     not known. A narrower model of the same architecture has the same names, but other shapes.
     """
-    family = identify(Header(header.tensors, {}))
-    named = [family_of(header.metadata[base]) for base in BASES if header.metadata.get(base)]
-    return sdxl_key_map() if family == "SDXL" or (family is None and "SDXL" in named) else None
+    families = evidence(header)
+    fits = XL in families and (len(families) == 1 or claimed(header.metadata) == XL)
+    return sdxl_key_map() if fits or (not families and claimed(header.metadata) == XL) else None

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from lora.formats.names.family import BASES
+
 MAX_TEXT = 300
 """Characters of one fact."""
 
@@ -110,10 +112,6 @@ def word_counts(metadata: Mapping[str, str]) -> dict[str, int]:
     phrase = clean(metadata.get("modelspec.trigger_phrase", ""), MAX_WORD)
     first = {phrase: counts[phrase]} if phrase else {}
     return {**first, **dict(counts.most_common(MAX_WORDS))}
-
-
-BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
-"""The fields that name a base model; the last is one of PEFT's config."""
 
 
 def named_bases(metadata: Mapping[str, str], config: str | None) -> dict[str, str]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.formats.names.keys import ONE_NUMBER, PEFT_PREFIX
 from lora.formats.names.naming import MAGNITUDE_OF, Namer, Naming, bare_path, suffix, trouble
+from lora.formats.names.prefixes import PEFT_PREFIX
+from lora.formats.names.slots import ONE_NUMBER
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.peft_configs import USE_OTHER_NAMING
 
@@ -98,6 +99,8 @@ def in_naming(part: Part, naming: Naming) -> dict[str, Tensor]:
         alpha = part.alpha
         if alpha is not None and ("alpha" not in slots or float(slots["alpha"]) != alpha):
             slots["alpha"] = torch.tensor(alpha)
+    if "oft_blocks" in slots:
+        _rename_constraint(slots, naming)
     if "lora_up" in slots and "lora_down" in slots:
         axes = len(part.target.parameters.get("weight", ())) or slots["lora_down"].dim()
         _rename_magnitude(slots, slots["lora_up"].shape[0], axes, MAGNITUDE_OF[naming])
@@ -111,6 +114,15 @@ def in_naming(part: Part, naming: Naming) -> dict[str, Tensor]:
         }
         slots |= flat
     return slots
+
+
+def _rename_constraint(slots: dict[str, Tensor], naming: Naming) -> None:
+    """ComfyUI's constraint of an OFT is the limit of its norm, LyCORIS' is that per row of the weight."""
+    rows = slots["oft_blocks"].shape[-3] * slots["oft_blocks"].shape[-2]
+    if naming is Naming.ORIGINAL and "alpha" in slots:
+        slots["constraint"] = slots.pop("alpha").float() * rows
+    elif naming is not Naming.ORIGINAL and "constraint" in slots:
+        slots["alpha"] = slots.pop("constraint").float() / rows
 
 
 def _with_axes(factor: Tensor, axes: int, kernel: tuple[int, ...]) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor
 from lora.formats.algorithms import recipes
 from lora.formats.alphas import RANKED
 from lora.formats.contents import UnusedKey
-from lora.formats.names.keys import PEFT_PREFIX, KeyMap, Target
+from lora.formats.names.keys import KeyMap, Target
 from lora.formats.names.naming import Naming
+from lora.formats.names.prefixes import PEFT_PREFIX
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +21,7 @@ class Part:
 
     target: Target
     slots: Mapping[str, Tensor]
-    """Slot of `keys.SLOTS` -> tensor. What a config says of the module is included: its alpha, already
+    """Slot of `slots.SLOTS` -> tensor. What a config says of the module is included: its alpha, already
     multiplied by rs-LoRA's root, so that alpha / rank is always the scaling.
     """
     stem: str = ""

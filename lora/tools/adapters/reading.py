@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lora.errors import ToolError
 from lora.formats.alphas import CONFIG_IN_FILE
-from lora.formats.contents import MAX_SHOWN, Contents, read_contents, refuse_other_models
+from lora.formats.contents import MAX_SHOWN, Contents, read_contents, refuse_misfits
 from lora.formats.header import Header, read_header
-from lora.formats.names.keys import COMPONENTS, KeyMap, Target
+from lora.formats.names.keys import KeyMap, Target
+from lora.formats.names.prefixes import COMPONENTS
 from lora.formats.opening import opened
 from lora.tools.adapters.known import key_map_for
 from lora.tools.adapters.own_names import own_key_map
@@ -58,8 +59,7 @@ def read_adapter(
             check_shapes=check_shapes or key_map is None,
         )
         used = bool(contents.modules or contents.words)
-        model = key_map if check_shapes else None
-        refuse_other_models(contents, model, used=used)
+        refuse_misfits(contents, used=used)
     if contents.unused and not allow_unused:
         first, count = contents.unused[0], len(contents.unused)
         raise ToolError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 from lora.tools import dtype_name
 from lora.tools.extract.options import (
     ExtractOptions,

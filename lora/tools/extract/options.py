@@ -10,8 +10,9 @@ from enum import StrEnum
 import torch
 
 from lora.errors import ToolError
-from lora.formats.names.keys import MODULATIONS, Shape
+from lora.formats.names.keys import MODULATIONS
 from lora.formats.names.naming import Naming
+from lora.formats.names.slots import Shape
 from lora.tools import TABLES, Format, dtype_name
 from lora.tools.factors.ranks import RankPolicy
 

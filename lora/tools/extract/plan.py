@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from lora.errors import ToolError
-from lora.formats.names.keys import Shape, Target
+from lora.formats.names.keys import Target
 from lora.formats.names.naming import Namer, Naming, trouble
+from lora.formats.names.slots import Shape
 from lora.tools.extract.layer import Pair, spectrum_of
 from lora.tools.extract.options import (
     ExtractOptions,

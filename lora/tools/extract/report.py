@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lora.formats.families import CROSS_ATTENTION_WIDTHS
+from lora.formats.names.families import CROSS_ATTENTION_WIDTHS
 from lora.tools import dtype_name
 from lora.tools.adapters.parts import rank_metadata
 from lora.tools.extract.options import ExtractOptions

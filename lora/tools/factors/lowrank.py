@@ -20,7 +20,7 @@ from lora.formats.algorithms.full import BiasDifference, ModulationDifference, W
 from lora.formats.algorithms.loha import LoHa
 from lora.formats.algorithms.lokr import LoKr
 from lora.formats.algorithms.lora import LoRA, LoRABias
-from lora.formats.names.keys import Shape
+from lora.formats.names.slots import Shape
 from lora.tools import dtype_name
 from lora.tools.adapters.parts import Part
 from lora.tools.factors.svd import Factors

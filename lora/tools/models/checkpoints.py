@@ -21,7 +21,8 @@ from torch import Tensor
 
 from lora.durable import sha256_of
 from lora.errors import ToolError
-from lora.formats.names.keys import REFUSED, SLOTS, KeyMap, Shape
+from lora.formats.names.keys import KeyMap
+from lora.formats.names.slots import REFUSED, SLOTS, Shape
 from lora.tools import FILE_FORMATS
 from lora.tools.models.folders import files_of
 from lora.tools.models.layouts import ADAPTABLE, Found, Where, places

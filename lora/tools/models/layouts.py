@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from lora.formats.names.keys import COMPONENTS
+from lora.formats.names.prefixes import COMPONENTS
 from lora.formats.names.sgm import diffusers_path
 
 MAIN = ("unet", "transformer", "transformer_2")

@@ -68,7 +68,8 @@ def test_against_a_model_matched_and_unmatched_are_told(
     ran = run(capsys, "inspect", STRIPES, "--against", MODEL)
     assert "fits the model: 690 tensors matched, on 230 modules" in ran.out
     tensors = {f"lora_unet_nothing_{n}.diff": randn(2) for n in range(30)}
-    path = write(tmp_path / "a.safetensors", {**kohya(), **tensors})
+    says_so = {"ss_base_model_version": "sdxl_base_v1-0"}
+    path = write(tmp_path / "a.safetensors", {**kohya(), **tensors}, says_so)
     ran = run(capsys, "inspect", path, "--against", MODEL)
     assert "unmatched: 30 tensors" in ran.out
     assert "and 10 more" in ran.out

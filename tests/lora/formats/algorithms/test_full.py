@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lora.formats.names.keys import slot_of
+from lora.formats.names.slots import slot_of
 from tests.adapters import randn
 from tests.lora.checks import assert_delta, assert_misfits_are_told, parts_of
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from lora.formats.families import family_of, identify
 from lora.formats.header import Header, TensorInfo
+from lora.formats.names.families import identify
+from lora.formats.names.family import family_of
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from lora.formats.header import Header, TensorInfo
         ("Wan-AI/Wan2.1-T2V-14B", "Wan"),
         ("yentinglin/Taiwan-LLM-7B-v2.1-chat", None),
         ("someone/wander-7b", None),
-        ("black-forest-labs/FLUX.1-dev", "Flux"),
+        ("black-forest-labs/FLUX.1-dev", "Flux.1"),
         ("someone/influxdb-llama", None),
         ("stabilityai/stable-diffusion-xl-base-1.0", "SDXL"),
         ("stabilityai/stable-diffusion-xl-refiner-1.0", "SDXL refiner"),

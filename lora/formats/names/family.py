@@ -1,0 +1,73 @@
+"""The families of models that adapters are made for, and what metadata calls them. No torch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+Families = frozenset[str]
+
+SD1, SD2, XL, REFINER = "SD 1.5", "SD 2", "SDXL", "SDXL refiner"
+SD3, FLUX1, FLUX2, CHROMA = "SD 3", "Flux.1", "Flux.2", "Chroma"
+QWEN, HUNYUAN, WAN, LTX = "Qwen-Image", "HunyuanVideo", "Wan", "LTX"
+ZIMAGE, LUMINA, LANGUAGE = "Z-Image", "Lumina 2", "language model"
+
+TRANSFORMERS = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA)
+"""The families whose drawing component is a transformer."""
+
+UNETS = frozenset({SD1, SD2, XL, REFINER})
+"""The families that draw with a U-Net."""
+
+ALL = (SD1, SD2, XL, REFINER, *TRANSFORMERS, LANGUAGE)
+"""The families that names or widths can show."""
+
+_NAMED_SO = tuple(
+    (re.compile(pattern), name)
+    for pattern, name in (
+        (r"refiner", REFINER),
+        (r"pixart", "PixArt"),
+        (r"kolors", "Kolors"),
+        (r"auraflow|pony.?v?7", "AuraFlow"),
+        (r"cascade", "Stable Cascade"),
+        (r"hidream", "HiDream"),
+        (r"cosmos|anima(?![a-z])", "Cosmos"),
+        (r"sd[_ -]?xl|diffusion-xl|(?<![a-z])pony|illustrious|noob|animagine|ssd-?1b", XL),
+        (r"(?<![a-z])sd[_ -]?v?1|diffusion-v?1", SD1),
+        (r"(?<![a-z])sd[_ -]?v?2|diffusion-v?2", SD2),
+        (r"(?<![a-z])sd[_ -]?v?3|diffusion-v?3", SD3),
+        (r"(?<![a-z])chroma(?![a-z])", CHROMA),
+        (r"(?<![a-z])flux[._ -]?2", FLUX2),
+        (r"(?<![a-z])flux(?![a-z])", FLUX1),
+        (r"(?<![a-z])qwen[_ -]?image", QWEN),
+        (r"z[_ -]?image", ZIMAGE),
+        (r"hunyuan[_ -]?video|^hunyuan$", HUNYUAN),
+        (r"(?<![a-z])ltx", LTX),
+        (r"lumina", LUMINA),
+        (r"(?<![a-z])wan(?![a-z])", WAN),
+        (r"(?<![a-z])xl(?![a-z])", XL),
+    )
+)
+"""What a base model's name has in it -> its family; the first that fits counts.
+
+A maker's name is no family: Qwen makes language models, too, and only shapes tell those.
+"""
+
+BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
+"""The fields that name a base model; the last is one of PEFT's config."""
+
+
+def family_of(base: str) -> str | None:
+    """The family of a base model by its name; None if the name alone does not tell it."""
+    return next((name for part, name in _NAMED_SO if part.search(base.lower())), None)
+
+
+def claimed(fields: Mapping[str, object]) -> str | None:
+    """The family that a file's metadata and its PEFT config name; None if they name none that is known."""
+    for field in BASES:
+        name = str(fields.get(field) or "")
+        own = field != BASES[-1]
+        # A config may name a folder of somebody's: only its last part, and only well-known names.
+        family = family_of(name if own else name.rstrip("/").rpartition("/")[2])
+        if family and (own or family in ALL):
+            return SD2 if family == SD1 and fields.get("ss_v2") == "True" else family
+    return SD2 if fields.get("ss_v2") == "True" else None
