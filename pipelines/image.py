@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionXLImg2ImgPipeline
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from torch import nn
 
@@ -44,6 +44,8 @@ class ImagePipeline:
         self.name = models.name
         self.device = models.device
         self.has_refiner = models.refiner is not None
+        self.tiny_vae = models.tiny_vae
+        """What live frames are encoded and decoded with, where the settings name one."""
         self._base = models.base
         self._refiner = models.refiner
         self._base_image = StableDiffusionXLImg2ImgPipeline(
@@ -61,6 +63,11 @@ class ImagePipeline:
         """What a LoRA may change: the base model's UNet and text encoders."""
         names = ("unet", "text_encoder", "text_encoder_2")
         return {name: getattr(self._base, name) for name in names if getattr(self._base, name)}
+
+    @property
+    def base(self) -> StableDiffusionXLPipeline:
+        """The base model's networks, for `pipelines.live`."""
+        return self._base
 
     @property
     def _of_base(self) -> tuple[Any, ...]:

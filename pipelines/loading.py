@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -32,6 +33,7 @@ class LoadedModels:
     base: StableDiffusionXLPipeline
     refiner: StableDiffusionXLImg2ImgPipeline | None
     device: torch.device
+    tiny_vae: AutoencoderTiny | None = None
 
 
 def load_models(settings: Settings) -> LoadedModels:
@@ -52,10 +54,14 @@ def load_models(settings: Settings) -> LoadedModels:
         refiner = _load(StableDiffusionXLImg2ImgPipeline, settings.refiner_source, dtype, vae)
         refiner.to(device)
     base.to(device)
+    tiny = None
+    if settings.tiny_vae_source:
+        path = find_weights(settings.tiny_vae_source)
+        tiny = AutoencoderTiny.from_pretrained(path, dtype=dtype, local_files_only=True).to(device)
     for pipeline in filter(None, (base, refiner)):
         pipeline.set_progress_bar_config(disable=True)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors")
-    return LoadedModels(name, base, refiner, device)
+    return LoadedModels(name, base, refiner, device, tiny)
 
 
 def _load(

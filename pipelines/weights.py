@@ -105,7 +105,12 @@ def _is_network(kind: list[str | None]) -> bool:
 
 def repos_to_bake(settings: Settings) -> list[str]:
     """The hub repos that the settings name; folders, files and the demo need no baking."""
-    sources = [settings.model, settings.refiner_source, settings.vae_source]
+    sources = [
+        settings.model,
+        settings.refiner_source,
+        settings.vae_source,
+        settings.tiny_vae_source,
+    ]
     if settings.model.endswith(WEIGHTS):
         sources.append(STOCK_MODEL)  # a single checkpoint is loaded with SDXL's configs
     return [
