@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from live.turns import Turns
 from lora.engine.engine import Budgets, LoraEngine, RestoreFailed
 from lora.errors import CodedError
 from lora.fetch.redaction import redact_url
@@ -101,7 +102,7 @@ class Worker:
         engine = LoraEngine(pipeline.components, budgets)
         lora_cache = open_cache(settings)
         library = LoraLibrary(lora_cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
-        return Parts(pipeline, engine, library, open_bucket(settings), settings, threading.Lock())
+        return Parts(pipeline, engine, library, open_bucket(settings), settings, Turns())
 
     def check_fitness(self) -> None:
         """Raises: CodedError or OSError if this worker cannot serve: a source of LORA_PRELOAD is malformed,

@@ -164,7 +164,8 @@ class LiveStream:
     def blank(self, like: Conditions, step: int) -> Frame:
         """A frame that fills a row of a batch, to be thrown away."""
         nothing = torch.zeros(self.spec.steps, *self._shape, device=self._device)
-        empty = Conditions(*(t if t is None else torch.zeros_like(t) for t in like))
+        zeros = [t if t is None else torch.zeros_like(t) for t in like]
+        empty = Conditions._make(zeros)
         return Frame(nothing[:1], nothing, empty, nothing[:1], step)
 
     def rows(self, steps: Sequence[int]) -> list[Row]:

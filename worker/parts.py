@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from live.session import Places
+from live.turns import Turns
 from lora.engine.engine import LoraEngine
 from lora.library.catalog import Catalog
 from lora.volume.folders import MOUNTS, mount_of
@@ -36,8 +37,8 @@ class Parts:
     library: LoraLibrary
     bucket: Bucket | None
     settings: Settings
-    drawing: threading.Lock
-    """Held while a job changes weights and draws: one job at a time."""
+    drawing: Turns
+    """Held while a job, or a live session's frame, changes weights and draws: one at a time."""
 
     @cached_property
     def catalog(self) -> Catalog:
@@ -45,6 +46,11 @@ class Parts:
         training, cache = self.settings.lora_training_dir, self.library.cache
         folder = Path(training) if training else None
         return Catalog(cache, self.engine.key_map, folder, self.settings.model)
+
+    @cached_property
+    def live(self) -> Places:
+        """The live sessions."""
+        return Places(self.settings.live_sessions)
 
     @cached_property
     def selection(self) -> Selection:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from live.turns import Turns
 from lora.engine.engine import Budgets, LoraEngine
 from lora.errors import CodedError
 from lora.volume.loader import LoraLibrary
@@ -138,7 +138,7 @@ class TextWorker:
     @cached_property
     def _parts(self) -> Parts:
         face: Any = _Face(self.settings.name, self.text.device)
-        return Parts(face, self.engine, self.library, None, self.settings, threading.Lock())
+        return Parts(face, self.engine, self.library, None, self.settings, Turns())
 
     @cached_property
     def models(self) -> Models:
