@@ -11,8 +11,8 @@ time left every 50 steps, and keeps a checkpoint under `build/train/` from which
 started again. The weights in the repo were made in this order: `vae --steps 900` (still without the
 weight on edges), `vae --again --steps 650`, `base --steps 2800`, `decoder --steps 700`, `base --again
 --steps 650`, `adapters --steps 200` and, for the spiral,
-`adapters --only spiral --steps 480`; two CPU cores, about 90 minutes. `tiny --steps 1200` ended with a loss of
-0.29 after 14 minutes on one core.
+`adapters --only spiral --steps 480`; two CPU cores, about 90 minutes. `tiny --steps 1200`
+ended with a loss of 0.29 after 14 minutes on one core.
 """
 
 from __future__ import annotations

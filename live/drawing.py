@@ -90,6 +90,7 @@ class Drawing:
         self.inbox, self.monitor = Inbox(self._in_flight), Monitor()
         self._similar = Similar(values["similar"], start.asked.seed)
         self._last: Look | None = None
+        self._told: Look | None = None
         self._mode = Mode(values["lora_mode"])
         self.baked: bool = values["bake"]
         merges = self.baked or self._mode is Mode.MERGED
@@ -200,12 +201,14 @@ class Drawing:
                 {"name": names_of(loaded)[0], "scale": _scale(use), "mode": _way(loaded, drawn.how)}
                 for use, loaded in zip(look.uses, look.loaded, strict=True)
             ],
-            "prompt": look.prompt,
             "seed": look.seed,
             "switch_ms": round(1000 * drawn.switch_seconds, 2),
             "ms": round(1000 * (time.perf_counter() - frame.came), 1),
             **frame.notes,
         }
+        if look is not self._told:  # a prompt may be long
+            about["prompt"] = look.prompt
+            self._told = look
         if drawn.alone:
             about["alone"] = drawn.alone
         self.inbox.done()

@@ -1,9 +1,9 @@
 """Draws frames with one engine while the LoRAs change between them.
 
-One by one, a frame's stack is switched to before its first step, and the picture is bit for bit what the frame
-would give alone. In a stream batch the frames under way, each at another step, share every forward. The layout
-of the batch is fixed: all adapters of the session side by side, as many rows as there are steps, blank ones
-where no frame is. So a frame is bit for bit what it would be in a stream all under its own stack, and
+One by one, a frame's stack is switched to before its first step, and the picture is bit for bit what the
+frame would give alone. In a stream batch the frames under way, each at another step, share every forward.
+The batch's layout is fixed: all adapters of the session side by side, as many rows as there are steps, blank
+ones where no frame is. So a frame is bit for bit what it would be in a stream all under its own stack, and
 what arrives changes no frame under way.
 
 Prompts are encoded apart from the drawing, under the part of the stack that changes the text encoders, and
