@@ -31,10 +31,12 @@ RUN --mount=type=secret,id=HF_TOKEN \
 COPY handler.py schemas.py entries.py text_settings.py validation.py pyproject.toml ./
 COPY lora/ lora/
 COPY pipelines/ pipelines/
+COPY live/ live/
 COPY text/ text/
 COPY worker/ worker/
 COPY demo/model/ demo/model/
 COPY demo/loras/ demo/loras/
+COPY demo/tiny_vae/ demo/tiny_vae/
 COPY demo/text/ demo/text/
 
 # RunPod mounts the network volume as root's, so root is the default; RUN_AS=worker where it may be written.

@@ -129,8 +129,8 @@ FRAME: dict[str, Any] = {
     "additionalProperties": False,
     "properties": {
         **LOOK,
-        "seq": field(
-            "integer|null", None, "The frame's number, which its answer repeats", minimum=0
+        "seq": number(
+            "integer|null", None, (0, 2**53), "The frame's number, which its answer repeats"
         ),
         "wait": field(
             "boolean",

@@ -20,6 +20,7 @@ PARTS = (
     "handler",
     "download_weights",
     "worker",
+    "live",
     "pipelines",
     "schemas",
     "entries",
