@@ -39,10 +39,12 @@ COPY pyproject.toml ./
 COPY live/ live/
 COPY lora/ lora/
 COPY pipelines/ pipelines/
+COPY live/ live/
 COPY text/ text/
 COPY worker/ worker/
 COPY demo/model/ demo/model/
 COPY demo/loras/ demo/loras/
+COPY demo/tiny_vae/ demo/tiny_vae/
 COPY demo/text/ demo/text/
 
 # RunPod mounts the network volume as root's, so root is the default; RUN_AS=worker where it may be written.

@@ -291,5 +291,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    is_text = os.environ.get("WORKER_KIND", "").strip() == "text"
-    import_module("worker.text_serve").serve() if is_text else main()
+    kind = os.environ.get("WORKER_KIND", "").strip()
+    import_module(f"worker.{kind}_serve").serve() if kind in ("text", "live") else main()

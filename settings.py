@@ -12,6 +12,7 @@ from typing import Any
 STOCK_MODEL = "stabilityai/stable-diffusion-xl-base-1.0"
 STOCK_REFINER = "stabilityai/stable-diffusion-xl-refiner-1.0"
 STOCK_VAE = "madebyollin/sdxl-vae-fp16-fix"
+DEMO_TINY_VAE = Path(__file__).resolve().parent / "demo" / "tiny_vae"
 
 OWN_PREFIXES = ("LORA_", "WORKER_")
 """An unknown variable with one of these is refused: it is a misspelt setting."""
@@ -39,8 +40,8 @@ class Settings:
     """The worker's settings. A test holds docs/settings.md and `.runpod/hub.json` to these fields."""
 
     kind: str = _setting("WORKER_KIND", "image",
-        "What the worker makes: `image`, or `text` from a language model (docs/text.md)",
-        options=("image", "text"))
+        "What the worker makes: `image`; `live`, images and streams of frames (docs/live.md); or `text` "
+        "from a language model (docs/text.md)", options=("image", "live", "text"))
     serve: str = _setting("WORKER_SERVE", "queue",
         "How the worker is reached: `queue` takes RunPod's jobs; `http` is a server of its own, for "
         "load-balancing endpoints, pods and laptops (docs/http.md)", options=("queue", "http"))
@@ -69,6 +70,10 @@ class Settings:
     vae: str = _setting("WORKER_VAE", "auto",
         "VAE in place of the model's own: a Hugging Face repo or a folder; `none` for none; `auto` "
         "is the fp16-fix VAE with SDXL's own base and none with any other")
+    tiny_vae: str = _setting("WORKER_TINY_VAE", "none",
+        "Small VAE for live frames (docs/live.md), in place of the model's: a Hugging Face repo or a folder "
+        "of diffusers' AutoencoderTiny, such as `madebyollin/taesdxl`; `demo` is the demo model's; `none` "
+        "for none")
     weights: str = _setting("WORKER_WEIGHTS", "auto",
         "Where base weights lie that are named by a Hugging Face repo: `baked` into the image, `cached` by "
         "RunPod (the endpoint's setting *Model*), or on the network `volume`; `auto` looks in this order. "
@@ -88,6 +93,10 @@ class Settings:
         "is taken only when the drawing is nearly done, or all jobs are fetching; until then it waits "
         "in the endpoint's queue, where an idle worker can take it",
         minimum=1)
+    live_sessions: int = _setting("WORKER_LIVE_SESSIONS", 1,
+        "Live sessions at once; they share the model frame by frame, and with other jobs", minimum=1)
+    live_seconds: float = _setting("WORKER_LIVE_SECONDS", 300.0,
+        "Seconds after which a live session ends; 0 sets no limit", minimum=0)
     deadline: float = _setting("WORKER_DEADLINE", 0.0,
         "Seconds of its own fetching and drawing after which a job ends with DEADLINE_EXCEEDED, unless "
         "its own executionTimeout comes first; 0 sets no limit of the worker's own. Waiting for another "
@@ -217,7 +226,10 @@ class Settings:
     @property
     def weight_sources(self) -> tuple[str, ...]:
         """Where the networks come from that are loaded."""
-        return tuple(filter(None, (self.model, self.refiner_source, self.vae_source)))
+        return tuple(filter(
+                None,
+                (self.model, self.refiner_source, self.vae_source, self.tiny_vae_source),
+            ))
 
     @property
     def refiner_source(self) -> str | None:
@@ -228,6 +240,13 @@ class Settings:
     def vae_source(self) -> str | None:
         """The VAE to load in place of the model's own, `auto` resolved; None for none."""
         return self._companion(self.vae, STOCK_VAE)
+
+    @property
+    def tiny_vae_source(self) -> str | None:
+        """The tiny VAE to load; None for none."""
+        if self.tiny_vae == "demo":
+            return str(DEMO_TINY_VAE)
+        return None if self.tiny_vae == "none" else self.tiny_vae
 
     @property
     def preload(self) -> tuple[str, ...]:

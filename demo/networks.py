@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+)
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTokenizer
 
@@ -54,6 +59,17 @@ def new_vae() -> AutoencoderKL:
         vae.quant_conv.weight[spread] *= 0.1
         vae.decoder.conv_out.weight *= 0.3
     return vae
+
+
+def new_tiny_vae() -> AutoencoderTiny:
+    """TAESD's form, narrow: for live frames, in place of the autoencoder."""
+    width = (16, 16, 16, 16)
+    return AutoencoderTiny(
+        encoder_block_out_channels=width,
+        decoder_block_out_channels=width,
+        num_encoder_blocks=(1, 1, 1, 1),
+        num_decoder_blocks=(2, 1, 1, 1),
+    )
 
 
 def new_tokenizer(folder: Path, pad_token: str, texts: Iterable[str] = ()) -> CLIPTokenizer:

@@ -222,10 +222,13 @@ def random_phrase(scene: pictures.Scene) -> str:
     return scene.prompt(random.choice(pictures.PHRASES))
 
 
-def save(part: ModelMixin | PreTrainedModel, name: str) -> None:
-    """Writes a part of the model in half precision, without the path it may have been loaded from."""
+def save(part: ModelMixin | PreTrainedModel, name: str, drop: str = "_name_or_path") -> None:
+    """Writes a part of the model in half precision, without one entry of its config.
+
+    That is the path it may have been loaded from, or what a class writes and does not read.
+    """
     part.half().save_pretrained(MODEL / name)
     file = MODEL / name / "config.json"
     config = json.loads(file.read_text())
-    config.pop("_name_or_path", None)
+    config.pop(drop, None)
     file.write_text(json.dumps(config, indent=2) + "\n")

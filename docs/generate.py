@@ -17,12 +17,14 @@ import handler  # noqa: F401 - with these, every class of error is there
 import worker.http_images
 import worker.text_serve  # noqa: F401
 from entries import LORA_ENTRY
+from live.request import FRAME, START
 from lora.errors import CodedError
 from schemas import IMAGE_REQUEST
 from settings import Settings
 from text_settings import TextSettings
 from validation import PATTERNS
 from worker.actions import Actions
+from worker.live_job import FRAMES
 from worker.parts import Parts
 from worker.selection import PRESET
 from worker.text_parameters import CHAT, COMPLETION, SCHEMAS, UNSERVED, WITHOUT_EFFECT
@@ -59,6 +61,11 @@ def files() -> dict[Path, str]:
             "Fields of actions": _action_fields(),
         },
         "library.md": {"Presets": _fields(PRESET["properties"])},
+        "live.md": {
+            "A job with frames": _fields(FRAMES["properties"]),
+            "The first message": _fields(START["properties"]),
+            "Each frame": _fields(FRAME["properties"]),
+        },
         "settings.md": {"Settings": _settings(fields(Settings))},
         "text.md": {"Parameters": _text_fields(), "Text settings": _settings(text_settings())},
         "errors.md": {"Codes": _errors(errors)},

@@ -25,7 +25,8 @@ class Message(NamedTuple):
 
 def pack(about: Mapping[str, Any], picture: bytes = b"") -> bytes:
     """A message as it is sent. Raises: ValueError if the JSON takes more than `MAX_JSON` bytes."""
-    text = json.dumps(about, allow_nan=False, separators=(",", ":")).encode()
+    written = json.dumps(about, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    text = written.encode("utf-8", "replace")
     if len(text) > MAX_JSON:
         raise ValueError(f"a message of {len(text)} bytes of JSON")
     return b"".join((len(text).to_bytes(2, "big"), text, picture))

@@ -25,6 +25,8 @@ from pipelines.tokens import added_tokens
 from schemas import ImageRequest, parse_job
 
 if TYPE_CHECKING:
+    from diffusers import StableDiffusionXLPipeline
+
     from pipelines.loading import LoadedModels
 
 ENSEMBLE_FRACTION = 0.8
@@ -47,6 +49,8 @@ class ImagePipeline:
         self.name = models.name
         self.device = models.device
         self.has_refiner = models.refiner is not None
+        self.tiny_vae = models.tiny_vae
+        """What live frames are encoded and decoded with, where the settings name one."""
         self._base = models.base
         self._refiner = models.refiner
         self._base_image = StableDiffusionXLImg2ImgPipeline(
@@ -64,6 +68,11 @@ class ImagePipeline:
         """What a LoRA may change: the base model's UNet and text encoders."""
         names = ("unet", "text_encoder", "text_encoder_2")
         return {name: getattr(self._base, name) for name in names if getattr(self._base, name)}
+
+    @property
+    def base(self) -> StableDiffusionXLPipeline:
+        """The base model's networks, for `pipelines.live`."""
+        return self._base
 
     @property
     def _of_base(self) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
@@ -36,6 +37,7 @@ class LoadedModels:
     base: StableDiffusionXLPipeline
     refiner: StableDiffusionXLImg2ImgPipeline | None
     device: torch.device
+    tiny_vae: AutoencoderTiny | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     """How long the stages took: `build` (the networks from their files) and `to_device`."""
 
@@ -60,16 +62,22 @@ def load_models(settings: Settings) -> LoadedModels:
     if settings.refiner_source:
         kind = StableDiffusionXLImg2ImgPipeline
         refiner = _load(kind, settings.refiner_source, settings, dtype, vae)
+    tiny = None
+    if settings.tiny_vae_source:
+        path = _found(settings.tiny_vae_source, settings)
+        tiny = AutoencoderTiny.from_pretrained(path, dtype=dtype, local_files_only=True)
     built = time.perf_counter()
     for pipeline in filter(None, (base, refiner)):
         pipeline.to(device)
+    if tiny is not None:
+        tiny.to(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = {"build": built - begun, "to_device": time.perf_counter() - built}
     for pipeline in filter(None, (base, refiner)):
         pipeline.set_progress_bar_config(disable=True)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors")
-    return LoadedModels(name, base, refiner, device, seconds)
+    return LoadedModels(name, base, refiner, device, tiny, seconds)
 
 
 def _found(source: str, settings: Settings) -> Path:

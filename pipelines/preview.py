@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class LatentColours:
         pictures = functional.interpolate(patches, size=(SIDE, SIDE), mode="bicubic").clamp(-1, 1)
         with _in_float32(vae):
             encoded = vae.encode(pictures.to(vae.device)).latent_dist.mode()
-        latents = _channels_last(_scaled(encoded, vae.config))
+        latents = _channels_last(scaled(encoded, vae.config))
         small = _channels_last(functional.adaptive_avg_pool2d(pictures, encoded.shape[-1]))
         ones = torch.ones(len(latents), 1)
         solution = torch.linalg.lstsq(torch.cat([latents, ones], dim=1), small).solution
@@ -75,15 +75,37 @@ def _in_float32(vae: Any) -> Iterator[None]:
             vae.to(own)
 
 
-def _scaled(latents: Tensor, config: Any) -> Tensor:
+@contextmanager
+def precise(vae: Any) -> Iterator[None]:
+    """Within the block a VAE that overflows in half precision computes in float32, as diffusers has it."""
+    overflows = vae.dtype is torch.float16 and getattr(vae.config, "force_upcast", False)
+    with _in_float32(vae) if overflows else nullcontext():
+        yield
+
+
+def scaled(latents: Tensor, config: Any) -> Tensor:
     """The VAE's latents as the denoising has them (the reverse of what diffusers does before it decodes)."""
-    if config.latents_mean is not None and config.latents_std is not None:
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        return (latents - mean) / std * config.scaling_factor
+    if statistics := _statistics(latents, config):
+        latents = (latents - statistics[0]) / statistics[1]
     return latents * config.scaling_factor
+
+
+def unscaled(latents: Tensor, config: Any) -> Tensor:
+    """The reverse of `scaled`."""
+    latents = latents / config.scaling_factor
+    if statistics := _statistics(latents, config):
+        latents = latents * statistics[1] + statistics[0]
+    return latents
+
+
+def _statistics(latents: Tensor, config: Any) -> tuple[Tensor, Tensor] | None:
+    """Mean and deviation of each channel, where the VAE's config has them."""
+    values = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    mean, std = (
+        None if one is None else torch.tensor(one, device=latents.device).view(1, -1, 1, 1)
+        for one in values
+    )
+    return None if mean is None or std is None else (mean, std)
 
 
 def _channels_last(images: Tensor) -> Tensor:

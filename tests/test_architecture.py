@@ -18,6 +18,7 @@ PARTS = (
     "handler",
     "download_weights",
     "worker",
+    "live",
     "pipelines",
     "schemas",
     "entries",

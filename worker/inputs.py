@@ -18,9 +18,9 @@ from PIL import Image, features
 from lora.errors import SourceInvalid
 from lora.fetch.redaction import redact_url
 from lora.fetch.web import Web
+from pipelines.pixels import BROKEN, as_mask, as_rgb, shows_through
 from validation import InvalidInput
 from worker.jpeg import MAX_SCANS, has_too_many_scans
-from worker.pixels import BROKEN, as_mask, as_rgb, shows_through
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """The formats that Pillow may always read. Of the others some start programs, and few are well tested."""

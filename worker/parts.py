@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from live.session import Places
+from live.turns import Turns
 from lora.engine.engine import Budgets, LoraEngine
 from lora.library.catalog import Catalog
 from lora.volume.folders import MOUNTS, mount_of
@@ -42,8 +43,8 @@ class Parts:
     library: LoraLibrary
     bucket: Bucket | None
     settings: Settings
-    drawing: threading.Lock
-    """Held while a job changes weights and draws: one job at a time."""
+    drawing: Turns
+    """Held while a job, or a live session's frame, changes weights and draws: one at a time."""
     seconds: dict[str, float] = field(default_factory=dict)
     """How long each stage of the start took."""
 
@@ -53,6 +54,11 @@ class Parts:
         training, cache = self.settings.lora_training_dir, self.library.cache
         folder = Path(training) if training else None
         return Catalog(cache, self.engine.key_map, folder, self.settings.model)
+
+    @cached_property
+    def live(self) -> Places:
+        """The live sessions."""
+        return Places(self.settings.live_sessions)
 
     @cached_property
     def selection(self) -> Selection:
@@ -92,9 +98,7 @@ def make_parts(settings: Settings) -> Parts:
     engine = LoraEngine(pipeline.components, budgets)
     library = LoraLibrary(open_cache(settings), engine.key_map, int(settings.lora_warm_gb * 1e9))
     seconds = {"imports": imports, **models.seconds}
-    return Parts(
-        pipeline, engine, library, open_bucket(settings), settings, threading.Lock(), seconds
-    )
+    return Parts(pipeline, engine, library, open_bucket(settings), settings, Turns(), seconds)
 
 
 VOLUMES = (Path("/runpod-volume"), Path("/workspace"))

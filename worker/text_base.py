@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from live.turns import Turns
 from lora.engine.engine import Budgets, LoraEngine
 from lora.volume.loader import LoraLibrary
 from text.generation import Generation
@@ -47,7 +47,7 @@ class Base:
         self.library = library_of(settings, self.engine)
         self.scheduler = Scheduler(self.text, self.engine, settings.most_rows, on_end)
         face: Any = Face(settings.name, self.text.device)
-        self.parts = Parts(face, self.engine, self.library, None, settings, threading.Lock())
+        self.parts = Parts(face, self.engine, self.library, None, settings, Turns())
         self.models = Models(settings, self.library, self.parts, self.scheduler.rows.misfit)
 
     @property

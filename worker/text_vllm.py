@@ -10,7 +10,6 @@ import asyncio
 import json
 import os
 import socket
-import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
@@ -22,6 +21,7 @@ from typing import Any
 import aiohttp
 import torch
 
+from live.turns import Turns
 from lora.engine.engine import LoraEngine
 from lora.engine.rows import Rows
 from text.loading import COMPONENT, DEMO, DEMO_FOLDER, ModelUnusable, load_shape
@@ -84,7 +84,7 @@ class VllmBase:
         self.engine = LoraEngine({COMPONENT: shape})
         self.library = library_of(settings, self.engine)
         face: Any = Face(settings.name, torch.device("cpu"))
-        self.parts = Parts(face, self.engine, self.library, None, settings, threading.Lock())
+        self.parts = Parts(face, self.engine, self.library, None, settings, Turns())
         self.misfit = Rows(self.engine).misfit
         self.models = Models(settings, self.library, self.parts, lambda file: None)
         self._process = None

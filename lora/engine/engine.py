@@ -9,8 +9,7 @@ There are two modes. Both compute W' = W + sum over the stack of scale * delta:
   is copied before and copied back afterwards; nothing is ever subtracted. A layer whose weight
   cannot be written (quantised, offloaded) or belongs to several modules is applied dynamically.
 
-The factors and merged weights of recent stacks are kept, up to a budget, under the hashes of their files. So
-a stack that is used again is not rebuilt.
+The factors and merged weights of recent stacks are kept, up to a budget, under the hashes of their files.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import time
 from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ from lora.engine.modes import choose_mode
 from lora.engine.modules import as_matrix, shared_parameters, targets_of, writable
 from lora.engine.originals import Originals
 from lora.engine.plan import Merge, Plan, make_plan
-from lora.engine.prepared import Merged, Prepared
+from lora.engine.prepared import Merged, Prepared, bytes_of
 from lora.engine.stack import Mode, Stack
 from lora.engine.undo import RestoreFailed, Undo
 from lora.errors import LoraUnsupported
@@ -72,7 +72,8 @@ class LoraEngine:
             for component, root in components.items()
             for path, module in root.named_modules()
         }
-        self._shared = shared_parameters(components)
+        self.shared = shared_parameters(components)
+        """The ids of the parameters of several modules."""
         self._forwards: dict[nn.Module, AdaptedForward] = {}
         self._busy = threading.Lock()
         self.drawing = next(iter(components))
@@ -158,18 +159,10 @@ class LoraEngine:
         return forward
 
     def prepare(self, stack: Stack, mode: Mode) -> tuple[Hashable, Prepared]:
-        """The stack's key, and its `Prepared`: the kept one if it still holds, else a new one."""
-        all_scales = tuple(use.all_scales for use in stack)
-        # Merged weights are made for one scale, factors for any.
-        scales = all_scales if mode is Mode.MERGED else None
-        key = (mode, scales, *(use.lora.identity for use in stack))
-        kept = self.prepared.get(key)
-        if kept is not None and kept.all_scales == all_scales and not kept.plan.is_stale():
-            return key, kept
-        plan = make_plan(stack, mode, self.module, self._shared)
+        """What is kept of the stack's adapters in this mode, or a new `Prepared`; and its key."""
+        key = (mode, *(use.lora.identity for use in stack))
         size = sum(file.size for file in {use.lora for use in stack})
-        factors = dict(kept.factors) if kept else {}  # the kept stack stays as it is
-        return key, Prepared(plan, all_scales, size, factors=factors)
+        return key, self.prepared.get(key) or Prepared(size)
 
 
 class Block:
@@ -248,13 +241,14 @@ class Block:
     def _apply(self, stack: Stack) -> None:
         engine = self._engine
         key, prepared = engine.prepare(stack, self.mode)
-        plan = prepared.plan
-        ready = prepared.ready(engine.forward_of)
+        make = partial(make_plan, stack, self.mode, engine.module, engine.shared)
+        placed = prepared.place(stack, make, engine.forward_of)
+        ready = prepared.ready(placed, stack)
         engine.undo.forwards(keep={module for module, _, _ in ready})
         for module, forward, added in ready:
             forward.set(engine.undo.replace_forward(module, forward), added)
-        self._write(stack, plan, prepared)
-        self._forced = len(plan.forced)
+        self._write(stack, placed.plan, prepared)
+        self._forced = len(placed.plan.forced)
         engine.prepared.put(key, prepared, prepared.size)
 
     @torch.no_grad()
@@ -262,39 +256,44 @@ class Block:
         undo, originals = self._engine.undo, self._engine.originals
         undo.weights(keep=plan.merges.keys())
         written: dict[nn.Parameter, tuple[Merge, Tensor]] = {}
+        ready = prepared.merged(stack)
         for weight, entry in plan.merges.items():
+            scales = [planned.scale_in(stack) for planned in entry.layers]
             content = tuple(
-                (stack[planned.use].lora.identity, planned.layer.target, planned.scale)
-                for planned in entry.layers
+                (stack[planned.use].lora.identity, planned.layer.target, scale)
+                for planned, scale in zip(entry.layers, scales, strict=True)
             )
             if undo.content.get(weight) == content:
                 continue
-            generation, kept = originals.generation(weight), prepared.merged.get(weight)
+            generation, kept = originals.generation(weight), ready.get(weight)
             original = originals.hold(weight)
             undo.content[weight] = None
             if kept and kept.generation == generation:
                 weight.copy_(kept.values)
             else:
-                changes = [(planned.layer.algorithm, planned.scale) for planned in entry.layers]
+                changes = [
+                    (p.layer.algorithm, s) for p, s in zip(entry.layers, scales, strict=True)
+                ]
                 view = as_matrix(entry.module, entry.name, weight.detach())
                 total = merge(view, as_matrix(entry.module, entry.name, original), changes)
                 written[weight] = entry, total
             undo.content[weight] = content
         refuse_overflow(written)
-        self._keep(plan, prepared)
+        if plan.merges and prepared.returns(stack):
+            self._keep(stack, plan, prepared)
 
-    def _keep(self, plan: Plan, prepared: Prepared) -> None:
+    def _keep(self, stack: Stack, plan: Plan, prepared: Prepared) -> None:
         """Keeps copies of the merged values for the next time, if the budget has room for the whole stack."""
-        engine = self._engine
-        size = sum(weight.numel() * weight.element_size() for weight in plan.merges)
-        if size + prepared.size - prepared.merged_size > engine.prepared.budget:
+        engine, have = self._engine, prepared.merged(stack)
+        generations = {weight: engine.originals.generation(weight) for weight in plan.merges}
+        if all(w in have and have[w].generation == g for w, g in generations.items()):
+            return
+        if bytes_of(plan.merges) + prepared.file_bytes > engine.prepared.budget:
             return
         try:
-            for weight in plan.merges:
-                generation = engine.originals.generation(weight)
-                kept = prepared.merged.get(weight)
-                if kept is None or kept.generation != generation:
-                    prepared.merged[weight] = Merged(weight.detach().clone(), generation)
+            copies = {w: Merged(w.detach().clone(), g) for w, g in generations.items()}
         except torch.OutOfMemoryError:
             log.warning("no memory to keep a merged stack ready; LORA_PREPARED_GB may be too large")
-            prepared.merged.clear()
+            prepared.drop()
+            return
+        prepared.keep(stack, copies, engine.prepared.budget)

@@ -1,4 +1,7 @@
-"""Decides what a stack does to each module. Nothing is changed here."""
+"""Decides what a stack does to each module. Nothing is changed here.
+
+A plan knows no scales, only which of them are 0: it holds for every strength of the same adapters.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +20,15 @@ from lora.formats.names.keys import Target
 
 
 class PlannedLayer(NamedTuple):
-    """One layer of one of the stack's files, and its scale."""
+    """One layer of one of the stack's files."""
 
     layer: Layer
     use: int
     """The index in the stack of the use that it comes from."""
-    scale: float
+
+    def scale_in(self, stack: Stack) -> float:
+        """Its scale in a stack that the plan holds for."""
+        return stack[self.use].scale_of(self.layer.target)
 
 
 class Dynamic(NamedTuple):
@@ -73,8 +79,8 @@ def make_plan(
         targets = {layer.target for layer in use.lora.layers}
         scales = {target: use.scale_of(target) for target in targets}
         for layer in use.lora.layers:
-            if scale := scales[layer.target]:
-                planned = PlannedLayer(layer, index, scale)
+            if scales[layer.target]:
+                planned = PlannedLayer(layer, index)
                 by_parameter[layer.target, layer.parameter].append(planned)
     plan = Plan()
     for (target, name), layers in by_parameter.items():

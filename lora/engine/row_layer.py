@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,13 @@ class Columns(NamedTuple):
     end: int
     scaling: float
     """The adapter's own: alpha / rank."""
+
+
+class Span(NamedTuple):
+    """Columns that stand beside each other."""
+
+    start: int
+    width: int
 
 
 class Added(NamedTuple):
@@ -100,11 +106,12 @@ class RowLayer:
     def _of_up(self, up: Tensor, start: int, end: int) -> Tensor:
         return up[:, start:end] if self._convolution else up[start:end]
 
-    def between(self, start: int, end: int, scales: Tensor) -> Added:
-        """What the columns from `start` to `end` add with these scales, [rows, end - start]."""
+    def between(self, span: Span, scales: Tensor) -> Added:
+        """What the columns of the span add with these scales, [rows, width]."""
         if self._down is None or self._up is None:
             raise ValueError("the layer has no buffers")
         zeros = scales == 0 if scales.dtype is torch.float16 else None
+        start, end = span.start, span.start + span.width
         return Added(self._down[start:end], self._of_up(self._up, start, end), scales, zeros)
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -140,34 +147,27 @@ def _scaled(inner: Tensor, added: Added, axis: int) -> Tensor:
     return inner if added.zeros is None else inner.masked_fill_(added.zeros.view(shape), 0.0)
 
 
-class Table(NamedTuple):
-    """The scales of a batch for the columns of one layer from `start` on."""
-
-    start: int
-    width: int
-    values: list[list[float]]
-    """[rows][width]."""
+def span_of(layer: RowLayer, keys: Collection[str]) -> Span:
+    """The columns from the first to the last of these adapters, of which the layer has at least one."""
+    columns = [own for key, own in layer.columns.items() if key in keys]
+    start = min(own.start for own in columns)
+    return Span(start, max(own.end for own in columns) - start)
 
 
-def table_of(layer: RowLayer, stacks: Sequence[Stack]) -> Table:
-    """The scales of every row of a batch for one layer."""
-    keys = {use.lora.identity for stack in stacks for use in stack}
-    columns = {key: own for key, own in layer.columns.items() if key in keys}
-    start = min(own.start for own in columns.values())
-    width = max(own.end for own in columns.values()) - start
-    values = [[0.0] * width for _ in stacks]
-    for row, stack in zip(values, stacks, strict=True):
-        for use in stack:
-            if own := columns.get(use.lora.identity):
-                scale = use.scale_of(layer.target) * own.scaling
-                for column in range(own.start - start, own.end - start):
-                    row[column] += scale
-    return Table(start, width, values)
+def scales_of(layer: RowLayer, span: Span, stack: Stack) -> list[float]:
+    """One row of a batch: what each column of the span is multiplied by."""
+    row = [0.0] * span.width
+    for use in stack:
+        if own := layer.columns.get(use.lora.identity):
+            scale = use.scale_of(layer.target) * own.scaling
+            for column in range(own.start - span.start, own.end - span.start):
+                row[column] += scale
+    return row
 
 
-def on_device(place: DeviceAndDtype, tables: Sequence[Table]) -> list[Tensor]:
-    """The tables as tensors [rows, width] on a device, in one transfer. Raises: LoraIncompatible."""
-    flat = torch.tensor([x for table in tables for row in table.values for x in row])
+def on_device(place: DeviceAndDtype, scales: Sequence[float]) -> Tensor:
+    """The scales on a device, in one transfer. Raises: LoraIncompatible if one overflows."""
+    flat = torch.tensor(scales)
     largest = float(flat.abs().max())
     if not largest <= torch.finfo(place[1]).max:
         raise LoraIncompatible(
@@ -175,10 +175,4 @@ def on_device(place: DeviceAndDtype, tables: Sequence[Table]) -> list[Tensor]:
             f"{str(place[1]).removeprefix('torch.')}",
             "Lower the scale.",
         )
-    sizes = [len(table.values) * table.width for table in tables]
-    whole, ends = flat.to(*place), list(accumulate(sizes))
-    starts = [0, *ends[:-1]]
-    return [
-        whole[start:end].view(len(table.values), table.width)
-        for table, start, end in zip(tables, starts, ends, strict=True)
-    ]
+    return flat.to(*place)

@@ -7,6 +7,9 @@ columns as long as it is placed: one that arrives or leaves moves no other. A ro
 of a layer's input counts: a sequence of a batch of texts, a picture of a batch of pictures.
 
 What is not low-rank has no place here (`Rows.misfit`): it takes a turn alone, in `LoraEngine.applied`.
+
+A product's last digits depend on which columns it has. Where what a row gives must not depend at all on the
+other rows, `use` gets the adapters whose columns every batch has, `beside` those of its stacks.
 """
 
 from __future__ import annotations
@@ -17,17 +20,21 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from lora.engine.dynamic import make_factors
+from lora.engine.dynamic import DeviceAndDtype, make_factors
 from lora.engine.engine import LoraEngine
 from lora.engine.modules import takes_low_rank
-from lora.engine.row_layer import Added, RowLayer, on_device, table_of
+from lora.engine.row_layer import Added, RowLayer, Span, on_device, scales_of, span_of
 from lora.engine.stack import Stack
 from lora.errors import LoraUnsupported
 from lora.formats.adapter import LoraFile
 from lora.formats.algorithms import LowRank
 from lora.formats.contents import Layer
 from lora.formats.names.keys import Target
+
+STACKS = 64
+"""How many stacks' scales are kept for one layout."""
 
 
 class Batch(NamedTuple):
@@ -37,12 +44,33 @@ class Batch(NamedTuple):
     layers: dict[RowLayer, Added]
 
 
+class Group(NamedTuple):
+    """Layers that have the same scales for every stack: of one place and block, with the same adapters."""
+
+    layers: list[RowLayer]
+    span: Span
+
+
+class Layout(NamedTuple):
+    """The columns of some adapters in all layers, device by device."""
+
+    groups: dict[DeviceAndDtype, list[Group]]
+    stacks: dict[object, dict[DeviceAndDtype, Tensor]]
+    """The scales that a stack's row has, of all groups behind each other."""
+
+
 class Rows:
     """Places adapters side by side in a model's layers, and says for each batch which row has which."""
 
-    def __init__(self, engine: LoraEngine, budget: int = 1_000_000_000) -> None:
-        """`budget`: the bytes of placed factors; beyond it, the one used longest ago makes room."""
-        self._engine, self._budget = engine, budget
+    def __init__(
+        self, engine: LoraEngine, budget: int = 1_000_000_000, component: str | None = None
+    ) -> None:
+        """`budget`: the bytes of placed factors; beyond it, the one used longest ago makes room.
+
+        `component`: the only one whose layers are changed; what an adapter does to others is passed over.
+        """
+        self._engine, self._budget, self._component = engine, budget, component
+        self._layouts: dict[frozenset[str], Layout] = {}
         self._layers: dict[Target, RowLayer] = {}
         self._placed: OrderedDict[str, tuple[int, list[RowLayer]]] = OrderedDict()
         self._batches: dict[object, Batch] = {}
@@ -65,24 +93,30 @@ class Rows:
 
     def misfit(self, file: LoraFile) -> str | None:
         """Why an adapter must be applied alone; None if it can share a batch."""
-        for layer in file.layers:
+        for layer in self._layers_of(file):
             low_rank = layer.algorithm.is_low_rank and layer.parameter == "weight"
             if not low_rank or not takes_low_rank(self._engine.module(layer.target)):
                 return f"{layer.target} has {layer.algorithm.name} on its {layer.parameter}"
-        return "it teaches words" if file.embeddings else None
+        return "it teaches words" if file.embeddings and not self._component else None
 
-    def use(self, stacks: Sequence[Stack]) -> None:
+    def _layers_of(self, file: LoraFile) -> list[Layer]:
+        one = self._component
+        return [layer for layer in file.layers if not one or layer.target.component == one]
+
+    def use(self, stacks: Sequence[Stack], beside: Sequence[LoraFile] = ()) -> None:
         """Row i of the forwards that follow has `stacks[i]`. Where no stack has a scale, no forward is ours.
+
+        `beside`: adapters whose columns are there in any case, in rows without them with a scale of 0.
 
         Raises: LoraUnsupported for a file with a `misfit`; LoraIncompatible if its factors or a scale
         overflow the model's precision. Then no row has an adapter.
         """
         stacks = [[use for use in stack if any(use.factors)] for stack in stacks]
-        name = tuple(tuple((u.lora.identity, u.all_scales) for u in stack) for stack in stacks)
+        name = tuple(_name_of(stack) for stack in stacks), *(file.identity for file in beside)
         batch = self._batches.get(name)
         try:
             if batch is None:
-                batch = self._made(stacks)
+                batch = self._made(stacks, beside)
                 self._batches = {name: batch, **dict(list(self._batches.items())[:7])}
             self._attach(batch)
         except BaseException:
@@ -100,26 +134,54 @@ class Rows:
         for key in batch.keys:
             self._placed.move_to_end(key)
 
-    def _made(self, stacks: Sequence[Stack]) -> Batch:
-        files = {use.lora.identity: use.lora for stack in stacks for use in stack}
+    def _made(self, stacks: Sequence[Stack], beside: Sequence[LoraFile]) -> Batch:
+        files = {file.identity: file for file in beside}
+        files |= {use.lora.identity: use.lora for stack in stacks for use in stack}
         for file in files.values():
             self._place(file, files.keys())
-        used = {layer for key in files for layer in self._placed[key][1]}
+        keys = frozenset(files)
+        layout = self._layouts.get(keys)
+        if layout is None:
+            layout = self._layouts[keys] = self._layout(keys)
+        added: dict[RowLayer, Added] = {}
+        for place, groups in layout.groups.items():
+            rows = [self._row(layout, stack)[place] for stack in stacks]
+            scales, at = torch.stack(rows), 0
+            for layers, span in groups:
+                own = scales[:, at : at + span.width]
+                at += span.width
+                added |= {layer: layer.between(span, own) for layer in layers}
+        return Batch(keys, added)
+
+    def _layout(self, keys: frozenset[str]) -> Layout:
+        used = {layer: None for key in sorted(keys) for layer in self._placed[key][1]}
         groups: dict[object, list[RowLayer]] = {}
         for layer in used:
-            entries = tuple((k, c) for k, c in layer.columns.items() if k in files)
+            entries = tuple((k, c) for k, c in layer.columns.items() if k in keys)
             target = layer.target
             groups.setdefault((layer.place, target.component, target.block, entries), []).append(
                 layer
             )
-        added: dict[RowLayer, Added] = {}
-        for place in {layer.place for layer in used}:
-            mine = [layers for layers in groups.values() if layers[0].place == place]
-            tables = [table_of(layers[0], stacks) for layers in mine]
-            for layers, table, scales in zip(mine, tables, on_device(place, tables), strict=True):
-                for layer in layers:
-                    added[layer] = layer.between(table.start, table.start + table.width, scales)
-        return Batch(frozenset(files), added)
+        by_place: dict[DeviceAndDtype, list[Group]] = {}
+        for layers in groups.values():
+            group = Group(layers, span_of(layers[0], keys))
+            by_place.setdefault(layers[0].place, []).append(group)
+        return Layout(by_place, {})
+
+    def _row(self, layout: Layout, stack: Stack) -> dict[DeviceAndDtype, Tensor]:
+        name = _name_of(stack)
+        row = layout.stacks.get(name)
+        if row is None:
+            row = {
+                place: on_device(
+                    place, [x for g in groups for x in scales_of(g.layers[0], g.span, stack)]
+                )
+                for place, groups in layout.groups.items()
+            }
+            if len(layout.stacks) >= STACKS:
+                del layout.stacks[next(iter(layout.stacks))]
+            layout.stacks[name] = row
+        return row
 
     def place(self, file: LoraFile) -> None:
         """Puts an adapter's factors beside those of the others, ready for `use`; nothing is applied.
@@ -136,7 +198,7 @@ class Rows:
             return
         if reason := self.misfit(file):
             raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
-        planned = [(self._engine.module(layer.target), layer) for layer in file.layers]
+        planned = [(self._engine.module(layer.target), layer) for layer in self._layers_of(file)]
         factors = [(module, str(layer.target), [_factors(layer)]) for module, layer in planned]
         made = make_factors(factors)
         size = sum(each.size for each in made)
@@ -146,6 +208,7 @@ class Rows:
             for module, layer in planned
         ]
         self._placed[key] = size, layers
+        self._layouts.clear()  # a layer's buffers may be others now
         try:
             for layer, own in zip(layers, made, strict=True):
                 layer.insert(key, own, own.parts[0].scaling)
@@ -172,11 +235,16 @@ class Rows:
         for layer in self._placed.pop(key)[1]:
             layer.columns.pop(key, None)
         self._batches = {name: b for name, b in self._batches.items() if key not in b.keys}
+        self._layouts.clear()
 
     @property
     def size(self) -> int:
         """The bytes of the factors that are placed."""
         return sum(size for size, _ in self._placed.values())
+
+
+def _name_of(stack: Stack) -> tuple[object, ...]:
+    return tuple((use.lora.identity, use.all_scales) for use in stack)
 
 
 def _factors(layer: Layer) -> LowRank:

@@ -78,6 +78,12 @@ class LoraUse(Generic[Lora]):
             tuple(sorted(self.blocks.items())),
         )
 
+    @property
+    def zeros(self) -> tuple[object, ...]:
+        """Which of its numbers are 0, as a dictionary key: what decides which modules it changes."""
+        factors = *self.components.items(), *self.blocks.items()
+        return not self.scale, frozenset(name for name, factor in factors if not factor)
+
 
 Stack = Sequence[LoraUse["LoraFile"]]
 """The adapters that are applied together. Their order does not matter: every change is taken from the

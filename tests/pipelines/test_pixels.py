@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from worker.pixels import as_mask, as_rgb, shows_through
+from pipelines.pixels import as_mask, as_rgb, shows_through
 
 RED, GREY, WHITE = (255, 0, 0), (128, 128, 128), (255, 255, 255)
 
