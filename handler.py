@@ -220,7 +220,7 @@ class Worker:
             turn.ends()  # it draws nothing
             answer = await self._stage(stop, self._preparing, self._acted, job)
             return answer or {}
-        async with Sender(job) as sender:
+        async with Sender(job, self._send) as sender:
             one = ImageJob(self.parts, job, Progress(sender.send), stop, turn)
             answer = await self._stage(stop, self._preparing, self._caught, one.prepare)
             if answer is None:

@@ -29,6 +29,7 @@ PARTS = (
     "validation",
     "lora",
     "emulator",
+    "page",
 )
 
 

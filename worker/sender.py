@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -22,8 +22,13 @@ class Sender:
     answer (runpod 1.12). Outside of the platform nothing is posted.
     """
 
-    def __init__(self, job: Mapping[str, Any]) -> None:
-        self._job = job
+    def __init__(
+        self,
+        job: Mapping[str, Any],
+        also: Callable[[Mapping[str, Any], dict[str, Any]], None] = lambda job, update: None,
+    ) -> None:
+        """`also` gets each update too, in the thread that sends it."""
+        self._job, self._also = job, also
         self._loop = asyncio.get_running_loop()
         self._newest: dict[str, Any] | None = None
         self._wake = asyncio.Event()
@@ -32,6 +37,7 @@ class Sender:
 
     def send(self, update: dict[str, Any]) -> None:
         """Takes an update from any thread, without waiting; drops it if the job has ended."""
+        self._also(self._job, update)
         with suppress(RuntimeError):  # the loop is closed, and a download has outlived its job
             self._loop.call_soon_threadsafe(self._put, update)
 
