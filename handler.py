@@ -44,7 +44,7 @@ from worker.opening import open_cache, read_settings
 from worker.outputs import guard_size, open_bucket, sendable
 from worker.parts import Answer, Job, Parts
 from worker.progress import Progress
-from worker.sender import Sender
+from worker.sender import Post, Sender, to_platform
 from worker.shutdown import Shutdown
 from worker.stop import Cancelled, Stop, seconds_for
 
@@ -194,11 +194,11 @@ class Worker:
 
     # --- many jobs, by the platform -------------------------------------------------------------
 
-    async def handle(self, job: Job) -> Answer:
+    async def handle(self, job: Job, post: Post | None = None) -> Answer:
         """The same as a plain call, for an event loop: other jobs prepare while one draws.
 
-        Cancelling the task ends the job with CANCELLED at its next step, and the weights are put back. Its
-        downloads go on into the cache.
+        `post` sends an update of the progress; without it the platform gets them. Cancelling the task ends
+        the job with CANCELLED at its next step, and the weights are put back. Its downloads go on.
         """
         JOB_ID.set(str(job.get("id", "")))
         with self.intake.turn(job) as turn:
@@ -206,7 +206,7 @@ class Worker:
                 log.info("the platform asks again: answered as before")
                 return kept
             begun = time.perf_counter()
-            answer = self._sendable(await self._handle(job, turn))
+            answer = self._sendable(await self._handle(job, turn, post))
         seconds = round(time.perf_counter() - begun, 3)
         about = {"event": "job", "seconds": seconds, "timings": answer.get("timings")}
         log.info("failed" if "error" in answer else "done", extra={"about": about})
@@ -214,13 +214,13 @@ class Worker:
             self._kept.put(job, answer)
         return answer
 
-    async def _handle(self, job: Job, turn: Turn) -> Answer:
+    async def _handle(self, job: Job, turn: Turn, post: Post | None) -> Answer:
         stop = Stop(seconds_for(job, self.settings.deadline))
         if action_of(job):
             turn.ends()  # it draws nothing
             answer = await self._stage(stop, self._preparing, self._acted, job)
             return answer or {}
-        async with Sender(job, self._send) as sender:
+        async with Sender(post) if post else to_platform(job) as sender:
             one = ImageJob(self.parts, job, Progress(sender.send), stop, turn)
             answer = await self._stage(stop, self._preparing, self._caught, one.prepare)
             if answer is None:

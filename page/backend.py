@@ -19,6 +19,9 @@ RUNPOD = "https://api.runpod.ai/v2"
 
 SECONDS = aiohttp.ClientTimeout(total=120, connect=15)
 
+LEAST_SECRET = 12
+"""Characters of a key from which on it is taken out of answers: a shorter one may be a part of any text."""
+
 JOB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
 """What an id of a job looks like: nothing in it leads to another address of the API."""
 
@@ -147,7 +150,7 @@ class Endpoint:
 
     async def _read(self, answer: aiohttp.ClientResponse) -> Json:
         body = await answer.read()
-        if self._key:
+        if len(self._key) >= LEAST_SECRET:
             body = body.replace(self._key.encode(), b"[key]")
         try:
             found = json.loads(body)

@@ -6,12 +6,12 @@ import asyncio
 import os
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from handler import SendProgress, Worker
+from handler import Worker
 from page.backend import JobUnknown, Json
 from settings import Settings
 from text_settings import TextSettings
@@ -39,10 +39,10 @@ class _Job:
 class Local:
     """Runs jobs by a worker's `handle`: a coroutine for pictures, a generator for text."""
 
-    def __init__(self, make: Callable[[SendProgress], Worker | TextWorker]) -> None:
-        """`make` returns a worker that is set up, and that sends its progress to what it is given."""
+    def __init__(self, worker: Worker | TextWorker) -> None:
+        """`worker` is set up already."""
+        self._worker = worker
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
-        self._worker = make(self._take)
 
     async def run(self, job: Json) -> Json:
         """Queues a job; its `id` and `status`."""
@@ -100,12 +100,6 @@ class Local:
         if isinstance(self._worker, TextWorker):
             self._worker.close()
 
-    def _take(self, job: Mapping[str, Any], update: Json) -> None:
-        """Takes a job's progress, from any thread."""
-        known = self._jobs.get(str(job.get("id")))
-        if known and known.status == "IN_PROGRESS":
-            known.output = update
-
     def _find(self, job_id: str) -> _Job:
         if job := self._jobs.get(job_id):
             return job
@@ -125,7 +119,11 @@ class Local:
 
     async def _answer(self, job: _Job, given: Json) -> Any:
         if isinstance(self._worker, Worker):
-            return await self._worker.handle(given)
+
+            async def take(update: Json) -> None:
+                job.output = update
+
+            return await self._worker.handle(given, take)
         pieces = []
         async for piece in self._worker.handle(given):
             if isinstance(piece, Mapping) and "error" in piece:
@@ -142,6 +140,6 @@ def from_environment() -> Local:
     """
     if os.environ.get("WORKER_KIND", "").strip() == "text":
         text = read_settings(os.environ, TextSettings)
-        return Local(lambda _: TextWorker(text).setup())
+        return Local(TextWorker(text).setup())
     settings: Settings = read_settings(os.environ)
-    return Local(lambda send: Worker(settings, send).setup())
+    return Local(Worker(settings).setup())

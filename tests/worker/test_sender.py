@@ -10,7 +10,7 @@ from runpod.serverless.modules import rp_http, worker_state
 
 from tests.waiting import PATIENCE
 from worker import sender as sender_module
-from worker.sender import Sender
+from worker.sender import to_platform
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def posted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_updates_arrive_in_order_and_before_the_block_ends(posted: list[Any]) -> None:
     async def work() -> None:
-        async with Sender({"id": "a"}) as sender:
+        async with to_platform({"id": "a"}) as sender:
             for n in range(20):
                 await asyncio.to_thread(sender.send, {"n": n})
                 await asyncio.sleep(0.02)
@@ -56,7 +56,7 @@ def test_a_platform_that_does_not_answer_does_not_hold_the_answer_up(
     monkeypatch.setattr(sender_module, "DRAIN", 0.1)
 
     async def work() -> None:
-        async with Sender({"id": "a"}) as sender:
+        async with to_platform({"id": "a"}) as sender:
             sender.send({"n": 1})
             await asyncio.sleep(0.01)
 
@@ -70,7 +70,7 @@ def test_outside_of_the_platform_nothing_is_sent(
     monkeypatch.setattr(worker_state, "IS_LOCAL_TEST", True)
 
     async def work() -> None:
-        async with Sender({"id": "a"}) as sender:
+        async with to_platform({"id": "a"}) as sender:
             sender.send({"n": 1})
 
     asyncio.run(work())
