@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import logging
 import os
+import re
 import socket
 import sys
 import webbrowser
@@ -14,6 +15,7 @@ import uvicorn
 
 from lora.errors import CodedError
 from page.backend import RUNPOD, Backend, Endpoint
+from page.own_server import OwnServer
 from page.server import new_app
 
 log = logging.getLogger("page")
@@ -61,6 +63,8 @@ def _backend(options: argparse.Namespace) -> Backend:
 
         return from_environment()
     key = os.environ.get("RUNPOD_API_KEY", "")
+    if options.url and not re.search(r"/v2/[^/]+/?$", options.url):
+        return OwnServer(options.url, key)
     return Endpoint(options.url or f"{RUNPOD}/{options.endpoint}", key)
 
 
@@ -72,7 +76,9 @@ def _options() -> argparse.Namespace:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--endpoint", metavar="ID", help="an endpoint of RunPod's")
-    which.add_argument("--url", help="an endpoint by its address, such as the emulator's")
+    which.add_argument(
+        "--url", help="an endpoint by its address (.../v2/ID), or a worker's own server"
+    )
     which.add_argument(
         "--local", action="store_true", help="a worker in this process, by its environment"
     )

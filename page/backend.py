@@ -6,7 +6,7 @@ import ipaddress
 import json
 import re
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -94,6 +94,15 @@ class Backend(Protocol):
         ...
 
 
+@runtime_checkable
+class HasLive(Protocol):
+    """A backend whose worker draws live frames."""
+
+    async def live(self) -> aiohttp.ClientWebSocketResponse:
+        """A session's WebSocket. Raises: PageError."""
+        ...
+
+
 class Endpoint:
     """An endpoint of RunPod's API, or the emulator. The key is sent there and shown to nobody."""
 
@@ -141,37 +150,49 @@ class Endpoint:
             async with self._session.request(
                 method, f"{self.url}/{path}", json=body, allow_redirects=False
             ) as answer:
-                return await self._read(answer)
+                if answer.status == 200:
+                    found = _object(without_key(await answer.read(), self._key))
+                    if found is not None:
+                        return found
+                raise await error_of(answer, self._key)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EndpointUnreachable(
                 f"{urlsplit(self.url).netloc} cannot be reached ({type(error).__name__})",
                 "Is the address right, and does the endpoint run?",
             ) from error
 
-    async def _read(self, answer: aiohttp.ClientResponse) -> Json:
-        body = await answer.read()
-        if len(self._key) >= LEAST_SECRET:
-            body = body.replace(self._key.encode(), b"[key]")
-        try:
-            found = json.loads(body)
-        except (ValueError, RecursionError):
-            found = None
-        if answer.status == 200 and isinstance(found, dict):
-            return found
-        if answer.status == 404:
-            raise JobUnknown("the endpoint knows no such job", "Answers are kept for half an hour.")
-        if answer.status in (401, 403):
-            raise EndpointRefused(
-                "the endpoint refuses the key", "Set RUNPOD_API_KEY where the page is started.", 401
-            )
-        if 300 <= answer.status < 400 or not isinstance(found, dict):
-            raise EndpointUnreachable(
-                f"what answers there is no endpoint (HTTP {answer.status})",
-                "The address ends in the endpoint's id: https://api.runpod.ai/v2/ID.",
-            )
-        said = str(found.get("error") or found)[:500]
-        status = answer.status if 400 <= answer.status < 500 else 502
-        raise EndpointRefused(f"the endpoint answered HTTP {answer.status}: {said}", "", status)
+
+async def error_of(answer: aiohttp.ClientResponse, key: str) -> PageError:
+    """What an endpoint's refusal means."""
+    found = _object(without_key(await answer.read(), key))
+    if answer.status == 404 and "status/" in str(answer.url):
+        return JobUnknown("the endpoint knows no such job", "Answers are kept for half an hour.")
+    if answer.status in (401, 403):
+        hint = "Set RUNPOD_API_KEY where the page is started."
+        return EndpointRefused("the endpoint refuses the key", hint, 401)
+    if 300 <= answer.status < 400 or found is None:
+        return EndpointUnreachable(
+            f"what answers there is no endpoint (HTTP {answer.status})",
+            "The address ends in the endpoint's id: https://api.runpod.ai/v2/ID.",
+        )
+    error = found.get("error") or found
+    if isinstance(error, dict) and "message" in error:
+        error = f"{error.get('code')}: {error['message']}"
+    status = answer.status if 400 <= answer.status < 500 else 502
+    return EndpointRefused(f"it answered HTTP {answer.status}: {str(error)[:500]}", "", status)
+
+
+def without_key(body: bytes, key: str) -> bytes:
+    """A body in which the key does not stand, even if who answers repeats it."""
+    return body.replace(key.encode(), b"[key]") if len(key) >= LEAST_SECRET else body
+
+
+def _object(body: bytes) -> Json | None:
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def checked_url(url: str, key: str = "") -> str:

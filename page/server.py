@@ -11,19 +11,22 @@ import io
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientWebSocketResponse
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
-from page.backend import Backend, Json, PageError
+from page.backend import Backend, HasLive, Json, PageError
 from worker.embedded import text_of
 from worker.parameters import read
 from worker.pixels import BROKEN
@@ -32,6 +35,9 @@ STATIC = Path(__file__).parent / "static"
 
 MAX_JOB, MAX_PICTURE = 20 << 20, 60 << 20
 """Bytes of a job, as RunPod allows, and of a picture that is dropped."""
+
+MAX_REASON = 110
+"""Characters of the reason why a WebSocket is closed; the protocol has 123 bytes."""
 
 MAX_PIXELS = 200_000_000
 
@@ -129,7 +135,7 @@ def new_app(backend: Backend, port: int) -> ASGIApp:
         return FileResponse(STATIC / "index.html")
 
     async def about(_: Request) -> Response:
-        return _json(backend.about())
+        return _json({**backend.about(), "live": isinstance(backend, HasLive)})
 
     async def run(request: Request) -> Response:
         return _json(await backend.run(_job_of(await _body(request, MAX_JOB))))
@@ -147,11 +153,55 @@ def new_app(backend: Backend, port: int) -> ASGIApp:
             Route("/api/status/{job_id}", of_job(backend.status)),
             Route("/api/stream/{job_id}", of_job(backend.stream), methods=["POST"]),
             Route("/api/cancel/{job_id}", of_job(backend.cancel), methods=["POST"]),
+            WebSocketRoute("/api/live", live_socket(backend)),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
         exception_handlers={PageError: _failed, HTTPException: _failed, Exception: _failed},
     )
     return Guard(app, frozenset({f"127.0.0.1:{port}", f"localhost:{port}"}))
+
+
+def live_socket(backend: Backend) -> Callable[[WebSocket], Awaitable[None]]:
+    """The browser's WebSocket, passed on to the worker's `/live` with the key, message by message."""
+
+    async def passed_on(socket: WebSocket) -> None:
+        await socket.accept()
+        if not isinstance(backend, HasLive):
+            await socket.close(1011, "this backend has no live frames")
+            return
+        try:
+            worker = await backend.live()
+        except PageError as error:
+            await socket.close(1011, str(error)[:MAX_REASON])
+            return
+        sides = {
+            asyncio.create_task(_up(socket, worker)),
+            asyncio.create_task(_down(socket, worker)),
+        }
+        try:
+            await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for side in sides:
+                side.cancel()
+            await asyncio.gather(*sides, return_exceptions=True)
+            await worker.close()
+            with suppress(RuntimeError):  # the browser closed it
+                await socket.close()
+
+    return passed_on
+
+
+async def _up(socket: WebSocket, worker: ClientWebSocketResponse) -> None:
+    while (message := await socket.receive())["type"] == "websocket.receive":
+        if message.get("bytes") is not None:
+            await worker.send_bytes(message["bytes"])
+        else:
+            await worker.send_str(message["text"])
+
+
+async def _down(socket: WebSocket, worker: ClientWebSocketResponse) -> None:
+    async for message in worker:
+        await socket.send_bytes(message.data)
 
 
 async def read_picture(request: Request) -> Response:

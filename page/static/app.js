@@ -5,7 +5,8 @@ import { h, say } from "./dom.js";
 import { newCompareTab } from "./compare.js";
 import { newImageTab } from "./image.js";
 import { newLibraryTab } from "./library.js";
-import { changed, refresh } from "./loras.js";
+import { newLiveTab } from "./live.js";
+import { changed, library, refresh } from "./loras.js";
 import { newTextTab } from "./text.js";
 import { newWorkerTab } from "./worker.js";
 
@@ -47,6 +48,14 @@ tabs.addEventListener("keydown", (event) => {
   show(all[next].dataset.name);
 });
 
+/** Lists the library; what was never looked at is scanned first, so that cards have bases and words. */
+async function readLibrary() {
+  await refresh();
+  if (!library().some((item) => !item.at)) return;
+  await act("library.scan");
+  await refresh();
+}
+
 async function start() {
   theme();
   const backend = await about();
@@ -63,13 +72,14 @@ async function start() {
     setPresets(names) { presets = names; for (const listener of listeners) listener(names); },
   };
   where.textContent = `${backend.name}: ${health.model || "no worker answers"}${health.device ? ` on ${health.device}` : ""}${health.version ? `, ${health.version}` : ""}`;
-  refresh().catch((error) => say(error.message));
+  readLibrary().catch((error) => say(error.message));
   let image = null;
   if (kind === "text") add("text", "Text", newTextTab(context));
   else {
     image = newImageTab(context);
     add("image", "Image", image);
     add("compare", "Compare", newCompareTab(context, image));
+    if (backend.live) add("live", "Live", newLiveTab(context));
   }
   add("library", "Library", newLibraryTab(context, image));
   add("worker", "Worker", newWorkerTab(context));

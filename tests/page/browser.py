@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Dialog,
+    Page,
+    Request,
+    sync_playwright,
+)
 
 from tests.waiting import PATIENCE
 
@@ -36,26 +44,25 @@ def chromium() -> Iterator[Browser]:
 
 def opened(context: BrowserContext, url: str, faults: list[str]) -> Page:
     """The page, ready to be used; whatever goes wrong in it, or leads elsewhere, is put into `faults`."""
+
+    def said(message: ConsoleMessage) -> None:
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            faults.append(f"console: {message.text}")
+
+    def asked(dialog: Dialog) -> None:
+        faults.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    def requested(request: Request) -> None:
+        if not request.url.startswith((url.split("#", maxsplit=1)[0], "data:", "blob:")):
+            faults.append(f"asked {request.url}")
+
     page = context.new_page()
     page.set_default_timeout(PATIENCE * 1000)
     page.on("pageerror", lambda error: faults.append(f"error: {error}"))
-    page.on(
-        "console",
-        lambda said: (
-            faults.append(f"console: {said.text}")
-            if said.type == "error" and "Failed to load resource" not in said.text
-            else None
-        ),
-    )
-    page.on("dialog", lambda dialog: (faults.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    page.on(
-        "request",
-        lambda request: (
-            None
-            if request.url.startswith((url.split("#", maxsplit=1)[0], "data:", "blob:"))
-            else faults.append(f"asked {request.url}")
-        ),
-    )
+    page.on("console", said)
+    page.on("dialog", asked)
+    page.on("request", requested)
     page.goto(url)
     page.wait_for_selector("body[data-ready]")
     return page
