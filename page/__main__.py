@@ -62,10 +62,16 @@ def _backend(options: argparse.Namespace) -> Backend:
         from page.local import from_environment
 
         return from_environment()
-    key = os.environ.get("RUNPOD_API_KEY", "")
-    if options.url and not re.search(r"/v2/[^/]+/?$", options.url):
-        return OwnServer(options.url, key)
-    return Endpoint(options.url or f"{RUNPOD}/{options.endpoint}", key)
+    url = options.url or f"{RUNPOD}/{options.endpoint}"
+    return backend_of(url, os.environ.get("RUNPOD_API_KEY", ""))
+
+
+def backend_of(url: str, key: str) -> Backend:
+    """What answers at an address: an endpoint, if the address ends in an id, or a worker's own server.
+
+    Raises: AddressInvalid.
+    """
+    return Endpoint(url, key) if re.search(r"/v2/[^/]+/?$", url) else OwnServer(url, key)
 
 
 def _options() -> argparse.Namespace:

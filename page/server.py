@@ -24,12 +24,11 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket
+from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from page.backend import Backend, HasLive, Json, PageError
 from worker.embedded import text_of
 from worker.parameters import read
-from worker.pixels import BROKEN
 
 STATIC = Path(__file__).parent / "static"
 
@@ -185,7 +184,7 @@ def live_socket(backend: Backend) -> Callable[[WebSocket], Awaitable[None]]:
                 side.cancel()
             await asyncio.gather(*sides, return_exceptions=True)
             await worker.close()
-            with suppress(RuntimeError):  # the browser closed it
+            with suppress(RuntimeError, WebSocketDisconnect):  # the browser closed it
                 await socket.close()
 
     return passed_on
@@ -216,7 +215,9 @@ def _read(body: bytes) -> Json:
             if picture.width * picture.height > MAX_PIXELS:
                 raise BadRequest("the picture is too large")
             text = text_of(picture)
-    except BROKEN as error:
+    except BadRequest:
+        raise
+    except Exception as error:
         raise BadRequest("this is no PNG, JPEG or WebP picture") from error
     if not text:
         raise BadRequest(
