@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-text same test test-quick check docs format attack evaluate bench-lora bench-cache bench-start bench-jobs bench-tools bench-text evaluate-text clean
+.PHONY: demo demo-text page browser same test test-quick check docs format attack evaluate bench-lora bench-cache bench-start bench-jobs bench-tools bench-page bench-text evaluate-text clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -16,7 +16,17 @@ demo: $(VENV)/ready
 demo-text: $(VENV)/ready
 	$(RUN) -m demo.text
 
-test: $(VENV)/ready-dev
+# The web page on the demo model, in your browser; its LoRAs are copied to out/page, where they may be deleted.
+page: $(VENV)/ready
+	[ -d out/page/loras ] || { mkdir -p out/page && cp -r demo/loras out/page/loras; }
+	WORKER_MODEL=demo LORA_CACHE_DIR=out/page/loras $(RUN) -m page --local --open
+
+# Chromium for the page's tests. Where it cannot be installed they are skipped, and say so.
+browser:
+	@command -v chromium > /dev/null || apt-get install -y -qq --no-install-recommends chromium > /dev/null 2>&1 \
+	    || echo "no Chromium is here, and it cannot be installed: the tests of the page in a browser are skipped"
+
+test: $(VENV)/ready-dev browser
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # What matters while editing, in under three minutes on two cores: no emulator, no commands, no killed processes.
@@ -67,6 +77,9 @@ bench-jobs: $(VENV)/ready-dev
 
 bench-tools: $(VENV)/ready
 	$(RUN) -m benchmarks.tools
+
+bench-page: $(VENV)/ready-dev browser
+	$(RUN) -m benchmarks.browser
 
 bench-text: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.text

@@ -154,7 +154,8 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file's bytes in hex; the file is read in pieces. Raises: OSError."""
+def sha256_of(path: Path, start: int = 0) -> str:
+    """The sha256 of a file's bytes from `start` on, in hex; read in pieces. Raises: OSError."""
     with path.open("rb") as stream:
+        stream.seek(start)
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -28,6 +28,7 @@ PARTS = (
     "validation",
     "lora",
     "emulator",
+    "page",
 )
 
 

@@ -27,6 +27,7 @@ from validation import (
     number,
     renamed,
 )
+from worker import adapter_actions
 from worker.parts import Answer, Parts
 from worker.reports import about, unused_keys
 from worker.selection import NONE, PRESET, ready
@@ -75,7 +76,7 @@ _QUERY: Fields = {
     "text": field(
         "string|null",
         None,
-        "Text that stands anywhere in the name, the source or the trigger words",
+        "Text that stands anywhere in the name, the source, the trigger words or the note",
     ),
     "page": number("integer", 1, (1, 1_000_000), "Number of the page"),
     "per_page": number("integer", 100, (1, 1000), "Adapters on each page"),
@@ -136,6 +137,10 @@ class Actions:
             "library.activate": by_name(lambda name: catalog.activate(name).as_answer()),
             "library.deactivate": by_name(lambda name: catalog.deactivate(name).as_answer()),
             "library.delete": by_name(lambda name: {"deleted": catalog.delete(name)}),
+            **{
+                action: Action(answer, {**_LORA, **fields} if needs == "name" else fields, needs)
+                for action, (answer, fields, needs) in adapter_actions.rows(self.parts).items()
+            },
             "presets.list": Action(self._presets, {}),
             "presets.set": Action(self._set, {**_PRESET_NAME, **PRESET["properties"]}, "name"),
             "presets.delete": by_name(self._delete_preset, _PRESET_NAME),

@@ -74,7 +74,23 @@ def _opened(
     convert: Callable[[Image.Image], Image.Image],
     behind: str,
 ) -> Image.Image:
-    data = _bytes_of(name, url, web)
+    return _read(name, _bytes_of(name, url, web), say, convert, behind)
+
+
+def picture_in(name: str, data: bytes) -> Image.Image:
+    """The picture in a file's bytes, as `load_picture` reads it. Raises: InvalidInput."""
+    if len(data) > MAX_BYTES:
+        raise _too_large(name)
+    return _read(name, data, lambda sentence: None, as_rgb, "white")
+
+
+def _read(
+    name: str,
+    data: bytes,
+    say: Say,
+    convert: Callable[[Image.Image], Image.Image],
+    behind: str,
+) -> Image.Image:
     try:
         picture: Image.Image = Image.open(io.BytesIO(data), formats=_formats())
         if picture.width * picture.height > MAX_PIXELS:  # before anything is unpacked

@@ -88,6 +88,8 @@ class Read:
     unused: list[str] = field(default_factory=list)
     """Keys that have no field here."""
     warnings: list[str] = field(default_factory=list)
+    hashes: dict[str, str] = field(default_factory=dict)
+    """Name of a LoRA -> the first digits of a hash of its file, as the text has them."""
 
 
 def write(
@@ -184,6 +186,15 @@ def read(text: str) -> Read:
     return found
 
 
+def _hashes(value: str) -> dict[str, str]:
+    """Name -> digits, of `"name: 0123abcd4567, other: ..."`."""
+    with suppress(ValueError):
+        text = json.loads(value) if value.startswith('"') else value
+        pairs = (one.rpartition(":") for one in str(text).split(","))
+        return {name.strip(): digits.strip().lower() for name, _, digits in pairs if name.strip()}
+    return {}
+
+
 def _take(found: Read, key: str, value: str, pairs: Mapping[str, str]) -> None:
     """Puts one pair into the input; `pairs` are all of them."""
     if key in IMAGE_REQUEST["properties"]:
@@ -208,5 +219,6 @@ def _take(found: Read, key: str, value: str, pairs: Mapping[str, str]) -> None:
             found.input["scheduler"] = known[0]
             return
     elif key in SAID:
+        found.hashes |= _hashes(value) if key == "Lora hashes" else {}
         return
     found.unused.append(key)

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from lora.durable import part_file, replace_durably
+from lora.durable import part_file, replace_durably, sha256_of
 from lora.errors import (
     CacheFull,
     LoraCorrupt,
@@ -43,6 +43,8 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 PIECE = 8 << 20
 """Bytes per read of a copy."""
+
+AUTOV3_DIGITS = 12
 
 ALIGNED = 8
 """The length of a header is a multiple of this, as the format recommends."""
@@ -129,11 +131,13 @@ def _active(adapter: StoredAdapter, path: Path, file: LoraFile, source: str) -> 
             f"{len(file.unused)} of {file.keys + len(file.unused)} tensors cannot be used "
             f"({first.key[:MAX_SHOWN]}: {first.reason})"
         )
+    header = read_header(path)
     return replace(
-        summarised(unknown(adapter), read_header(path)),
+        summarised(unknown(adapter), header),
         state=Standing.ACTIVE,
         at=time.time(),
         sha256=file.sha256,
+        autov3=sha256_of(path, min(info.start for info in header.tensors.values()))[:AUTOV3_DIGITS],
         source=source,
         algorithm="+".join(file.algorithms),
         rank=file.rank,

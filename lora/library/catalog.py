@@ -14,10 +14,12 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
+from lora.durable import published
 from lora.errors import CacheFull, LoraCorrupt, LoraError, LoraNotFound, nearest
 from lora.fetch.redaction import redact_url
 from lora.formats.names.keys import KeyMap
 from lora.library.activation import Activation, header_of, refuse_half_a_folder
+from lora.library.notes import Note, put_note, read_note
 from lora.library.query import TRAINING, Item, Page, Query, Scanned
 from lora.library.states import Standing, State, put, put_if_unknown, read_state, state_of, unknown
 from lora.library.summary import summarised
@@ -27,11 +29,12 @@ from lora.volume.adapters import (
     StoredAdapter,
     adapters_in,
     delete,
+    preview_of,
     states_in,
 )
 from lora.volume.cache import VolumeCache
 from lora.volume.folders import Folders
-from lora.volume.records import Record, read_as, record_path, write_errors_as
+from lora.volume.records import INCOMING, Record, read_as, record_path, write_errors_as
 
 __all__ = ["TRAINING", "Catalog", "Item", "Page", "Query", "Scanned", "Standing"]
 
@@ -98,7 +101,10 @@ class Catalog:
             item = self._items_before.get(name)
             if item is None or item.adapter != adapter:
                 state = state_of(adapter) if adapter.state_version else unknown(adapter)
-                item = Item(name, adapter, state)
+                note = read_note(adapter.note_path) if adapter.note_version else None
+                known = adapter.record_version and not state.sha256
+                record = _record(adapter) if known else None
+                item = Item(name, adapter, state, record.sha256 if record else None, note)
             items[name] = item
             yield item
         self._items_before = items
@@ -119,7 +125,7 @@ class Catalog:
     def _is_training(self, adapter: StoredAdapter) -> bool:
         return self._training is not None and adapter.root == self._training.root
 
-    def _find(self, name: str) -> StoredAdapter:
+    def find(self, name: str) -> StoredAdapter:
         """The adapter of this name in lists or jobs. Raises: LoraNotFound, SourceInvalid."""
         path = name.removeprefix(TRAINING)
         shelf = self._shelf if path == name else self._training
@@ -135,10 +141,8 @@ class Catalog:
         state = replace(unknown(adapter), at=time.time())
         if self._is_training(adapter):
             state = replace(state, source=self._name(adapter))
-        elif adapter.weights:
-            record = read_as(Record, record_path(adapter.root / adapter.weights))
-            if record and (record := record.of(*adapter.version[:2])):
-                state = replace(state, source=record.source, sha256=record.sha256)
+        elif record := _record(adapter):
+            state = replace(state, source=record.source, sha256=record.sha256)
         try:
             refuse_half_a_folder(adapter)
             header = header_of(adapter.root / str(adapter.weights))
@@ -166,7 +170,7 @@ class Catalog:
         Raises: LoraNotFound, SourceInvalid; CacheFull if nothing can be written, LoraCorrupt if the adapter
         changes meanwhile: then nothing is decided.
         """
-        adapter = self._find(name)
+        adapter = self.find(name)
         full_name = self._name(adapter)
         try:
             state = self._activation.of(adapter, full_name, publish=self._is_training(adapter))
@@ -177,7 +181,7 @@ class Catalog:
             with suppress(OSError):
                 state = self._glance(adapter)
             state = replace(state, state=Standing.FAILED, reason=error.sentence)
-        if self._find(full_name).version != adapter.version:
+        if self.find(full_name).version != adapter.version:
             raise LoraCorrupt(f"{full_name} was changed while it was checked", "Try again.")
         return self._decided(adapter, state)
 
@@ -186,7 +190,7 @@ class Catalog:
 
         Raises: LoraNotFound, SourceInvalid, CacheFull.
         """
-        adapter = self._find(name)
+        adapter = self.find(name)
         state = replace(state_of(adapter), state=Standing.DISCOVERED, reason=None, at=time.time())
         return self._decided(adapter, state)
 
@@ -195,13 +199,59 @@ class Catalog:
 
         A job that has already read it is not disturbed. Raises: LoraNotFound, SourceInvalid, CacheFull.
         """
-        adapter = self._find(name)
+        adapter = self.find(name)
         with write_errors_as(f"{name} cannot be deleted"):
             delete(adapter)
         return self._name(adapter)
+
+    def note(self, name: str, note: Note) -> Item:
+        """Writes what a person says of an adapter; an empty note removes the one that is there.
+
+        Raises: LoraNotFound, SourceInvalid, CacheFull.
+        """
+        adapter = self.find(name)
+        with write_errors_as(f"the note on {name} cannot be written"):
+            put_note(adapter, note)
+        return self._item(adapter, state_of(adapter))
+
+    def thumbnail(self, name: str, picture: bytes | None) -> Item:
+        """Puts a thumbnail, a WebP picture, beside an adapter, or removes the one that was put there.
+
+        Raises: LoraNotFound, SourceInvalid, CacheFull.
+        """
+        adapter = self.find(name)
+        with write_errors_as(f"the thumbnail of {name} cannot be written"):
+            if picture is None:
+                adapter.thumbnail_path.unlink(missing_ok=True)
+            else:
+                folder = adapter.root / INCOMING
+                folder.mkdir(exist_ok=True)
+                with published(adapter.thumbnail_path, folder, synced=False) as part:
+                    part.write_bytes(picture)
+        return self._item(adapter, state_of(adapter))
+
+    def preview(self, name: str) -> Path | None:
+        """The file of an adapter's preview; None if it has none. Raises: LoraNotFound, SourceInvalid."""
+        adapter = self.find(name)
+        preview = preview_of(adapter)
+        return adapter.root / preview.path if preview else None
 
     def _decided(self, adapter: StoredAdapter, state: State) -> Item:
         name = self._name(adapter)
         hint = "The volume may be full or read-only."
         with write_errors_as(f"the state of {name} cannot be written", hint):
-            return Item(name, adapter, put(adapter, state))
+            return self._item(adapter, put(adapter, state))
+
+    def _item(self, adapter: StoredAdapter, state: State) -> Item:
+        """An adapter that did not come from a list, with all that lies beside it."""
+        adapter, record = adapter._replace(preview=preview_of(adapter)), _record(adapter)
+        note, sha256 = read_note(adapter.note_path), record.sha256 if record else None
+        return Item(self._name(adapter), adapter, state, sha256, note)
+
+
+def _record(adapter: StoredAdapter) -> Record | None:
+    """The adapter's record, if it belongs to the bytes that are there now."""
+    if adapter.weights is None:
+        return None
+    record = read_as(Record, record_path(adapter.root / adapter.weights))
+    return record.of(*adapter.version[:2]) if record else None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
+from lora.library.notes import Note
 from lora.library.states import State
 from lora.volume.adapters import FileVersion, StoredAdapter
 
@@ -21,11 +22,16 @@ class Item:
     name: str
     adapter: StoredAdapter
     state: State
+    sha256: str | None = None
+    """Its hash as its record has it, where the state has none."""
+    note: Note | None = None
 
     @cached_property
     def texts(self) -> str:
         """The text that a search looks through, in lower case."""
-        return "\n".join((self.name, self.state.source or "", *self.state.words)).casefold()
+        noted = (*self.note.words, self.note.text) if self.note else ()
+        texts = (self.name, self.state.source or "", *self.state.words, *noted)
+        return "\n".join(texts).casefold()
 
     @property
     def file(self) -> str | None:
@@ -34,13 +40,16 @@ class Item:
 
     def as_answer(self) -> dict[str, Any]:
         """Everything about it, JSON-safe, with no path of this machine."""
-        hidden = (*FileVersion._fields, "decided")
+        hidden, preview = (*FileVersion._fields, "decided"), self.adapter.preview
         state = {name: value for name, value in asdict(self.state).items() if name not in hidden}
         return {
             "name": self.name,
             **state,
             "state": str(self.state.state),
+            "sha256": self.state.sha256 or self.sha256,
             "words": list(self.state.words),
+            "note": self.note.as_answer() if self.note else None,
+            "thumbnail": f"{preview.mtime_ns}-{preview.size}" if preview else None,
             "file": self.file,
             "bytes": self.adapter.version.size,
             "pinned": self.adapter.pinned,
@@ -58,7 +67,7 @@ class Query:
     word: str | None = None
     """A trigger word, whole."""
     text: str | None = None
-    """Anywhere in the name, the source or the trigger words."""
+    """Anywhere in the name, the source, the trigger words or the note."""
     page: int = 1
     per_page: int = 100
 

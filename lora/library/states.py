@@ -48,6 +48,8 @@ class State:
     reason: str | None = None
     """Why it failed, in one sentence."""
     sha256: str | None = None
+    autov3: str | None = None
+    """The first digits of the hash without the file's header, by which web UIs name it in pictures."""
     source: str | None = None
     """Where it came from, as it may be shown."""
     algorithm: str | None = None
@@ -88,7 +90,8 @@ def _is_sound(state: State) -> bool:
     """Whether each field has its type, on which lists rely."""
     whole = (state.size, state.mtime_ns, state.layers)
     maybe_whole = (state.config_size, state.config_mtime_ns, state.rank)
-    texts = (state.reason, state.sha256, state.source, state.algorithm, state.base, state.file)
+    hashes = (state.sha256, state.autov3)
+    texts = (*hashes, state.reason, state.source, state.algorithm, state.base, state.file)
     return (
         all(type(value) is int for value in whole)
         and all(value is None or type(value) is int for value in maybe_whole)

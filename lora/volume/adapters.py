@@ -17,6 +17,17 @@ from lora.volume.records import pin_path, record_path
 STATE = ".state.json"
 """Ends the name of an adapter's state, which lies beside its file or folder."""
 
+NOTE = ".note.json"
+"""Ends the name of what a person wrote of an adapter."""
+
+THUMBNAIL = ".preview.webp"
+"""Ends the name of an adapter's thumbnail, behind its whole name."""
+
+PREVIEWS = tuple(
+    middle + ending for middle in (".preview", "") for ending in (".png", ".jpeg", ".jpg", ".webp")
+)
+"""How web UIs and downloaders of Civitai end a preview's name, behind the adapter's without its ending."""
+
 PIN = pin_path(Path("name")).suffix
 
 PEFT_WEIGHTS = tuple(PEFT_STEM + ending for ending in EXTENSIONS)
@@ -45,6 +56,15 @@ class FileVersion(NamedTuple):
     config_mtime_ns: int | None = None
 
 
+class Preview(NamedTuple):
+    """A picture that shows what an adapter does."""
+
+    path: str
+    """Relative to the root."""
+    size: int
+    mtime_ns: int
+
+
 class StoredAdapter(NamedTuple):
     """An adapter on the disk. A tuple, because thousands are made and compared."""
 
@@ -59,6 +79,12 @@ class StoredAdapter(NamedTuple):
     pinned: bool = False
     state_version: tuple[int, int, int] | None = None
     """Size, time and inode of its state; None if it has none, or comes from `adapter_at`."""
+    note_version: tuple[int, int, int] | None = None
+    """The same of its note."""
+    record_version: tuple[int, int] | None = None
+    """Size and inode of its record, whose time is that of the last use."""
+    preview: Preview | None = None
+    """None if it has none, or comes from `adapter_at`."""
 
     @property
     def is_folder(self) -> bool:
@@ -75,13 +101,23 @@ class StoredAdapter(NamedTuple):
         """The file of its state."""
         return self.root / (self.path + STATE)
 
+    @property
+    def note_path(self) -> Path:
+        """The file of its note."""
+        return self.root / (self.path + NOTE)
+
+    @property
+    def thumbnail_path(self) -> Path:
+        """The file of the thumbnail that a worker made of it."""
+        return self.root / (self.path + THUMBNAIL)
+
 
 def adapters_in(root: Path, skip: re.Pattern[str] | None = None) -> Iterator[StoredAdapter]:
     """Every adapter in the folder and below it, in no order; none if it cannot be read.
 
     Hidden names, links that lead out of the folder, and files whose names match `skip` are passed over.
     """
-    yield from _walk(root, "", skip, None)
+    yield from _walk(root, "", skip, {})
 
 
 def adapter_at(root: Path, path: str) -> StoredAdapter | None:
@@ -112,7 +148,7 @@ def delete(adapter: StoredAdapter) -> None:
     config, so that nobody reads them without it.
     """
     names = [f"{adapter.path}/{name}" for name in PEFT_WEIGHTS] if adapter.is_folder else []
-    doomed = [adapter.state_path]
+    doomed = [adapter.state_path, adapter.note_path, adapter.thumbnail_path]
     for name in names or filter(None, [adapter.weights]):
         weights = adapter.root / name
         doomed += [weights, record_path(weights), pin_path(weights)]
@@ -138,25 +174,53 @@ def is_hidden(path: str) -> bool:
 
 
 def _walk(
-    root: Path, folder: str, skip: re.Pattern[str] | None, state: os.DirEntry[str] | None
+    root: Path, folder: str, skip: re.Pattern[str] | None, above: Mapping[str, os.DirEntry[str]]
 ) -> Iterator[StoredAdapter]:
-    """`state`: the state that lies beside this folder."""
+    """`above`: what lies beside this folder."""
     entries = _entries(root, folder)
     files: dict[str, os.stat_result] = {}
     for name, entry in entries.items():
         if entry.is_dir(follow_symlinks=False):
             below = f"{folder}/{name}" if folder else name
-            yield from _walk(root, below, skip, entries.get(name + STATE))
+            yield from _walk(root, below, skip, entries)
         elif skip and skip.fullmatch(name):
             continue
         elif name.endswith((*EXTENSIONS, PEFT_CONFIG)) and (status := _status(entry)):
             files[name] = status
     for adapter in _made_of(files, root, folder):
         name = adapter.path.rpartition("/")[2]
-        beside = _status(state if adapter.path == folder else entries.get(name + STATE))
-        version = (beside.st_size, beside.st_mtime_ns, beside.st_ino) if beside else None
+        beside = above if adapter.path == folder else entries
         weights = (adapter.weights or "").rpartition("/")[2]
-        yield adapter._replace(pinned=weights + PIN in entries, state_version=version)
+        record = _version(entries.get(record_path(Path(weights or name)).name))
+        yield adapter._replace(
+            pinned=weights + PIN in entries,
+            state_version=_version(beside.get(name + STATE)),
+            note_version=_version(beside.get(name + NOTE)),
+            record_version=record and (record[0], record[2]),
+            preview=_preview(adapter, beside),
+        )
+
+
+def preview_of(adapter: StoredAdapter) -> Preview | None:
+    """The adapter's preview as it lies on the disk now; None if it has none."""
+    folder = adapter.state_path.parent
+    below = "" if folder == adapter.root else str(folder.relative_to(adapter.root))
+    return _preview(adapter, _entries(adapter.root, below))
+
+
+def _preview(adapter: StoredAdapter, beside: Mapping[str, os.DirEntry[str]]) -> Preview | None:
+    """Of several previews the one that a worker made. `beside`: what lies beside the adapter."""
+    folder, slash, name = adapter.path.rpartition("/")
+    stem = name if adapter.is_folder else PurePosixPath(name).stem
+    for candidate in (name + THUMBNAIL, *(stem + ending for ending in PREVIEWS)):
+        if candidate in beside and (status := _status(beside[candidate])):
+            return Preview(f"{folder}{slash}{candidate}", status.st_size, status.st_mtime_ns)
+    return None
+
+
+def _version(entry: os.DirEntry[str] | None) -> tuple[int, int, int] | None:
+    status = _status(entry)
+    return (status.st_size, status.st_mtime_ns, status.st_ino) if status else None
 
 
 def _made_of(

@@ -24,7 +24,7 @@ from tests.waiting import PATIENCE, until
 
 PORT = 8000
 """Where the emulator and the SDK's server listen, as the pages say; a free port takes its place."""
-SERVES = re.compile(r"-m emulator\b|--rp_serve_api\b|\bWORKER_SERVE=http\b")
+SERVES = re.compile(r"-m (emulator|page)\b|--rp_serve_api\b|\bWORKER_SERVE=http\b")
 COLUMNS = 100
 PROGRAMS = ("curl", "jq", "node")
 """What the pages need beside Debian's base."""
@@ -117,7 +117,7 @@ class Clone:
     def serve(self, text: str) -> None:
         """Starts what serves, in another terminal, until the next one or the clone's end. Raises: Wrong."""
         self._stop_server()
-        text = re.sub(r"-m emulator\b", rf"\g<0> --port {self._port}", text)
+        text = re.sub(r"-m (emulator|page)\b", rf"\g<0> --port {self._port}", text)
         text = re.sub(r"--rp_serve_api\b", rf"\g<0> --rp_api_port {self._port}", text)
         text = re.sub(r"^WORKER_SERVE=http\b", rf"PORT={self._port} \g<0>", text)
         log = self._folder / "server.log"

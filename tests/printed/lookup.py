@@ -101,7 +101,8 @@ def _known_flag(flag: str) -> None:
     if flag in _options(_lora_parser()):
         return
     sources = [*ROOT.glob("*.py"), *(ROOT / "lora").rglob("*.py"), *(ROOT / "worker").rglob("*.py")]
-    sources += [*(ROOT / "emulator").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), SDK]
+    sources += [*(ROOT / "emulator").rglob("*.py"), *(ROOT / "page").rglob("*.py")]
+    sources += [*(ROOT / "benchmarks").rglob("*.py"), SDK]
     _in_sources([flag], sources)
 
 

@@ -1,0 +1,1 @@
+"""The web page: what a worker can do, from a browser on this machine."""
