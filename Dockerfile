@@ -39,7 +39,6 @@ COPY pyproject.toml ./
 COPY live/ live/
 COPY lora/ lora/
 COPY pipelines/ pipelines/
-COPY live/ live/
 COPY text/ text/
 COPY worker/ worker/
 COPY demo/model/ demo/model/
