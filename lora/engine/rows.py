@@ -11,16 +11,18 @@ What is not low-rank has no place here (`Rows.misfit`): it takes a turn alone, i
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
-from lora.engine.dynamic import make_factors
+from lora.engine.dynamic import make_factors, product_dtype
 from lora.engine.engine import LoraEngine
-from lora.engine.modules import takes_low_rank
+from lora.engine.modules import compute_place, takes_low_rank
 from lora.engine.row_layer import Added, RowLayer, on_device, table_of
 from lora.engine.stack import Stack
 from lora.errors import LoraUnsupported
@@ -28,6 +30,9 @@ from lora.formats.adapter import LoraFile
 from lora.formats.algorithms import LowRank
 from lora.formats.contents import Layer
 from lora.formats.names.keys import Target
+
+AT_ONCE = 8
+"""Layers that are placed before one looks at the clock."""
 
 
 class Batch(NamedTuple):
@@ -47,6 +52,8 @@ class Rows:
         self._placed: OrderedDict[str, tuple[int, list[RowLayer]]] = OrderedDict()
         self._batches: dict[object, Batch] = {}
         self._now: frozenset[str] = frozenset()
+        self._under_way: dict[str, Generator[None]] = {}
+        """The adapters that are placed in part."""
 
     @contextmanager
     def opened(self) -> Iterator[Rows]:
@@ -128,30 +135,51 @@ class Rows:
         """
         self._place(file, self._now)
 
-    @torch.no_grad()
+    def place_for(self, file: LoraFile, seconds: float) -> bool:
+        """As `place`, for about so long; whether it is done. The next call goes on from there.
+
+        What was begun of another file is undone. Raises: as `use`.
+        """
+        for key in [key for key in self._under_way if key != file.identity]:
+            self._under_way.pop(key).close()
+        if file.identity in self._placed:
+            return True
+        if file.identity not in self._under_way:
+            self._under_way[file.identity] = self._placing(file, self._now)
+        until = time.perf_counter() + seconds
+        return all(time.perf_counter() < until for _ in self._under_way[file.identity])
+
     def _place(self, file: LoraFile, keep: Collection[str]) -> None:
         """`keep`: the identities of adapters that may not make room for it."""
+        if file.identity not in self._placed:
+            for _ in self._under_way.get(file.identity) or self._placing(file, keep):
+                pass
+
+    @torch.no_grad()
+    def _placing(self, file: LoraFile, keep: Collection[str]) -> Generator[None]:
+        """Places a few layers at a time. Left early, nothing of it stays."""
         key = file.identity
-        if key in self._placed:
-            return
-        if reason := self.misfit(file):
-            raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
-        planned = [(self._engine.module(layer.target), layer) for layer in file.layers]
-        factors = [(module, str(layer.target), [_factors(layer)]) for module, layer in planned]
-        made = make_factors(factors)
-        size = sum(each.size for each in made)
-        self._make_room(size, keep)
-        layers = [
-            self._layers.setdefault(layer.target, RowLayer(module, layer.target))
-            for module, layer in planned
-        ]
-        self._placed[key] = size, layers
+        layers: list[RowLayer] = []
         try:
-            for layer, own in zip(layers, made, strict=True):
-                layer.insert(key, own, own.parts[0].scaling)
-        except BaseException:
-            self._drop(key)
-            raise
+            if reason := self.misfit(file):
+                raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
+            planned = [(self._engine.module(layer.target), layer) for layer in file.layers]
+            size = sum(_bytes_of(module, _factors(layer)) for module, layer in planned)
+            self._make_room(size, keep)
+            for start in range(0, len(planned), AT_ONCE):
+                some = planned[start : start + AT_ONCE]
+                parts = [(module, str(layer.target), [_factors(layer)]) for module, layer in some]
+                for (module, layer), own in zip(some, make_factors(parts), strict=True):
+                    made = RowLayer(module, layer.target)
+                    layers.append(self._layers.setdefault(layer.target, made))
+                    layers[-1].insert(key, own, own.parts[0].scaling)
+                yield
+            self._placed[key] = size, layers
+        finally:
+            self._under_way.pop(key, None)
+            if key not in self._placed:
+                for placed in layers:
+                    placed.columns.pop(key, None)
 
     def _make_room(self, size: int, keep: Collection[str]) -> None:
         held = self.size
@@ -177,6 +205,11 @@ class Rows:
     def size(self) -> int:
         """The bytes of the factors that are placed."""
         return sum(size for size, _ in self._placed.values())
+
+
+def _bytes_of(module: nn.Module, factors: LowRank) -> int:
+    device, dtype = compute_place(module)
+    return (factors.down.numel() + factors.up.numel()) * product_dtype(device, dtype).itemsize
 
 
 def _factors(layer: Layer) -> LowRank:
