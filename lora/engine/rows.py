@@ -18,11 +18,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from lora.engine.dynamic import make_factors, product_dtype
+from lora.engine.dynamic import make_factors
 from lora.engine.engine import LoraEngine
-from lora.engine.modules import compute_place, takes_low_rank
+from lora.engine.modules import takes_low_rank
 from lora.engine.row_layer import Added, RowLayer, on_device, table_of
 from lora.engine.stack import Stack
 from lora.errors import LoraUnsupported
@@ -163,16 +162,15 @@ class Rows:
         try:
             if reason := self.misfit(file):
                 raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
-            planned = [(self._engine.module(layer.target), layer) for layer in file.layers]
-            size = sum(_bytes_of(module, _factors(layer)) for module, layer in planned)
+            planned = [(self._row_layer(layer.target), _factors(layer)) for layer in file.layers]
+            size = sum(_bytes_of(layer, factors) for layer, factors in planned)
             self._make_room(size, keep)
             for start in range(0, len(planned), AT_ONCE):
                 some = planned[start : start + AT_ONCE]
-                parts = [(module, str(layer.target), [_factors(layer)]) for module, layer in some]
-                for (module, layer), own in zip(some, make_factors(parts), strict=True):
-                    made = RowLayer(module, layer.target)
-                    layers.append(self._layers.setdefault(layer.target, made))
-                    layers[-1].insert(key, own, own.parts[0].scaling)
+                parts = [(layer.module, str(layer.target), [own]) for layer, own in some]
+                for (layer, _), own in zip(some, make_factors(parts), strict=True):
+                    layers.append(layer)
+                    layer.insert(key, own, own.parts[0].scaling)
                 yield
             self._placed[key] = size, layers
         finally:
@@ -180,6 +178,11 @@ class Rows:
             if key not in self._placed:
                 for placed in layers:
                     placed.columns.pop(key, None)
+
+    def _row_layer(self, target: Target) -> RowLayer:
+        if target not in self._layers:
+            self._layers[target] = RowLayer(self._engine.module(target), target)
+        return self._layers[target]
 
     def _make_room(self, size: int, keep: Collection[str]) -> None:
         held = self.size
@@ -207,9 +210,8 @@ class Rows:
         return sum(size for size, _ in self._placed.values())
 
 
-def _bytes_of(module: nn.Module, factors: LowRank) -> int:
-    device, dtype = compute_place(module)
-    return (factors.down.numel() + factors.up.numel()) * product_dtype(device, dtype).itemsize
+def _bytes_of(layer: RowLayer, factors: LowRank) -> int:
+    return (factors.down.numel() + factors.up.numel()) * layer.place[1].itemsize
 
 
 def _factors(layer: Layer) -> LowRank:
