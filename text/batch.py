@@ -22,8 +22,11 @@ from text.loading import TextModel
 from text.sampling import choose
 from text.slots import Slots
 
-LARGEST_PIECE, SMALLEST_PIECE, FIRST_PIECE = 2048, 8, 64
+LARGEST_PIECE, SMALLEST_PIECE, FIRST_PIECE = 2048, 8, 16
 """The most and the fewest tokens of prompts that are computed at a time, and how many before one knows."""
+
+QUICK, SLOW = 0.8, 1.1
+"""A piece that took less than this share of a step was small, one that took more was large."""
 
 PROMPTS = 8
 """How many prompts may be under way."""
@@ -57,8 +60,8 @@ class Batch:
         """How long the latest steps took, in seconds."""
         self._apart = 0
         """How many prompts are to be read each by itself, after several together could not be."""
-        self._per_token = 0.0
-        """Seconds for a token of a prompt, lately."""
+        self._size = float(FIRST_PIECE)
+        """How many tokens of prompts take about as long as one step."""
 
     @property
     def count(self) -> int:
@@ -106,7 +109,7 @@ class Batch:
         With the last piece of a prompt comes its text's first token.
         """
         pieces = self._pieces()
-        begun = time.perf_counter()
+        begun, others = time.perf_counter(), bool(self.live)
         try:
             use([one.generation.stack for one, _ in pieces])
             logits = self._forward([one.row for one, _ in pieces], [piece for _, piece in pieces])
@@ -129,8 +132,19 @@ class Batch:
             self._take([one.generation for one, _ in read], logits[[row for _, row in read]])
         elif self.live:
             logits.sum().item()  # waits for the device, so that the time is true
-        spent = (time.perf_counter() - begun) / (len(pieces) * len(pieces[0][1]))
-        self._per_token = 0.7 * (self._per_token or spent) + 0.3 * spent
+        if others:
+            self._learn(len(pieces) * len(pieces[0][1]), time.perf_counter() - begun)
+
+    def _learn(self, tokens: int, seconds: float) -> None:
+        """Fits the size of pieces to what one took while others ran.
+
+        A forward has a cost of its own, whatever its tokens: so the size is tried, and not computed.
+        """
+        step = statistics.median(self.steps) if self.steps else 0.0
+        if seconds > SLOW * step:
+            self._size = max(SMALLEST_PIECE, min(self._size, tokens) * max(0.5, step / seconds))
+        elif seconds < QUICK * step and tokens > 0.7 * self._size:
+            self._size = min(LARGEST_PIECE, 1.5 * self._size)
 
     def _pieces(self) -> list[tuple[Filling, Sequence[int]]]:
         """Who is read now, and which tokens of each; the first piece is the longest."""
@@ -148,12 +162,7 @@ class Batch:
 
     def _budget(self) -> int:
         """How many tokens of prompts take about as long as one step."""
-        if not self.live:
-            return LARGEST_PIECE
-        if not self.steps or not self._per_token:
-            return FIRST_PIECE
-        size = int(statistics.median(self.steps) / self._per_token)
-        return min(max(size, SMALLEST_PIECE), LARGEST_PIECE)
+        return int(self._size) if self.live else LARGEST_PIECE
 
     def _step(self, use: Callable[[Sequence[Stack]], None]) -> None:
         begun = time.perf_counter()

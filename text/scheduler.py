@@ -7,6 +7,7 @@ then run, and every weight is put back before the next in the queue begin.
 
 from __future__ import annotations
 
+import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Sequence
@@ -20,6 +21,9 @@ from lora.errors import CodedError
 from text.batch import Batch, swept
 from text.generation import Generation
 from text.loading import TextModel
+
+PLACING = 0.3
+"""The share of a step that is spent, between two of them, on placing the adapters of who comes next."""
 
 
 class Closed(CodedError):
@@ -131,9 +135,24 @@ class Scheduler:
                 head = next((one for one in queue if one in only), None)
             else:
                 head = queue[0] if queue and self._alone(queue[0]) is None else None
-            if head is not None:
-                queue.remove(head)
-            return head
+        if head is None or (only is None and not self._is_placed(head)):
+            return None
+        with self._news:  # this thread alone takes texts out
+            queue.remove(head)
+        return head
+
+    def _is_placed(self, generation: Generation) -> bool:
+        """Whether its adapters are in their places. While others run they are put there bit by bit, in a
+        share of each turn, so that nobody waits for all of it.
+        """
+        if not self.batch.live:
+            return True
+        seconds = PLACING * statistics.median(self.batch.steps or [0.0])
+        try:
+            files = [use.lora for use in generation.stack if any(use.factors)]
+            return all(self.rows.place_for(file, seconds) for file in files)
+        except Exception:  # noqa: BLE001 - its own turn will show it, and end it alone
+            return True
 
     def _sweep(self) -> None:
         self.batch.sweep()

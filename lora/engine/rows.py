@@ -14,8 +14,9 @@ other rows, `use` gets the adapters whose columns every batch has, `beside` thos
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -35,6 +36,9 @@ from lora.formats.names.keys import Target
 
 STACKS = 64
 """How many stacks' scales are kept for one layout."""
+
+AT_ONCE = 8
+"""Layers that are placed before one looks at the clock."""
 
 
 class Batch(NamedTuple):
@@ -75,6 +79,8 @@ class Rows:
         self._placed: OrderedDict[str, tuple[int, list[RowLayer]]] = OrderedDict()
         self._batches: dict[object, Batch] = {}
         self._now: frozenset[str] = frozenset()
+        self._under_way: dict[str, Generator[None]] = {}
+        """The adapters that are placed in part."""
 
     @contextmanager
     def opened(self) -> Iterator[Rows]:
@@ -190,31 +196,59 @@ class Rows:
         """
         self._place(file, self._now)
 
-    @torch.no_grad()
+    def place_for(self, file: LoraFile, seconds: float) -> bool:
+        """As `place`, for about so long; whether it is done. The next call goes on from there.
+
+        What was begun of another file is undone. Raises: as `use`.
+        """
+        for key in [key for key in self._under_way if key != file.identity]:
+            self._under_way.pop(key).close()
+        if file.identity in self._placed:
+            return True
+        if file.identity not in self._under_way:
+            self._under_way[file.identity] = self._placing(file, self._now)
+        until = time.perf_counter() + seconds
+        return all(time.perf_counter() < until for _ in self._under_way[file.identity])
+
     def _place(self, file: LoraFile, keep: Collection[str]) -> None:
         """`keep`: the identities of adapters that may not make room for it."""
+        if file.identity not in self._placed:
+            for _ in self._under_way.get(file.identity) or self._placing(file, keep):
+                pass
+
+    @torch.no_grad()
+    def _placing(self, file: LoraFile, keep: Collection[str]) -> Generator[None]:
+        """Places a few layers at a time. Left early, nothing of it stays."""
         key = file.identity
-        if key in self._placed:
-            return
-        if reason := self.misfit(file):
-            raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
-        planned = [(self._engine.module(layer.target), layer) for layer in self._layers_of(file)]
-        factors = [(module, str(layer.target), [_factors(layer)]) for module, layer in planned]
-        made = make_factors(factors)
-        size = sum(each.size for each in made)
-        self._make_room(size, keep)
-        layers = [
-            self._layers.setdefault(layer.target, RowLayer(module, layer.target))
-            for module, layer in planned
-        ]
-        self._placed[key] = size, layers
-        self._layouts.clear()  # a layer's buffers may be others now
+        layers: list[RowLayer] = []
         try:
-            for layer, own in zip(layers, made, strict=True):
-                layer.insert(key, own, own.parts[0].scaling)
-        except BaseException:
-            self._drop(key)
-            raise
+            if reason := self.misfit(file):
+                raise LoraUnsupported(f"the LoRA cannot share a batch ({reason})")
+            planned = [
+                (self._row_layer(layer.target), _factors(layer)) for layer in self._layers_of(file)
+            ]
+            size = sum(_bytes_of(layer, factors) for layer, factors in planned)
+            self._make_room(size, keep)
+            for start in range(0, len(planned), AT_ONCE):
+                some = planned[start : start + AT_ONCE]
+                parts = [(layer.module, str(layer.target), [own]) for layer, own in some]
+                for (layer, _), own in zip(some, make_factors(parts), strict=True):
+                    layers.append(layer)
+                    layer.insert(key, own, own.parts[0].scaling)
+                self._layouts.clear()  # a layer's buffers may be others now
+                yield
+            self._placed[key] = size, layers
+        finally:
+            self._under_way.pop(key, None)
+            if key not in self._placed:
+                self._layouts.clear()
+                for placed in layers:
+                    placed.columns.pop(key, None)
+
+    def _row_layer(self, target: Target) -> RowLayer:
+        if target not in self._layers:
+            self._layers[target] = RowLayer(self._engine.module(target), target)
+        return self._layers[target]
 
     def _make_room(self, size: int, keep: Collection[str]) -> None:
         held = self.size
@@ -245,6 +279,10 @@ class Rows:
 
 def _name_of(stack: Stack) -> tuple[object, ...]:
     return tuple((use.lora.identity, use.all_scales) for use in stack)
+
+
+def _bytes_of(layer: RowLayer, factors: LowRank) -> int:
+    return (factors.down.numel() + factors.up.numel()) * layer.place[1].itemsize
 
 
 def _factors(layer: Layer) -> LowRank:

@@ -27,6 +27,7 @@ from tests.text.small import (
     text_model,
 )
 from tests.waiting import PATIENCE, until
+from text.batch import FIRST_PIECE, SMALLEST_PIECE
 from text.generation import Generation
 from text.loading import TextModel
 from text.sampling import Sampling
@@ -137,6 +138,42 @@ def test_stacks_and_scales_are_the_rows_own(service: Service) -> None:
     assert alone != generated(peft("plain"), prompt, 20)
     for one in crowd:
         tokens(one)
+
+
+def test_adapters_that_arrive_beside_running_texts_are_placed_between_their_steps(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora.engine.rows.AT_ONCE", 1)
+    monkeypatch.setattr("text.scheduler.PLACING", 0.0)
+    prompt, arriving = prompts(2)
+    sampling = Sampling(60, 0.0, ignore_eos=True)
+    running = service.start(prompt, 60, sampling=sampling)
+    until(lambda: len(running.tokens) > 1)
+    texts = [service.start(arriving, 20, service.stack(kind)) for kind in ("plain", "other")]
+    made = [tokens(one) for one in texts]
+    assert made == [generated(peft(kind), arriving, 20) for kind in ("plain", "other")]
+    assert len(tokens(running)) == 60
+    until(service.is_idle)
+    assert service.is_untouched()
+
+
+def test_pieces_of_prompts_grow_while_they_are_quick_and_shrink_when_they_are_not(
+    service: Service,
+) -> None:
+    batch = service.scheduler.batch
+    batch.steps.append(1.0)
+    for _ in range(3):
+        batch._learn(int(batch._size), 0.5)
+    grown = batch._size
+    assert grown == FIRST_PIECE * 1.5**3
+    batch._learn(3, 0.1)  # the rest of a prompt tells nothing of a whole piece
+    batch._learn(int(batch._size), 1.0)
+    assert batch._size == grown
+    batch._learn(int(batch._size), 2.0)
+    assert batch._size == int(grown) / 2
+    for _ in range(20):
+        batch._learn(int(batch._size), 9.0)
+    assert batch._size == SMALLEST_PIECE
 
 
 def test_a_seed_gives_the_same_text_in_any_company(service: Service) -> None:

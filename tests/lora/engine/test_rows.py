@@ -160,6 +160,41 @@ def test_beyond_the_budget_the_one_used_longest_ago_leaves() -> None:
     assert is_untouched(root)
 
 
+def test_an_adapter_is_placed_bit_by_bit_and_others_are_served_between(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("lora.engine.rows.AT_ONCE", 1)
+    root = small()
+    rows = Rows(LoraEngine({"unet": root}))
+    first, second, third = (adapter("lora", seed) for seed in range(3))
+    with rows.opened():
+        calls = 0
+        while not rows.place_for(second, 0.0):
+            calls += 1
+            assert same_as_alone(root, rows, [[LoraUse(first)], []], torch.float32)
+        assert calls == len(second.layers)
+        size = rows.size
+        assert same_as_alone(root, rows, [[LoraUse(first)], [LoraUse(second)]], torch.float32)
+        assert rows.size == size and rows.place_for(second, 0.0)
+        assert not rows.place_for(third, 0.0)
+        assert rows.place_for(first, 0.0)  # what was begun is undone
+        assert all(third.identity not in layer.columns for layer in rows._layers.values())
+        assert not rows.place_for(third, 0.0)
+        assert same_as_alone(root, rows, [[LoraUse(third)], [LoraUse(first)]], torch.float32)
+    assert is_untouched(root)
+
+
+def test_placing_bit_by_bit_fails_as_placing_does() -> None:
+    rows = Rows(LoraEngine({"unet": small()}))
+    for _ in range(2):
+        with pytest.raises(LoraUnsupported, match="cannot share"):
+            rows.place_for(adapter("loha"), 1.0)
+    with pytest.raises(Exception):  # noqa: B017
+        while not rows.place_for(poisoned(adapter("lora"), low=True), 0.0):
+            pass
+    assert rows.size == 0 and not any(layer.columns for layer in rows._layers.values())
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - set(LOW_RANK)))
 def test_what_is_not_low_rank_has_no_place_in_a_batch(name: str) -> None:
     root = small()
