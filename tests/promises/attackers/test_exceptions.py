@@ -137,7 +137,7 @@ def test_no_exception_within_a_job_changes_a_later_picture(
 ) -> None:
     attack = Attack(demo_worker, rounds)
     assert attack.wanted["dynamic"] != attack.wanted["other scales"]
-    for chance in rounds(6, SEQUENCES):
+    for chance in rounds(6, SEQUENCES, share=6):
         for _ in range(chance.choice((1, 1, 2))):
             attack.hurt(chance)
         attack.check(chance.choice(list(JOBS)))
