@@ -36,8 +36,9 @@ ENDINGS = (".safetensors", ".pt")
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
     """With what the tools import, so that a thousand of them cost little."""
-    modules = ("convert", "resize", "merge", "models.outputs", "adapters.saving")
-    with Workers("torch", *(f"lora.tools.{name}" for name in modules)) as running:
+    models = ("diffusers.models.unets.unet_2d_condition", "transformers.models.clip.modeling_clip")
+    tools = ("convert", "resize", "merge", "models.outputs", "adapters.saving")
+    with Workers("torch", *models, *(f"lora.tools.{name}" for name in tools)) as running:
         yield running
 
 
