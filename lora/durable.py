@@ -92,9 +92,12 @@ def published(
 ) -> Iterator[Path]:
     """A path to write to, which is renamed to `target` when the block ends, and removed if the block fails.
 
-    It lies in `part_folder`, which must be of the target's file system, or beside the target. `synced`: the
-    bytes are on the disk before they have the name. Raises: OSError.
+    It lies in `part_folder`, which must be of the target's file system, or beside the target, where first the
+    parts are removed that killed writers of the same name left. `synced`: the bytes are on the disk before
+    they have the name. Raises: OSError.
     """
+    if part_folder is None:
+        sweep(target.parent, target.name)
     with part_file(part_folder or target.parent, target.name) as part:
         yield part
         if synced:

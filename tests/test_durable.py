@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lora.durable import is_orphan, part_file, sweep
+from lora.durable import is_orphan, part_file, sweep, write_durably
 from lora.errors import LoraError
 from lora.volume.cache import VolumeCache
 from lora.volume.records import INCOMING
@@ -78,6 +78,18 @@ def test_what_no_process_of_ours_is_known_to_have_stays(tmp_path: Path, name: st
     (tmp_path / name).write_text("precious")
     sweep(tmp_path, "x")
     assert (tmp_path / name).read_text() == "precious"
+
+
+def test_whoever_writes_a_file_sweeps_what_killed_writers_of_it_left(
+    tmp_path: Path, holders: list[Holder]
+) -> None:
+    holders += [Holder(tmp_path, "a.json"), Holder(tmp_path, "a.json"), Holder(tmp_path, "b.json")]
+    for holder in (holders[0], holders[2]):
+        holder.kill()
+    write_durably(tmp_path / "a.json", b"{}")
+    left = sorted(path.name.split(".")[1] for path in tmp_path.glob(".*.part"))
+    assert left == ["a", "b"], "the living one's, and that of another file"
+    assert (tmp_path / "a.json").read_bytes() == b"{}"
 
 
 def test_the_next_worker_sweeps_what_a_killed_one_left(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tomllib
 from collections import Counter
@@ -98,8 +99,9 @@ def _schema(fields: Fields) -> dict[str, Any]:
     return {"type": "object", "additionalProperties": False, "properties": fields}
 
 
+@functools.cache
 def version() -> str:
-    """The worker's version."""
+    """The worker's version, read once: a full table of files must not end `health`."""
     project = (Path(__file__).parent.parent / "pyproject.toml").read_text()
     return str(tomllib.loads(project)["project"]["version"])
 

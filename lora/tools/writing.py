@@ -284,7 +284,6 @@ def write_pytorch(path: Path, tensors: Mapping[str, Tensor], wrapper: str = "") 
     Raises: ToolError if the disk is full or fails.
     """
     table: Mapping[str, Any] = {wrapper: dict(tensors)} if wrapper else dict(tensors)
-    sweep(path.parent, path.name)
     try:
         with write_errors(path), published(path) as part, part.open("xb") as stream:
             torch.save(table, stream)

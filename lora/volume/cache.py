@@ -152,9 +152,11 @@ class VolumeCache:
 
     def _pin(self, name: str) -> Path:
         path = self.shelf.existing(name)
-        if path is None or not self.shelf.is_own(path):
-            raise self._not_found(name, own=True)
-        return pin_path(self.find(CachedName(name)).path)
+        if path is not None and self.shelf.is_own(path):
+            found = self.find(CachedName(name)).path
+            if self.shelf.is_own(found):  # else it was removed just now, and there is one behind it
+                return pin_path(found)
+        raise self._not_found(name, own=True)
 
     def delete(self, name: str) -> str:
         """Removes an adapter and all that belongs to it, whoever put it there; the full name of its file.

@@ -309,3 +309,19 @@ def test_a_file_that_is_being_copied_is_said_to_grow(cache: VolumeCache) -> None
     with pytest.raises(LoraCorrupt) as caught:
         cache.find(CachedName("copy"))
     assert "grows" not in str(caught.value)
+
+
+def test_nothing_is_pinned_behind_the_volume_though_a_file_goes_while_it_is_pinned(
+    cache: VolumeCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    behind = tmp_path / "behind"
+    behind.mkdir()
+    cache.shelf.behind = behind
+    own, other = cache.shelf.root / "x.safetensors", behind / "x.safetensors"
+    for path in (own, other):
+        path.write_bytes(ADAPTER)
+    seen = iter((own, other))
+    monkeypatch.setattr(cache.shelf, "existing", lambda name: next(seen))
+    with pytest.raises(LoraNotFound):
+        cache.pin("x")
+    assert list(behind.iterdir()) == [other]

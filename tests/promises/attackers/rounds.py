@@ -22,10 +22,13 @@ class Rounds:
         self.seen = Counter[str]()
         """What the attacker counts."""
 
-    def __call__(self, few: int, many: int) -> Iterator[random.Random]:
-        """`few` rounds here; on demand up to `many`, and no fewer than `few` however long they take."""
-        begun = time.monotonic()
-        while self.done < few or (self.done < many and time.monotonic() - begun < SECONDS):
+    def __call__(self, few: int, many: int, share: float = 1.0) -> Iterator[random.Random]:
+        """`few` rounds here; on demand up to `many`, and no fewer than `few` however long they take.
+
+        `share`: of ATTACK_SECONDS, for one that needs more than the others.
+        """
+        ends = time.monotonic() + share * SECONDS
+        while self.done < few or (self.done < many and time.monotonic() < ends):
             self.done += 1
             print(f"ATTACK_SEED={SEED}, round {self.done}")  # a failure shows it
             yield random.Random(f"{SEED} {self.done}")
