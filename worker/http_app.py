@@ -84,9 +84,10 @@ class Serving:
 
     def check_key(self, headers: Mapping[str, str]) -> None:
         """Raises: Unauthorized."""
-        key, sent = self.settings.api_key, headers.get("authorization", "")
-        wanted = f"Bearer {key}".encode()
-        if key and not hmac.compare_digest(sent.encode(errors="replace"), wanted):
+        key = self.settings.api_key
+        scheme, _, sent = headers.get("authorization", "").partition(" ")
+        same = hmac.compare_digest(sent.strip().encode(errors="replace"), key.encode())
+        if key and not (same and scheme.lower() == "bearer"):
             raise Unauthorized("the key is missing or wrong", "Send Authorization: Bearer KEY.")
 
     def check_origin(self, headers: Mapping[str, str]) -> None:

@@ -66,11 +66,8 @@ class Exchange:
     async def read(self, limit_mb: float) -> dict[str, Any]:
         """The body, which is a JSON object. Raises: BodyTooLarge; InvalidInput; ClientDisconnect."""
         told, limit = self.request.headers.get("content-length", ""), limit_mb * 1e6
-        size, stream, body = (
-            int(told) if told.isdecimal() else 0,
-            self.request.stream(),
-            bytearray(),
-        )
+        size, body = int(told) if told.isdecimal() else 0, bytearray()
+        stream = self.request.stream()
         while size <= limit:
             async with _patiently():
                 piece = await anext(stream, None)
@@ -84,7 +81,7 @@ class Exchange:
 
     async def answer(self, content: Mapping[str, Any], status: int = 200) -> None:
         """Sends the whole answer."""
-        if self.wants_events:
+        if self.wants_events or self._streams:
             await self.event("answer", content)
             await self.close()
         else:

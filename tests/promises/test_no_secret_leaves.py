@@ -68,6 +68,7 @@ class Site:
         return {
             **TOKENS,
             "LORA_AUTH_HEADERS": json.dumps({self.models.address: "X-Key: models-canary"}),
+            "WORKER_API_KEY": "canary-api-key",
             "LORA_ALLOWED_HOSTS": "127.0.0.1,localhost",
             "LORA_ALLOW_PRIVATE_URLS": "1",
             "LORA_DOWNLOAD_TIMEOUT": "5",

@@ -186,11 +186,18 @@ def test_other_routes_and_methods_have_the_same_form(site: Thread) -> None:
 # --- who may ask, when, and how many ------------------------------------------------------------------
 
 
+def _authorization(value: str) -> dict[str, str]:
+    return {"Authorization": value}
+
+
 def test_the_key_opens_all_and_ping_needs_none(demo_worker: Worker) -> None:
     with served(Images(demo_worker), demo_worker.settings, api_key="sesame") as site:
         paths = [("GET", path) for path in ("/health", "/metrics", "/v1/models")]
         paths += [("POST", path) for path in ("/generate", "/v1/images/generations")]
-        for headers in ({}, {"Authorization": "Bearer sesam"}, {"Authorization": "sesame"}):
+        for headers in (
+            {},
+            *map(_authorization, ("Bearer sesam", "sesame", "Basic sesame", "Bearer")),
+        ):
             for method, path in paths:
                 response = requests.request(
                     method, site.address + path, headers=headers, json={}, timeout=PATIENCE
@@ -199,6 +206,7 @@ def test_the_key_opens_all_and_ping_needs_none(demo_worker: Worker) -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
             assert requests.get(f"{site.address}/ping", timeout=PATIENCE).status_code == 200
         assert site.get("/health").json()["status"] == "ready"
+        assert site.get("/health", headers={"Authorization": "bearer  sesame"}).status_code == 200
         assert client_of(site, "sesame").models.list().data[0].id == "demo"
         with pytest.raises(openai.AuthenticationError):
             client_of(site, "other").models.list()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,21 +111,34 @@ def test_who_closes_a_stream_ends_its_text(
         **more,  # type: ignore[call-overload]
     )
     next(iter(stream))
-    assert site.get("/health").json()["running"] == 1
     stream.close()
     until(lambda: worker.counts == {"queued": 0, "running": 0})
     until(lambda: site.serving.jobs.working == 0)
 
 
-def test_a_full_line_is_429_for_texts_too(worker: TextWorker) -> None:
+def test_a_full_line_is_429_for_texts_too(
+    worker: TextWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hung_up = threading.Event()
+
+    async def endless(job: Any) -> Any:
+        yield "data: {}\n\n"
+        try:
+            await asyncio.Event().wait()
+        finally:
+            hung_up.set()
+
+    monkeypatch.setattr(worker, "handle", endless)
     with served(Texts(worker), worker.settings, concurrency=1, waiting=0) as site:
-        body = {"messages": FOX, "stream": True, "max_tokens": 400, "ignore_eos": True}
+        body = {"messages": FOX, "stream": True}
         with requests.post(
             f"{site.address}/v1/chat/completions", json=body, stream=True, timeout=PATIENCE
         ) as first:
-            next(first.iter_lines())
+            lines = first.iter_lines()  # kept, because to forget it closes the connection
+            assert next(lines) == b"data: {}"
             refused = site.post("/v1/chat/completions", body)
         assert refused.status_code == 429 and refused.headers["retry-after"]
+        until(hung_up.is_set)
         until(lambda: site.serving.jobs.working == 0)
 
 
@@ -143,6 +158,7 @@ def test_metrics_have_the_texts_figures_also_before_the_base_is_loaded(
     site: Thread, client: openai.OpenAI
 ) -> None:
     chat(client, "pirate")
+    until(lambda: site.post("/generate", {"action": "statistics"}).json()["running"] == 0)
     families = {f.name: f for f in text_string_to_metric_families(site.get("/metrics").text)}
     (texts,) = (s for s in families["worker_text_texts"].samples if s.labels["model"] == "pirate")
     assert families["worker_text_texts"].type == "counter" and texts.value >= 1
