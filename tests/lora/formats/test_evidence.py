@@ -211,11 +211,16 @@ def control_lora() -> dict[str, Tensor]:
         (["lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight"], "a ControlNet-LLLite"),
         (["image_proj.proj.weight"], "an IP-Adapter"),
         (["1.to_k_ip.weight"], "an IP-Adapter"),
-        (["0.to_q_lora.down.weight"], "an IP-Adapter"),
+        (["0.to_q_lora.down.weight"], "an IP-Adapter FaceID"),
+        (["image_proj.a.weight", "ip_adapter.3.to_k_lora.up.weight"], "an IP-Adapter FaceID"),
+        (
+            ["down_blocks.0.motion_modules.0.temporal_transformer.a.b"],
+            "an AnimateDiff motion module",
+        ),
         (["768.0.linear.0.weight"], "a hypernetwork"),
         (
             ["down_blocks.0.motion_modules.0.temporal_transformer.a.lora_A.weight"],
-            "an AnimateDiff motion module",
+            "an AnimateDiff motion LoRA",
         ),
         (["input_hint_block.0.weight"], "a ControlNet"),
         (["decoder.up_blocks.0.resnets.0.conv1.weight"], "a VAE"),
