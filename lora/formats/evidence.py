@@ -18,7 +18,7 @@ from lora.formats.names.families import (
     evidence,
     named,
 )
-from lora.formats.names.family import ALL, claimed
+from lora.formats.names.family import ALL, LANGUAGE, claimed
 from lora.formats.names.keys import KeyMap
 from lora.formats.names.others import other_kind
 from lora.formats.names.prefixes import COMPONENTS
@@ -103,7 +103,7 @@ def refuse_strangers(
 
 
 def _made_for(name: str | None) -> str:
-    return f"the file was made for {name}"
+    return f"the file was made for {'a ' * (name == LANGUAGE)}{name}"
 
 
 def _example(keys: Keys) -> str:

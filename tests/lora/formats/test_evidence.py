@@ -161,6 +161,36 @@ def test_a_drawing_part_of_nobody_is_not_carried_either(tmp_path: Path) -> None:
     assert on_sdxl(tmp_path, tensors, {"ss_base_model_version": "pony"}).modules == 5
 
 
+def test_a_language_models_file_is_no_pictures(tmp_path: Path) -> None:
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": zeros(4, 64), f"{stem}.lora_B.weight": zeros(64, 4)}
+    assert "made for a language model (" in refusal(tmp_path, tensors)
+
+
+def attention(blocks: Mapping[str, int], width: int) -> dict[str, Tensor]:
+    """A transformer's file of attention alone, in diffusers' names."""
+    return {
+        f"transformer.{name}.{n}.attn.to_q.lora_{ab}.weight": zeros(*shape)
+        for name, count in blocks.items()
+        for n in range(count)
+        for ab, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
+
+
+@pytest.mark.parametrize(
+    ("blocks", "name"),
+    [
+        ({"transformer_blocks": 19, "single_transformer_blocks": 38}, "Flux.1 or Chroma"),
+        ({"transformer_blocks": 20, "single_transformer_blocks": 40}, "HunyuanVideo"),
+        ({"transformer_blocks": 60}, "Qwen-Image"),
+    ],
+)
+def test_the_number_of_blocks_tells_families_of_one_width_apart(
+    tmp_path: Path, blocks: dict[str, int], name: str
+) -> None:
+    assert f"made for {name} (" in refusal(tmp_path, attention(blocks, 3072))
+
+
 def test_a_single_text_encoder_is_not_one_of_two(tmp_path: Path) -> None:
     stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     tensors = {f"{stem}.lora_down.weight": zeros(4, 768), f"{stem}.lora_up.weight": zeros(768, 4)}
@@ -296,6 +326,9 @@ def test_a_peft_config_says_that_whole_weights_are_an_adapter(
         ("pony", "SDXL"),
         ("Illustrious-XL-v1", "SDXL"),
         ("noobai", "SDXL"),
+        ("juggernautXL_v9", "SDXL"),
+        ("wan-shuXL", "SDXL"),
+        ("PixArt-XL-2", "PixArt"),
         ("ponyv7", "AuraFlow"),
         ("taiwanese-food", None),
         ("swan-lake", None),
