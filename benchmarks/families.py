@@ -342,7 +342,7 @@ def judge(path: Path, family: Family) -> str | None:
             return f"a false refusal: {error.sentence}"
         names = {family.name, *family.told}
         said = re.search(r"made for (.+?)(?:,? whose| \(|, as|, and none)", error.sentence)
-        told = set(re.split(r", | or ", said[1])) if said else set()
+        told = set(re.split(r", | or ", said[1].removeprefix("a "))) if said else set()
         return None if told and told <= names else f"a wrong name: {error.sentence}"
     if family.name != "SDXL":
         return f"a false fit: {file.keys} tensors"

@@ -23,7 +23,7 @@ from lora.formats.names.encoders import encoder_of
 from lora.formats.names.families import identify
 from lora.formats.names.keys import KeyMap, Match, Target
 from lora.formats.names.prefixes import unwrapped
-from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS, is_bare
+from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS
 from lora.formats.tensors import read_runs
 from lora.formats.trainers import settle
 from lora.formats.twins import AGAIN, repeated
@@ -147,14 +147,10 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
                 keys.strangers.append(key)
     if keys.strangers:
         _sort_strangers(contents, keys, key_map)
-    for module in modules.values():
-        own = module.keys
-        keys.bound += len(own)
-        keys.drawing += len(own) * (module.target.component == key_map.components[0])
-        if own.keys() <= BARE and all(is_bare(key) for key in own.values()):
-            keys.bare += len(own)
-        elif not all(slot.startswith("?") for slot in own):
-            keys.adapter += len(own)
+    if keys.strangers or any(not BARE.isdisjoint(module.keys) for module in modules.values()):
+        # A plain file has nothing to compare them with.
+        for module in modules.values():
+            keys.count(module.keys, draws=module.target.component == key_map.components[0])
     return keys
 
 
@@ -213,7 +209,7 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
     shape = target.parameters.get("weight", ())
     trouble = settle(slots, module.keys, module.stem, shape, about, has_config=bool(alphas.configs))
     if trouble := trouble or _trouble(slots):
-        return dict.fromkeys({**slots, **module.keys}, trouble)
+        return _whole(module, trouble)
     alphas.complete(slots, target.component, module.stem)
     implied = module.keys.keys() - slots.keys()
     used, left = recipes(frozenset(slots))
@@ -223,27 +219,28 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
         fault = "a part is missing" if known else "no known algorithm has such tensors"
         shown = [slot.removeprefix("?")[:40] for slot in sorted(slots)[:MAX_SLOTS_SHOWN]]
         more = ", ..." * (len(slots) > MAX_SLOTS_SHOWN)
-        return dict.fromkeys(
-            {**slots, **module.keys}, f"{fault} (the layer has {', '.join(shown)}{more})"
-        )
+        return _whole(module, f"{fault} (the layer has {', '.join(shown)}{more})")
     for recipe in used if check_shapes else ():
         algorithm = recipe.make(slots)
         parameter = target.parameter(algorithm.parameter)
         if parameter is None:
-            return dict.fromkeys(
-                {**slots, **module.keys}, f"the module has no {algorithm.parameter}"
-            )
+            return _whole(module, f"the module has no {algorithm.parameter}")
         shape = target.parameters[parameter]
         if misfit := algorithm.misfit(shape):
             if not isinstance(misfit, Flaw):
                 contents.misfits += [UnusedKey(key, misfit) for key in module.keys.values()]
-            return dict.fromkeys({**slots, **module.keys}, misfit)
+            return _whole(module, misfit)
         count = len(recipe.used & module.keys.keys()) + (0 if module.layers else len(implied))
         module.layers.append(Layer(target, parameter, algorithm, count))
         for companion in algorithm.companions(shape):
             if name := target.parameter(companion.parameter):
                 module.layers.append(Layer(target, name, companion, 0))
     return alone
+
+
+def _whole(module: Module, reason: str) -> Mapping[str, str]:
+    """The reason for every slot of a module."""
+    return dict.fromkeys({**module.slots, **module.keys}, reason)
 
 
 def _trouble(slots: Mapping[str, Tensor]) -> str | None:

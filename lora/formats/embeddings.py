@@ -2,11 +2,14 @@
 
 Layouts: `bundle_emb.WORD.clip_l`, `.clip_g` (OneTrainer, LyCORIS), `bundle_emb.WORD.string_to_param.*` (as
 A1111 saves for one text encoder), and a file of just `clip_l`, `clip_g` or `emb_params`, whose word is the
-file's name, as in ComfyUI: it stands for all rows together.
+file's name, as in ComfyUI: it stands for all rows together. A1111's own files have `string_to_param.*` for
+the one text encoder of their model. diffusers' `learned_embeds` have the word itself for a key, and are for
+the text encoder of their width.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -23,6 +26,12 @@ ENCODERS = {
 
 BUNDLE = "bundle_emb."
 
+A1111 = "string_to_param."
+"""How the keys of A1111's embeddings begin."""
+
+_TOKEN = re.compile(r"<[^<>]{1,100}>")
+"""The usual form of diffusers' words."""
+
 
 @dataclass(frozen=True, eq=False)
 class TokenEmbedding:
@@ -37,7 +46,7 @@ class TokenEmbedding:
 
 def is_embedding(key: str) -> bool:
     """Whether a key has the form of an embedding's key."""
-    return key.startswith(BUNDLE) or key in ENCODERS
+    return key.startswith((BUNDLE, A1111)) or key in ENCODERS or bool(_TOKEN.fullmatch(key))
 
 
 def word_of(stem: str) -> str:
@@ -58,12 +67,29 @@ def read_embedding(key: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding
         word = stem.strip()
         if not word:
             return "the embedding does not say which word it is for"
+    elif key.startswith(A1111):
+        kind = "string_to_param"
     component = ENCODERS.get(kind)
+    if component is None and _TOKEN.fullmatch(key):
+        return _learned(key, vectors, key_map)
     if component is None:
         behind = kind.endswith("_out")
         return "an embedding for behind the text encoder" if behind else "no text encoder of ours"
     vectors = vectors[None] if vectors.dim() == 1 else vectors
     return _trouble(vectors, component, key_map) or TokenEmbedding(word, component, vectors)
+
+
+def _learned(word: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding | str:
+    """diffusers' form: the width tells the text encoder."""
+    vectors = vectors[None] if vectors.dim() == 1 else vectors
+    components = [name for name in dict.fromkeys(ENCODERS.values()) if name in key_map.components]
+    reasons = [_trouble(vectors, name, key_map) for name in components]
+    fitting = [name for name, reason in zip(components, reasons, strict=True) if reason is None]
+    if len(fitting) > 1:
+        return f"the vectors fit {' and '.join(fitting)}, and nothing tells which is meant"
+    if not fitting:
+        return next(filter(None, reasons), "no text encoder of ours")
+    return TokenEmbedding(word, fitting[0], vectors)
 
 
 def _trouble(vectors: Tensor, component: str, key_map: KeyMap) -> str | None:

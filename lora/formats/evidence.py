@@ -6,6 +6,7 @@ the model, unless its metadata says that it is for this model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lora.errors import LoraIncompatible, LoraUnsupported
@@ -17,10 +18,11 @@ from lora.formats.names.families import (
     evidence,
     named,
 )
-from lora.formats.names.family import ALL, claimed
+from lora.formats.names.family import ALL, LANGUAGE, claimed
 from lora.formats.names.keys import KeyMap
 from lora.formats.names.others import other_kind
 from lora.formats.names.prefixes import COMPONENTS
+from lora.formats.names.slots import BARE, is_bare
 
 TEXT = tuple(
     prefix for name in COMPONENTS if name.startswith("text") for prefix in COMPONENTS[name].all
@@ -50,6 +52,15 @@ class Keys:
     """How many a model's own parameters would have, and nothing of an adapter stands beside them."""
     has_config: bool = False
     """Whether a PEFT config says what they are."""
+
+    def count(self, keys: Mapping[str, str], *, draws: bool) -> None:
+        """Adds a module's keys, by their slots. `draws`: whether it is of the component that draws."""
+        self.bound += len(keys)
+        self.drawing += len(keys) * draws
+        if keys.keys() <= BARE and all(is_bare(key) for key in keys.values()):
+            self.bare += len(keys)
+        elif not all(slot.startswith("?") for slot in keys):
+            self.adapter += len(keys)
 
 
 def refuse_strangers(
@@ -92,7 +103,7 @@ def refuse_strangers(
 
 
 def _made_for(name: str | None) -> str:
-    return f"the file was made for {name}"
+    return f"the file was made for {'a ' * (name == LANGUAGE)}{name}"
 
 
 def _example(keys: Keys) -> str:

@@ -153,7 +153,13 @@ def _leaves(content: Any) -> Iterator[tuple[str, Any]]:
     """
     if not isinstance(content, Mapping):
         raise LoraUnsupported("the pickle is no table of named tensors")
+    if isinstance(params := content.get("string_to_param"), Mapping):  # A1111's embedding
+        yield from ((f"string_to_param.{name}", vectors) for name, vectors in params.items())
+        yield from ((str(n), _text(v)) for n, v in content.items() if n != "string_to_param")
+        return
     wrapped = (content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping))
+    if "layer_structure" in content and any(isinstance(name, int) for name in content):
+        raise LoraUnsupported("the pickle is a hypernetwork, which is not read")
     for name, value in next(wrapped, content).items():
         if not isinstance(name, str):
             raise LoraUnsupported("the pickle is no table of named tensors")

@@ -291,7 +291,6 @@ def limited(seconds: int) -> Iterator[None]:
 
 def use(engine: LoraEngine, file: LoraFile, mode: Mode) -> None:
     """Looks at all of a file, and applies it."""
-    assert file.keys + len(file.unused) >= 1
     assert file.modules <= len(file.layers)
     str((file.algorithms, file.rank, file.embeddings))
     with engine.applied([LoraUse(file, 0.5)], mode):
@@ -304,7 +303,9 @@ def trouble(engine: LoraEngine, path: Path, data: bytes, number: int) -> BaseExc
     mode = Mode.MERGED if number % 4 < 2 else Mode.DYNAMIC
     try:
         with limited(SECONDS_PER_INPUT):
-            use(engine, load(path, engine.key_map, f"{number}", mapped=number % 2 == 0), mode)
+            file = load(path, engine.key_map, f"{number}", mapped=number % 2 == 0)
+            assert file.keys + len(file.unused) == len(read_header(path).tensors)
+            use(engine, file, mode)
     except LoraError as error:
         message = str(error)
         if str(path.parent) in message or len(message) > 5000:

@@ -30,8 +30,8 @@ _NAMED_SO = tuple(
         (r"auraflow|pony.?v?7", "AuraFlow"),
         (r"cascade", "Stable Cascade"),
         (r"hidream", "HiDream"),
+        (r"sdxl|xl(?![a-z])|(?<![a-z])pony|illustrious|noob|animagine|ssd-?1b", XL),
         (r"cosmos|anima(?![a-z])", "Cosmos"),
-        (r"sd[_ -]?xl|diffusion-xl|(?<![a-z])pony|illustrious|noob|animagine|ssd-?1b", XL),
         (r"(?<![a-z])sd[_ -]?v?1|diffusion-v?1", SD1),
         (r"(?<![a-z])sd[_ -]?v?2|diffusion-v?2", SD2),
         (r"(?<![a-z])sd[_ -]?v?3|diffusion-v?3", SD3),
@@ -44,7 +44,6 @@ _NAMED_SO = tuple(
         (r"(?<![a-z])ltx", LTX),
         (r"lumina", LUMINA),
         (r"(?<![a-z])wan(?![a-z])", WAN),
-        (r"(?<![a-z])xl(?![a-z])", XL),
     )
 )
 """What a base model's name has in it -> its family; the first that fits counts.

@@ -44,7 +44,9 @@ class Target:
 
     def parameter(self, wanted: str) -> str | None:
         """The module's own name for what an algorithm changes; None if it has no such parameter."""
-        names = MODULATIONS if wanted == "modulation" else (wanted,)
+        if wanted in self.parameters:
+            return wanted
+        names = MODULATIONS if wanted == "modulation" else ()
         return next((name for name in names if name in self.parameters), None)
 
     def __str__(self) -> str:

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lora.engine.engine import LoraEngine
-from lora.errors import LoraIncompatible
+from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.fetch.sources import Reference
 from lora.formats.adapter import load
 from lora.formats.embeddings import word_of
+from lora.formats.pickles import convert
 from lora.volume.cache import VolumeCache
 from lora.volume.loader import LoraLibrary
 from tests.adapters import kohya, randn, write
@@ -95,3 +96,31 @@ def test_an_encoder_that_is_not_there_is_told(unet: torch.nn.Module, tmp_path: P
 )
 def test_the_caches_own_ending_is_not_part_of_the_word(stem: str, word: str) -> None:
     assert word_of(stem) == word
+
+
+@pytest.mark.parametrize(("width", "name"), [(8, "text_encoder"), (12, "text_encoder_2")])
+@pytest.mark.parametrize("rows", [(), (1,), (3,)])
+def test_diffusers_learned_embeds_are_for_the_encoder_of_their_width(
+    engine: LoraEngine, tmp_path: Path, width: int, name: str, rows: tuple[int, ...]
+) -> None:
+    vectors = randn(*rows, width)
+    file = load(write(tmp_path / "a.safetensors", {"<cat-toy>": vectors}), engine.key_map, "x")
+    (word,) = file.embeddings
+    assert (word.word, word.component) == ("<cat-toy>", name)
+    assert torch.equal(word.vectors, vectors.reshape(-1, width))
+    with pytest.raises(LoraUnsupported) as caught:
+        load(write(tmp_path / "a.safetensors", {"<cat>": randn(9)}), engine.key_map, "x")
+    assert "<cat>" in caught.value.sentence
+
+
+def test_a1111s_embedding_is_converted_and_read(engine: LoraEngine, tmp_path: Path) -> None:
+    vectors = randn(2, 8)
+    own = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "cat"}
+    own |= {"step": 500, "sd_checkpoint": "abc", "sd_checkpoint_name": "v1-5"}
+    torch.save(own, tmp_path / "cat.pt")
+    convert(tmp_path / "cat.pt", tmp_path / "cat.safetensors", 1_000_000)
+    file = load(tmp_path / "cat.safetensors", engine.key_map, "x")
+    (word,) = file.embeddings
+    assert (word.word, word.component, file.unused) == ("", "text_encoder", ())
+    assert torch.equal(word.vectors, vectors)
+    assert file.metadata["step"] == "500"

@@ -161,6 +161,36 @@ def test_a_drawing_part_of_nobody_is_not_carried_either(tmp_path: Path) -> None:
     assert on_sdxl(tmp_path, tensors, {"ss_base_model_version": "pony"}).modules == 5
 
 
+def test_a_language_models_file_is_no_pictures(tmp_path: Path) -> None:
+    stem = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.lora_A.weight": zeros(4, 64), f"{stem}.lora_B.weight": zeros(64, 4)}
+    assert "made for a language model (" in refusal(tmp_path, tensors)
+
+
+def attention(blocks: Mapping[str, int], width: int) -> dict[str, Tensor]:
+    """A transformer's file of attention alone, in diffusers' names."""
+    return {
+        f"transformer.{name}.{n}.attn.to_q.lora_{ab}.weight": zeros(*shape)
+        for name, count in blocks.items()
+        for n in range(count)
+        for ab, shape in (("A", (4, width)), ("B", (width, 4)))
+    }
+
+
+@pytest.mark.parametrize(
+    ("blocks", "name"),
+    [
+        ({"transformer_blocks": 19, "single_transformer_blocks": 38}, "Flux.1 or Chroma"),
+        ({"transformer_blocks": 20, "single_transformer_blocks": 40}, "HunyuanVideo"),
+        ({"transformer_blocks": 60}, "Qwen-Image"),
+    ],
+)
+def test_the_number_of_blocks_tells_families_of_one_width_apart(
+    tmp_path: Path, blocks: dict[str, int], name: str
+) -> None:
+    assert f"made for {name} (" in refusal(tmp_path, attention(blocks, 3072))
+
+
 def test_a_single_text_encoder_is_not_one_of_two(tmp_path: Path) -> None:
     stem = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     tensors = {f"{stem}.lora_down.weight": zeros(4, 768), f"{stem}.lora_up.weight": zeros(768, 4)}
@@ -211,11 +241,16 @@ def control_lora() -> dict[str, Tensor]:
         (["lllite_unet_input_blocks_4_1_attn1_to_q.down.0.weight"], "a ControlNet-LLLite"),
         (["image_proj.proj.weight"], "an IP-Adapter"),
         (["1.to_k_ip.weight"], "an IP-Adapter"),
-        (["0.to_q_lora.down.weight"], "an IP-Adapter"),
+        (["0.to_q_lora.down.weight"], "an IP-Adapter FaceID"),
+        (["image_proj.a.weight", "ip_adapter.3.to_k_lora.up.weight"], "an IP-Adapter FaceID"),
+        (
+            ["down_blocks.0.motion_modules.0.temporal_transformer.a.b"],
+            "an AnimateDiff motion module",
+        ),
         (["768.0.linear.0.weight"], "a hypernetwork"),
         (
             ["down_blocks.0.motion_modules.0.temporal_transformer.a.lora_A.weight"],
-            "an AnimateDiff motion module",
+            "an AnimateDiff motion LoRA",
         ),
         (["input_hint_block.0.weight"], "a ControlNet"),
         (["decoder.up_blocks.0.resnets.0.conv1.weight"], "a VAE"),
@@ -291,6 +326,9 @@ def test_a_peft_config_says_that_whole_weights_are_an_adapter(
         ("pony", "SDXL"),
         ("Illustrious-XL-v1", "SDXL"),
         ("noobai", "SDXL"),
+        ("juggernautXL_v9", "SDXL"),
+        ("wan-shuXL", "SDXL"),
+        ("PixArt-XL-2", "PixArt"),
         ("ponyv7", "AuraFlow"),
         ("taiwanese-food", None),
         ("swan-lake", None),

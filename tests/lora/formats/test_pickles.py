@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from lora.engine.engine import LoraEngine
-from lora.errors import LoraError
+from lora.errors import LoraError, LoraUnsupported
 from lora.fetch.sources import CachedName, Reference
 from lora.formats.pickles import convert, looks_like_pickle
 from lora.volume.cache import VolumeCache
@@ -151,3 +151,11 @@ def test_a_safetensors_file_whose_length_looks_like_a_pickles_start_is_none(tmp_
     assert looks_like_pickle(saved(tmp_path, {"a": torch.ones(1)}))
     old = saved(tmp_path, {"a": torch.ones(1)}, "old.pt", _use_new_zipfile_serialization=False)
     assert looks_like_pickle(old)
+
+
+def test_a_hypernetwork_is_refused_by_its_name(tmp_path: Path) -> None:
+    layers = ({"linear.0.weight": torch.ones(2, 2)}, {"linear.0.weight": torch.ones(2, 2)})
+    torch.save({768: layers, "layer_structure": [1, 2, 1], "step": 9}, tmp_path / "a.pt")
+    with pytest.raises(LoraUnsupported) as caught:
+        convert(tmp_path / "a.pt", tmp_path / "a.safetensors", 1_000_000)
+    assert "a hypernetwork" in caught.value.sentence
