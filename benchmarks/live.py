@@ -187,7 +187,7 @@ def measure_batches(demo: Demo, rounds: int) -> dict[str, Any]:
             painter.draw(demo.ticket(key, 0, seq))
         both[name] = median(
             [
-                milliseconds(lambda s=seq, p=painter: p.draw(demo.ticket(key, 0, s)))
+                milliseconds(lambda s=seq, p=painter: p.draw(demo.ticket(key, 0, s)))  # type: ignore[misc]
                 for seq in range(rounds)
             ]  # type: ignore[misc]
         )
