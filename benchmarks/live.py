@@ -198,14 +198,14 @@ def measure_batches(demo: Demo, rounds: int) -> dict[str, Any]:
     return figures
 
 
-def measure_full_size(folder: Path, rounds: int) -> dict[str, Any]:
-    """Switches on SDXL's UNet with random weights in bfloat16, ours and peft's in turn."""
-    bench = new_bench("cpu", tiny=False)
-    paths = [write_lora(bench.unet, folder, 16, "bfloat16", seed) for seed in range(2)]
-    files = [load(path, bench.engine.key_map, path.stem, mapped=True) for path in paths]
+def measure_both(engine: LoraEngine, pipeline: Any, folder: Path, rounds: int) -> dict[str, Any]:
+    """Switches between two LoRAs of rank 16 over the UNet's attention: ours, then peft's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [write_lora(pipeline.unet, folder, 16, "bfloat16", seed) for seed in range(2)]
+    files = [load(path, engine.key_map, path.stem, mapped=True) for path in paths]
     first, second = ([LoraUse(file, 0.7)] for file in files)
-    ours = measure_switches(bench.engine, first, second, rounds)
-    return {"ours": ours, "diffusers + peft": measure_peft(bench.pipeline, paths, rounds)}
+    ours = measure_switches(engine, first, second, rounds)
+    return {"ours": ours, "diffusers + peft": measure_peft(pipeline, paths, rounds)}
 
 
 def main() -> None:
@@ -228,20 +228,23 @@ def main() -> None:
         log.info("%s: %s", name, value)
         write_result("live", figures)
 
-    looks = [demo.looks[name, 1.0, PROMPTS[0]].drawing(0.0) for name in ("stripes", "outline")]
-    loras = Path(__file__).parent.parent / "demo" / "loras"
     base = demo.worker.parts.pipeline.base
     plain = StableDiffusionXLPipeline(**base.components, add_watermarker=False)
-    ours = measure_switches(demo.worker.parts.engine, looks[0], looks[1], options.rounds)
-    paths = [loras / f"demo-{name}.safetensors" for name in ("stripes", "outline")]
-    theirs = measure_peft(plain, paths, options.rounds)
-    note("switch, demo", {"ours": ours, "diffusers + peft": theirs})
+    note(
+        "switch, demo",
+        measure_both(demo.worker.parts.engine, plain, options.folder / "narrow", options.rounds),
+    )
     demo = new_demo(options.folder / "loras")  # peft has put its own layers into the model
     note("batches", measure_batches(demo, options.rounds))
     note("wire, 512 px", asyncio.run(measure_wire(demo.worker, 10.0)))
     note("while 200 MB are fetched", asyncio.run(measure_loading(demo.worker, options.folder)))
     if options.full:
-        note("switch, SDXL's UNet", measure_full_size(options.folder, options.rounds))
+        full = new_bench("cpu", tiny=False)  # bfloat16, random weights
+        note(
+            "switch, SDXL's UNet",
+            measure_both(full.engine, full.pipeline, options.folder, options.rounds),
+        )
+        del full
         gc.collect()
     note("one by one", measure_frames(demo, options.frames, stream_batch=False))
     note("stream batch", measure_frames(demo, options.frames, stream_batch=True))
