@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 # This index is asked for torch alone, and once: where it cannot be reached nothing waits for it.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
-.PHONY: demo demo-text page browser same test test-quick check docs format attack evaluate bench-lora bench-cache bench-start bench-jobs bench-tools bench-page bench-text evaluate-text clean
+.PHONY: demo demo-text page browser same test test-quick check docs format attack evaluate bench-lora bench-cache bench-start bench-jobs bench-tools bench-page bench-text bench-live evaluate-text clean
 
 demo: $(VENV)/ready
 	$(RUN) -m demo
@@ -83,6 +83,10 @@ bench-page: $(VENV)/ready-dev browser
 
 bench-text: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.text
+
+# Live frames; with FULL=--full also SDXL's UNet, which takes 5 GB of memory.
+bench-live: $(VENV)/ready-dev
+	$(RUN) -m benchmarks.live $(FULL)
 
 evaluate-text: $(VENV)/ready
 	$(RUN) -m benchmarks.demo_text_model

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,10 +114,10 @@ class Client:
         """`first`: the first message. Raises: ToolError if the worker cannot be reached or refuses it."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.figures = Figures()
+        self._exits = ExitStack()
         try:
-            self._socket: ClientConnection = connect(
-                url, additional_headers=headers, max_size=None, compression=None
-            )
+            opening = connect(url, additional_headers=headers, max_size=None, compression=None)
+            self._socket: ClientConnection = self._exits.enter_context(opening)
         except (OSError, InvalidHandshake, ValueError) as error:
             raise ToolError(
                 f"the worker cannot be reached ({type(error).__name__})", "Does it serve /live?"
@@ -124,7 +125,7 @@ class Client:
         self._socket.send(pack(first))
         about = self._hear().about
         if about["type"] != "ready":
-            self._socket.close()
+            self._exits.close()
             raise ToolError(str(about.get("error", about)))
         self.ready = about
         self._flying: dict[int, float] = {}
@@ -133,7 +134,7 @@ class Client:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._socket.close()
+        self._exits.close()
 
     def stream(
         self, frames: Iterable[bytes], changes: dict[int, dict[str, Any]] | None = None

@@ -104,6 +104,7 @@ class Drawing:
         self._painter = Painter(
             self._stream,
             self._studio.engine,
+            self._finished,
             mode=self._mode,
             stream_batch=values["stream_batch"],
             baked=first if self.baked else None,
@@ -158,10 +159,10 @@ class Drawing:
             self.monitor.took("queue", begun - frame.came)
         try:
             if frame is None:
-                drawn = self._painter.tick()
-            else:
-                ticket = self._ticket(frame)
-                drawn = self._painter.draw(ticket) if ticket else []
+                self._painter.tick()
+            elif ticket := self._ticket(frame):
+                self._painter.draw(ticket)
+                self.monitor.took("frame", time.perf_counter() - begun)
         except RestoreFailed:
             raise
         except CodedError as error:
@@ -171,11 +172,6 @@ class Drawing:
                 self._failed(frame, str(error))
         except Exception as error:  # noqa: BLE001 - an error ends a frame, not the session
             self._broken(frame, error)
-        else:
-            for one in drawn:
-                self._finished(one)
-            if drawn:
-                self.monitor.took("frame", time.perf_counter() - begun)
 
     def _ticket(self, frame: Waiting) -> Ticket | None:
         """The frame to be drawn; None if it is skipped. Raises: InvalidInput if its picture is broken."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -75,12 +75,16 @@ class Painter:
         self,
         stream: LiveStream,
         engine: LoraEngine,
+        finished: Callable[[Drawn], None],
         *,
         mode: Mode = Mode.DYNAMIC,
         stream_batch: bool = False,
         baked: Look | None = None,
     ) -> None:
-        """`baked`: merged while the painter is open; then no look changes a LoRA."""
+        """`finished` gets each frame as soon as it is drawn. `baked`: merged while the painter is open; then
+        no look changes a LoRA.
+        """
+        self._finished = finished
         self._stream, self._engine, self._mode, self._baked = stream, engine, mode, baked
         self._batched = stream_batch
         self._rows = Rows(engine, component=DRAWING)
@@ -115,38 +119,38 @@ class Painter:
 
     def warm(self, look: Look) -> None:
         """Draws a frame of a look and throws it away: afterwards its first frame is like any other."""
-        waiting = Waiting(None, b"", look)
-        self.draw(Ticket(waiting, look, None))
-        while self.under_way:
-            self.tick()
+        finished, self._finished = self._finished, lambda drawn: None
+        try:
+            self.draw(Ticket(Waiting(None, b"", look), look, None))
+            self.drain()
+        finally:
+            self._finished = finished
 
-    def draw(self, ticket: Ticket) -> list[Drawn]:
-        """Takes a frame in; returns those that are finished by it, in a stream batch an earlier one.
+    def draw(self, ticket: Ticket) -> None:
+        """Takes a frame in. One by one it is finished by that; in a stream batch an earlier one may be.
 
         Raises: CodedError if this frame cannot be drawn, and then no other has come to harm. After any other
         error, frames under way may be spoilt (`abandon`).
         """
         self._switched = 0.0
         if not self._batched:
-            return [self._alone(ticket)]
-        if reason := self._misfit(ticket.look):
-            drained = self.drain()
-            return [*drained, self._alone(ticket, reason)]
-        conditions = self._conditions(ticket.look)
-        drained = self._make_way(ticket.look, conditions)
-        entered = _Entered(ticket, self._begin(ticket, conditions), 0.0)
-        return [*drained, *self._tick(entered)]
+            self._alone(ticket)
+        elif reason := self._misfit(ticket.look):
+            self.drain()
+            self._alone(ticket, reason)
+        else:
+            conditions = self._conditions(ticket.look)
+            self._make_way(ticket.look, conditions)
+            self._tick(_Entered(ticket, self._begin(ticket, conditions), 0.0))
 
-    def tick(self) -> list[Drawn]:
+    def tick(self) -> None:
         """Takes the frames under way one step on, where none comes in."""
-        return self._tick(None)
+        self._tick(None)
 
-    def drain(self) -> list[Drawn]:
+    def drain(self) -> None:
         """Finishes the frames under way."""
-        drawn = []
         while self.under_way:
-            drawn += self.tick()
-        return drawn
+            self.tick()
 
     def _misfit(self, look: Look) -> str | None:
         """Why a look cannot share a batch."""
@@ -162,7 +166,7 @@ class Painter:
         latents = None if ticket.picture is None else stream.encode(ticket.picture)
         return stream.begin(latents, stream.noise(ticket.look.seed), conditions)
 
-    def _alone(self, ticket: Ticket, reason: str | None = None) -> Drawn:
+    def _alone(self, ticket: Ticket, reason: str | None = None) -> None:
         stream, steps = self._stream, self._stream.spec.steps
         conditions = self._conditions(ticket.look)
         frame = self._begin(ticket, conditions)
@@ -170,18 +174,17 @@ class Painter:
             self._switch(ticket.look.drawing(step / steps))
             stream.step([frame])
         how = self._mode if reason is None else Mode.DYNAMIC
-        return Drawn(
-            ticket, stream.decode(frame.latents), self._switched, self._how(how.value), reason
-        )
+        image = stream.decode(frame.latents)
+        self._finished(Drawn(ticket, image, self._switched, self._how(how.value), reason))
 
     def _how(self, how: str) -> str:
         return "baked" if self._baked else how
 
-    def _tick(self, entered: _Entered | None) -> list[Drawn]:
+    def _tick(self, entered: _Entered | None) -> None:
         slots = [entered, *self._slots[1:]]
         like = next((slot.frame.conditions for slot in slots if slot), None)
         if like is None:
-            return []
+            return
         frames = [
             slot.frame if slot else self._stream.blank(like, step)
             for step, slot in enumerate(slots)
@@ -193,11 +196,11 @@ class Painter:
         else:
             self._open_block()
         self._stream.step(frames)
+        done = slots[-1]
+        image = self._stream.decode(done.frame.latents) if done else None
         self._slots = [None, *slots[:-1]]
-        if (done := slots[-1]) is None:
-            return []
-        image = self._stream.decode(done.frame.latents)
-        return [Drawn(done.ticket, image, done.switch_seconds, self._how("row"))]
+        if done and image:
+            self._finished(Drawn(done.ticket, image, done.switch_seconds, self._how("row")))
 
     def _place(self, slots: Sequence[_Entered | None]) -> None:
         """Gives each row of the next step its frame's stack."""
@@ -214,19 +217,20 @@ class Painter:
         self._rows.use(stacks, tuple(self._beside.values()))
         self._switched += time.perf_counter() - begun
 
-    def _make_way(self, look: Look, conditions: Conditions) -> list[Drawn]:
+    def _make_way(self, look: Look, conditions: Conditions) -> None:
         """Drains the batch where a frame cannot join: it brings an adapter, or a prompt of other length."""
         missing = [file for file in look.files if file.identity not in self._beside]
         under_way = next((slot.frame.conditions for slot in self._slots if slot), None)
         length = conditions.prompt_embeds.shape[1]
         joins = under_way is None or under_way.prompt_embeds.shape[1] == length
-        drained = self.drain() if (missing and not self._baked) or not joins else []
+        if (missing and not self._baked) or not joins:
+            self.drain()
+            self._switched = 0.0
         for file in look.files:
             self._beside[file.identity] = file
             self._beside.move_to_end(file.identity)
         while len(self._beside) > max(BESIDE, len(look.files)):
             self._beside.popitem(last=False)
-        return drained
 
     def _open_block(self) -> Block:
         if self._block is None:

@@ -27,7 +27,10 @@ LOOK: dict[str, Any] = {
         "What not to draw; counts with the guidances `initialize` and `full`",
         maxLength=10_000,
     ),
-    "lora_selection": _IMAGE["lora_selection"],
+    "lora_selection": {
+        **_IMAGE["lora_selection"],
+        "description": "Presets by name, as in a request",
+    },
     "loras": _IMAGE["loras"],
     "scales": field(
         "object|null",

@@ -58,6 +58,7 @@ def test_every_table_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "settings.md": ("| `LORA_MODE` |",),
         "library.md": ("| `prompt_prefix` |",),
         "errors.md": ("| `CACHE_FULL` |",),
+        "live.md": ("| `schedule` |", "| `stream_batch` |", "| `wait` |"),
         "text.md": ("| `repetition_penalty` |", "| `MAX_NUM_SEQS` |"),
     }
     for name, cells in spoilt.items():
@@ -68,7 +69,7 @@ def test_every_table_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (tmp_path / name).write_text(text)
     monkeypatch.setattr("docs.generate.DOCS", tmp_path)
     made = files()
-    for name in ("requests.md", "settings.md", "library.md", "text.md"):
+    for name in ("requests.md", "settings.md", "library.md", "live.md", "text.md"):
         assert made[tmp_path / name] == (DOCS / name).read_text()
     errors_page = made[tmp_path / "errors.md"]
     assert "NOTHING" not in errors_page

@@ -21,10 +21,10 @@ from worker.actions import version as worker_version
 
 OURS = {
     "lora",
+    "live",
     "worker",
     "pipelines",
     "text",
-    "live",
     "emulator",
     "demo",
     "tests",
@@ -70,7 +70,7 @@ def required(file: str) -> dict[str, str]:
 def test_every_package_that_the_product_imports_is_required() -> None:
     product = {
         **third_parties(),
-        **third_parties("lora", "worker", "pipelines", "text", "live", "emulator"),
+        **third_parties("lora", "live", "worker", "pipelines", "text", "emulator"),
     }
     missing = {
         name: files for name, files in product.items() if name not in required("requirements.txt")

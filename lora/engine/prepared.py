@@ -72,6 +72,7 @@ class Prepared:
     """By which scales are 0."""
     _factors: dict[tuple[nn.Module, tuple[int, ...]], DeviceFactors] = field(default_factory=dict)
     """By module and the indices of the uses that change it: a use with scale 0 does not."""
+    _factor_bytes: int = 0
     _ready: OrderedDict[Hashable, list[Ready]] = field(default_factory=OrderedDict)
     _merged: OrderedDict[Hashable, MergedWeights] = field(default_factory=OrderedDict)
     _passed: deque[Hashable] = field(default_factory=lambda: deque(maxlen=PASSING))
@@ -79,9 +80,8 @@ class Prepared:
     @property
     def size(self) -> int:
         """The bytes of everything."""
-        factors = sum(factors.size for factors in self._factors.values())
         weights = (one for weights in self._merged.values() for one in weights.values())
-        return self.file_bytes + factors + sum(one.size for one in weights)
+        return self.file_bytes + self._factor_bytes + sum(one.size for one in weights)
 
     def place(
         self,
@@ -105,6 +105,7 @@ class Prepared:
             [(d.module, str(d.target), [_low_rank(p) for p in d.layers]) for d in missing.values()]
         )
         self._factors.update(zip(missing, made, strict=True))
+        self._factor_bytes = sum(factors.size for factors in self._factors.values())
         modules = [
             (module, forward_of(module), self._factors[module, uses], d.layers)
             for (module, uses), d in wanted.items()

@@ -132,7 +132,7 @@ def test_models_that_predict_velocity_or_the_picture_draw_the_same_x0(
 
         with monkeypatch.context() as patch:
             patch.setattr(unet, "forward", as_kind)
-            patch.setitem(scheduler._internal_dict, "prediction_type", kind)
+            patch.setitem(scheduler.config.__dict__, "prediction_type", kind)
             assert torch.allclose(finished(stream, begun(stream)), wanted, atol=1e-3)
 
 
@@ -156,7 +156,7 @@ def test_a_picture_of_any_size_is_cropped_to_the_streams(pipeline: ImagePipeline
 
 
 def test_decoding_undoes_encoding_with_both_autoencoders(pipeline: ImagePipeline) -> None:
-    drawn = picture(3)
+    drawn = Image.fromarray(picture_bank(1, seed=5)[0].permute(1, 2, 0).numpy())
     with pytest.MonkeyPatch.context() as patch:
         for tiny in (None, AutoencoderTiny.from_pretrained(DEMO_TINY_VAE, dtype=torch.float32)):
             patch.setattr(pipeline, "tiny_vae", tiny)
@@ -186,6 +186,6 @@ def test_the_tiny_autoencoder_reads_and_writes_the_models_latents(pipeline: Imag
 def test_a_model_for_masks_alone_is_refused(
     pipeline: ImagePipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(pipeline.base.unet._internal_dict, "in_channels", 9)
+    monkeypatch.setitem(pipeline.base.unet.config.__dict__, "in_channels", 9)
     with pytest.raises(LoraUnsupported, match="within masks only"):
         LiveStream(pipeline, SPEC)
