@@ -19,7 +19,18 @@ import pytest
 from tests.conftest import ROOT
 from worker.actions import version as worker_version
 
-OURS = {"lora", "worker", "pipelines", "text", "emulator", "demo", "tests", "benchmarks", "docs"}
+OURS = {
+    "lora",
+    "worker",
+    "pipelines",
+    "text",
+    "emulator",
+    "page",
+    "demo",
+    "tests",
+    "benchmarks",
+    "docs",
+}
 OURS |= {file.stem for file in ROOT.glob("*.py")}
 FOR_DEVELOPERS = ("tests", "demo", "benchmarks", "docs")
 DISTRIBUTIONS = packages_distributions()
@@ -59,7 +70,7 @@ def required(file: str) -> dict[str, str]:
 def test_every_package_that_the_product_imports_is_required() -> None:
     product = {
         **third_parties(),
-        **third_parties("lora", "worker", "pipelines", "text", "emulator"),
+        **third_parties("lora", "worker", "pipelines", "text", "emulator", "page"),
     }
     missing = {
         name: files for name, files in product.items() if name not in required("requirements.txt")
