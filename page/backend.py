@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import re
@@ -148,7 +149,7 @@ class Endpoint:
         try:
             # A redirect would take the key elsewhere.
             async with self._session.request(
-                method, f"{self.url}/{path}", json=body, allow_redirects=False
+                method, f"{self.url}/{path}", allow_redirects=False, **as_json(body)
             ) as answer:
                 if answer.status == 200:
                     found = _object(without_key(await answer.read(), self._key))
@@ -160,6 +161,14 @@ class Endpoint:
                 f"{urlsplit(self.url).netloc} cannot be reached ({type(error).__name__})",
                 "Is the address right, and does the endpoint run?",
             ) from error
+
+
+def as_json(body: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a request with this body: a stream, since a large body would hold up the event loop."""
+    if body is None:
+        return {}
+    data = io.BytesIO(json.dumps(body).encode())
+    return {"data": data, "headers": {"Content-Type": "application/json"}}
 
 
 async def error_of(answer: aiohttp.ClientResponse, key: str) -> PageError:

@@ -14,6 +14,7 @@ from page.backend import (
     EndpointRefused,
     EndpointUnreachable,
     Json,
+    as_json,
     checked_url,
     error_of,
     without_key,
@@ -39,10 +40,11 @@ class OwnServer(Jobs):
     async def answer(self, job: Running, given: Json) -> Any:
         """The worker's answer. Raises: EndpointRefused, EndpointUnreachable."""
         body = {name: value for name, value in given.items() if name != "id"}
-        headers = {"Accept": "text/event-stream"}
+        options = as_json(body)
+        options["headers"]["Accept"] = "text/event-stream"
         try:
             async with self._opened().post(
-                f"{self.url}/generate", json=body, headers=headers, allow_redirects=False
+                f"{self.url}/generate", allow_redirects=False, **options
             ) as answer:
                 if answer.status != 200:
                     raise await error_of(answer, self._key)

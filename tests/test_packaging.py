@@ -26,6 +26,7 @@ OURS = {
     "pipelines",
     "text",
     "emulator",
+    "page",
     "demo",
     "tests",
     "benchmarks",
@@ -70,7 +71,7 @@ def required(file: str) -> dict[str, str]:
 def test_every_package_that_the_product_imports_is_required() -> None:
     product = {
         **third_parties(),
-        **third_parties("lora", "live", "worker", "pipelines", "text", "emulator"),
+        **third_parties("lora", "live", "worker", "pipelines", "text", "emulator", "page"),
     }
     missing = {
         name: files for name, files in product.items() if name not in required("requirements.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -9,17 +10,21 @@ from typing import Any
 
 from lora.errors import LoraNotFound
 from lora.library.notes import Note
+from lora.library.uploads import Piece, take
 from lora.tools.adapters.hashes import hashes_of
 from lora.tools.describe import describe
 from lora.volume.adapters import StoredAdapter
 from schemas import MAX_PROMPT, parse_job
-from validation import InvalidInput, field, number
+from validation import SHA256, InvalidInput, field, number
 from worker.inputs import load_picture
 from worker.parts import Answer, Parts
 from worker.tags import taken
 from worker.thumbnails import data_uri, made, of_file
 
 Fields = dict[str, dict[str, Any]]
+
+MAX_DATA = 9_000_000
+"""Characters of a piece of an upload: a job takes 10 MB in all."""
 
 MAX_SETS, MAX_SET, MAX_TEXT = 50, 1000, 10_000
 """Sets of words in a note, and characters of one and of the text."""
@@ -55,6 +60,17 @@ NAMES: Fields = {
 }
 
 
+PIECE: Fields = {
+    "data": {
+        "type": "string",
+        "maxLength": MAX_DATA,
+        "description": "Base64 of the piece's bytes",
+    },
+    "start": number("integer", 0, (0, 10**12), "Where in the file the piece begins"),
+    "size": number("integer", 0, (0, 10**12), "Bytes of the whole file"),
+    "sha256": field("string", "", "SHA-256 of the whole file", pattern=SHA256),
+}
+
 PROMPT: Fields = {
     "prompt": {"type": "string", "maxLength": MAX_PROMPT, "description": "Prompt to be measured"}
 }
@@ -68,6 +84,7 @@ def rows(parts: Parts) -> Mapping[str, tuple[Callable[[Mapping[str, Any]], Answe
         "library.thumbnails": (lambda values: _thumbnails(parts, values), NAMES, "names"),
         "library.hashes": (lambda values: _hashes(parts, values["name"]), {}, "name"),
         "library.describe": (lambda values: _describe(parts, values["name"]), {}, "name"),
+        "library.upload": (lambda values: _upload(parts, values), PIECE, "name"),
         "prompts.measure": (lambda values: _measure(parts, values["prompt"]), PROMPT, "prompt"),
     }
 
@@ -123,6 +140,19 @@ def _describe(parts: Parts, name: str) -> Answer:
     weights = _weights(adapter, name)
     place = adapter.root / (adapter.path if adapter.is_folder else weights)
     return {**asdict(describe(place)), "file": name}
+
+
+def _upload(parts: Parts, values: Mapping[str, Any]) -> Answer:
+    """Takes a piece of a file. Raises: InvalidInput; LoraError."""
+    if not (values.get("data") and values["sha256"]):
+        raise InvalidInput("data and sha256 are required")
+    try:
+        data = base64.b64decode(values.get("data", ""), validate=True)
+    except ValueError as error:
+        raise InvalidInput("data: it is not valid base64") from error
+    piece = Piece(values["name"], values["sha256"].lower(), values["size"], values["start"], data)
+    there = take(parts.library.cache, piece)
+    return {"name": piece.name, "there": there, "done": there == piece.size}
 
 
 def _measure(parts: Parts, prompt: str) -> Answer:

@@ -42,9 +42,10 @@ export const health = () => ask("/api/health");
 export const about = () => ask("/api/about");
 export const readPicture = (file) => ask("/api/read", { method: "POST", body: file });
 
-/** Follows a job to its end; its output. `news` gets each state. A failure to ask is borne for a while. */
+/** Follows a job to its end; its output. `news` gets each state, with `lost` once a worker died under the job.
+    A failure to ask is borne for a while. */
 export async function follow(id, news = () => {}) {
-  let wait = 40, failures = 0, before = "";
+  let wait = 40, failures = 0, before = {}, lost = false;
   for (;;) {
     let state;
     try {
@@ -56,8 +57,10 @@ export async function follow(id, news = () => {}) {
       await pause(1500);
       continue;
     }
-    if (before === "IN_PROGRESS" && state.status === "IN_QUEUE") state.said = "Its worker was lost; the job waits for another one.";
-    before = state.status;
+    const back = before.status === "IN_PROGRESS" && state.status === "IN_QUEUE";
+    if (back || (before.workerId && state.workerId && before.workerId !== state.workerId)) lost = true;
+    if (lost) state.lost = "Its worker was lost: the job was given to another one.";
+    before = { status: state.status, workerId: state.workerId || before.workerId };
     if (!FINAL.includes(state.status)) {
       news(state);
       await pause(wait);

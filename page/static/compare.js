@@ -99,7 +99,7 @@ export function newCompareTab(context, imageTab) {
         try {
           spot.textContent = "queued";
           ids.add((id = await run(cell.request)));
-          const output = await follow(id, (state) => { spot.textContent = state.output?.text || state.status.toLowerCase().replace("_", " "); });
+          const output = await follow(id, (state) => { spot.textContent = `${state.lost ? "again: " : ""}${state.output?.text || ""}` || state.status.toLowerCase().replace("_", " "); });
           const [url] = output.images;
           cell.output = output;
           spot.replaceChildren(isShowable(url) ? h("img", { src: url, alt: `${down[cell.row]} ${across[cell.column]}`, title: (output.warnings || []).join("\n") }) : "in the bucket");

@@ -142,15 +142,16 @@ export function newImageTab(context) {
   }
 
   async function watch(id, asked) {
-    const line = h("progress", { max: 1, "aria-label": "Progress" }), said = h("span", { class: "soft", role: "status" }, "queued");
+    const line = h("progress", { max: 1, "aria-label": "Progress" }), said = h("span", { class: "soft", role: "status" }, "queued"), lost = h("p", { class: "warning", role: "status" });
     const preview = h("img", { class: "preview", alt: "Preview", hidden: true }), begun = performance.now();
     const box = h("div", { class: "panel", "data-job": id },
-      h("div", { class: "line" }, said, h("button", { type: "button", class: "small", click: doing(() => cancel(id)) }, "Cancel")), line, preview);
+      h("div", { class: "line" }, said, h("button", { type: "button", class: "small", click: doing(() => cancel(id)) }, "Cancel")), lost, line, preview);
     running.append(box);
     try {
       const output = await follow(id, (state) => {
         const now = state.output || {};
-        said.textContent = state.said || (state.status === "IN_QUEUE" ? "queued" : now.text || state.status.toLowerCase());
+        said.textContent = state.said || (state.status === "IN_QUEUE" ? "queued" : now.text || state.status.toLowerCase().replace("_", " "));
+        lost.textContent = state.lost || "";
         if (typeof now.fraction === "number") line.value = now.fraction; else line.removeAttribute("value");
         if (now.preview && isShowable(now.preview)) { preview.src = now.preview; preview.hidden = false; }
       });

@@ -40,6 +40,36 @@ export function newLibraryTab(context, imageTab) {
     } finally { clearInterval(clock); }
   }
 
+  const PIECE = 3 << 20;
+
+  /** Sends a file in pieces; the worker keeps it once all are there and its hash is right. */
+  async function upload(file) {
+    const told = h("span", {}), progress = h("progress", { max: 1, value: "0" }), line = h("p", { class: "line" }, progress, told);
+    adding.append(line);
+    try {
+      told.textContent = `${file.name}: hash ...`;
+      const body = await file.arrayBuffer();
+      const sha256 = [...new Uint8Array(await crypto.subtle.digest("SHA-256", body))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+      for (let start = 0; start < body.byteLength; start += PIECE) {
+        told.textContent = `${file.name}: ${size(start)} of ${size(body.byteLength)}`;
+        progress.value = start / body.byteLength;
+        const piece = new Uint8Array(body, start, Math.min(PIECE, body.byteLength - start));
+        let text = "";
+        for (let at = 0; at < piece.length; at += 32768) text += String.fromCharCode(...piece.subarray(at, at + 32768));
+        await act("library.upload", { name: file.name, data: btoa(text), start, size: body.byteLength, sha256 });
+      }
+      await act("library.scan");
+      await refresh();
+      line.replaceChildren(h("span", { class: "good" }, `${file.name} is here.`));
+    } catch (error) {
+      line.replaceChildren(h("span", { class: "error" }, error.message));
+    }
+  }
+  const sent = h("input", { type: "file", accept: ".safetensors", id: "upload", change: async () => {
+    for (const file of [...sent.files]) await upload(file);
+    sent.value = "";
+  } });
+
   // --- one adapter ---
 
   function open(name) {
@@ -94,7 +124,7 @@ export function newLibraryTab(context, imageTab) {
 
   function norms(all) {
     const most = Math.max(...all.map((one) => one.norm), 1e-9), line = 18;
-    const drawing = s("svg", { viewBox: `0 0 460 ${all.length * line}`, width: "100%", role: "img", "aria-label": all.map((one) => `${one.component} ${one.block} ${one.norm.toPrecision(3)}`).join(", ") });
+    const drawing = s("svg", { viewBox: `0 0 460 ${all.length * line}`, class: "norms", role: "img", "aria-label": all.map((one) => `${one.component} ${one.block} ${one.norm.toPrecision(3)}`).join(", ") });
     all.forEach((one, index) => drawing.append(
       s("text", { x: 0, y: index * line + 13, "font-size": 11, fill: "currentColor" }, `${one.component === "unet" ? "" : `${one.component} `}${one.block}`.slice(0, 28)),
       s("rect", { x: 170, y: index * line + 3, width: Math.max(1, (220 * one.norm) / most), height: 12, rx: 2, fill: one.component === "unet" ? "#4e79c4" : "#e08b3c" }),
@@ -122,7 +152,7 @@ export function newLibraryTab(context, imageTab) {
   drawPresets().catch((error) => presets.replaceChildren(h("p", { class: "error" }, error.message)));
   return h("div", {},
     h("div", { class: "panel" }, h("div", { class: "line" }, h("h2", {}, "Library"), h("button", { type: "button", id: "scan", click: scan }, "Scan"), state), said,
-      h("div", { class: "fields" }, labelled("add from", source), labelled("file in it", weight), h("button", { type: "button", click: doing(add), id: "add" }, "Fetch")), adding, grid),
+      h("div", { class: "fields" }, labelled("add from", source), labelled("file in it", weight), h("button", { type: "button", click: doing(add), id: "add" }, "Fetch"), labelled("upload a file", sent)), adding, grid),
     h("div", { class: "panel" }, h("h2", {}, "Presets"), presets,
       imageTab && h("div", { class: "line" }, presetName, prefix, suffix, h("button", { type: "button", click: keepPreset }, "Keep the Image tab's LoRAs as a preset"))), page);
 }

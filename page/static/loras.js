@@ -41,31 +41,27 @@ export const shown = (item) => stem(item.name);
 /** The words of an adapter to choose from: a person's sets first, then what the file says. */
 export const wordsOf = (item) => [...(item.note?.words || []), ...(item.words || [])];
 
-const waiting = new Map();
-let timer = 0;
+let waiting = [], timer = 0;
 
 function fetchPictures() {
-  timer = 0;
-  const names = [...waiting.keys()].slice(0, 100);
-  if (!names.length) return;
-  const spots = names.map((name) => [name, waiting.get(name)]);
-  names.forEach((name) => waiting.delete(name));
-  act("library.thumbnails", { names }).then(({ thumbnails }) => {
-    for (const [name, { image, version }] of spots) {
-      const url = thumbnails[name];
+  const spots = waiting.slice(0, 100);
+  waiting = waiting.slice(100);
+  timer = waiting.length ? setTimeout(fetchPictures, 100) : 0;
+  act("library.thumbnails", { names: [...new Set(spots.map((image) => image.dataset.name))] }).then(({ thumbnails }) => {
+    for (const image of spots) {
+      const { name, version } = image.dataset, url = thumbnails[name];
       if (!url) continue;
       pictures.set(`${name} ${version}`, url);
       image.src = url;
-      image.hidden = false;
     }
-  }).catch(() => {}).finally(() => { if (waiting.size && !timer) timer = setTimeout(fetchPictures, 100); });
+  }).catch(() => {});
 }
 
 const seen = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries) {
     if (!isIntersecting) continue;
     seen.unobserve(target);
-    waiting.set(target.dataset.name, { image: target, version: target.dataset.version });
+    waiting.push(target);
     timer ||= setTimeout(fetchPictures, 50);
   }
 });

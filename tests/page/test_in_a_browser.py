@@ -307,10 +307,15 @@ def test_a_job_is_cancelled(tab: Page) -> None:
     expect(tab.locator("#result .error")).to_contain_text("cancelled")
 
 
-def test_an_adapter_is_scanned_activated_noted_shown_and_deleted(tab: Page, site: Site) -> None:
-    file = site.loras / "fresh.safetensors"
-    shutil.copy(site.loras / "demo-stripes.safetensors", file)
+def test_an_adapter_is_uploaded_scanned_activated_noted_shown_and_deleted(
+    tab: Page, site: Site, tmp_path: Path
+) -> None:
+    file, own = site.loras / "fresh.safetensors", tmp_path / "fresh.safetensors"
+    shutil.copy(site.loras / "demo-stripes.safetensors", own)
     tab.click("#tab-library")
+    tab.locator("#upload").set_input_files(own)
+    expect(tab.get_by_text("fresh.safetensors is here.")).to_be_visible()
+    assert file.read_bytes() == own.read_bytes()
     tab.click("#scan")
     card = tab.locator("#panel-library .card[data-name='fresh.safetensors']")
     card.click()
@@ -364,6 +369,7 @@ def test_a_mask_that_is_painted_is_drawn_in(tab: Page, tmp_path: Path) -> None:
     tab.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
     tab.get_by_label("picture to start from").set_input_files(tmp_path / "start.png")
     spot = tab.locator(".paint canvas")
+    expect(spot).to_have_attribute("width", "64")
     box = spot.bounding_box()
     assert box
     tab.mouse.move(box["x"] + 8, box["y"] + 8)

@@ -47,6 +47,11 @@ def test_a_job_goes_to_the_endpoint_and_its_answer_comes_back(page: Served, emul
     assert page.post(f"/api/cancel/{other['id']}", {}).json()["status"] == "CANCELLED"
 
 
+def test_a_job_of_several_megabytes_goes_through(page: Served, emulated: Web) -> None:
+    page.post("/api/run", {"input": {"image_url": "x" * 5_000_000}})
+    assert len(emulated.take()["input"]["image_url"]) == 5_000_000
+
+
 def test_what_the_browser_adds_to_a_job_is_not_passed_on(page: Served, emulated: Web) -> None:
     page.post("/api/run", {"input": {}, "webhook": "http://evil.example", "s3Config": {}})
     assert set(emulated.take()) == {"id", "input"}

@@ -195,3 +195,21 @@ def test_a_prompt_is_measured_as_the_model_reads_it(demo_worker: Worker) -> None
     assert measured("a red circle <lora:demo-stripes:0.5>")["tokens"] == one["tokens"]
     assert measured("a red circle, " * 60)["chunks"] > 1
     assert measured("") == {"tokens": 0, "chunks": 1, "warnings": []}
+
+
+def test_a_file_is_uploaded_in_pieces(actions: Actions, root: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "mine.safetensors", kohya()).read_bytes()
+    about = {"name": "b.safetensors", "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
+    for start, done in ((0, False), (5000, True)):
+        piece = base64.b64encode(data[start : len(data) if start else 5000]).decode()
+        answer = ask(actions, "library.upload", **about, start=start, data=piece)
+        assert answer["done"] is done
+    assert listed(actions, "b.safetensors")["sha256"] == about["sha256"]
+
+
+@pytest.mark.parametrize("values", [{}, {"data": "x"}, {"data": "eA==", "sha256": "0"}])
+def test_an_upload_that_says_too_little_is_refused(
+    actions: Actions, values: dict[str, Any]
+) -> None:
+    with pytest.raises(InvalidInput):
+        ask(actions, "library.upload", name="b.safetensors", **values)
