@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -43,6 +44,9 @@ MAX_ERROR = 4000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Does what the command line says. Returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # diffusers imports it, and it advises
     try:
         named = [name for name in arguments[:1] if name in OF_WORKER]
         commands = {**COMMANDS, **{name: _of_worker(name) for name in named}}

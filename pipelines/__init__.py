@@ -6,5 +6,8 @@ import logging
 # lines before the worker's own first sentence.
 logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
 
+# It advises to install what would make 4-bit products on a CPU faster.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 # Its encoders log what they cut off a long prompt, and a prompt reaches no log.
 logging.getLogger("diffusers.pipelines").setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
 """Imports transformers and diffusers without the optional packages that pictures do not need.
 
 Both import such a package wherever it is installed, for functions that the worker never calls: peft and
-bitsandbytes take a second each. What is said here holds while the two are imported for the first time; if a
-program imported them before, they stay as they are.
+bitsandbytes take a second each. What is said here holds while they are imported for the first time; in a
+program that has imported one of them before, they stay as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def without(*packages: str) -> Iterator[None]:
 
 def import_lean() -> None:
     """Imports what the SDXL pipelines are made of."""
+    if {"transformers", "diffusers", "accelerate"} & sys.modules.keys():
+        return  # they have already asked which packages there are
     with without("peft", "bitsandbytes", "boto3"):  # accelerate has boto3 for a console
         with without(
             "scipy"

@@ -155,6 +155,9 @@ def _draw(settings: Settings, job: dict[str, Any], on_progress: OnProgress) -> d
 
 def _quiet() -> None:
     """Silences the libraries' progress bars and advice, which would mix with the errors on stderr."""
+    from pipelines.lean import import_lean
+
+    import_lean()
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -86,7 +87,8 @@ def worker_sdxls(
     generator = torch.Generator("cpu").manual_seed(asked.seed)
     base, refiner = models.base, models.refiner
     own = base.scheduler
-    base.scheduler = SCHEDULER_CLASSES[asked.scheduler][0].from_config(own.config)
+    class_name, _ = SCHEDULER_CLASSES[asked.scheduler]
+    base.scheduler = getattr(diffusers, class_name).from_config(own.config)
     try:
         if picture is not None:
             assert refiner is not None
