@@ -46,8 +46,6 @@ class LoKr(Algorithm):
 
     def misfit(self, shape: Shape) -> str | None:
         """See `Algorithm.misfit`."""
-        if len(shape) < 2:
-            return f"a Kronecker product is no {list(shape)}"
         first, trouble = _shape_of("lokr_w1", self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None)
         if trouble:
             return Flaw(trouble)
@@ -56,6 +54,8 @@ class LoKr(Algorithm):
         )
         if trouble:
             return Flaw(trouble)
+        if len(shape) < 2:
+            return f"a Kronecker product is no {list(shape)}"
         columns = math.prod(second[1:])
         whole = first[0] * second[0], first[1] * columns
         fits = len(first) == 2 and whole == (shape[0], math.prod(shape[1:]))
