@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import handler  # noqa: F401 - with these, every class of error is there
+import page.server  # noqa: F401
 import worker.http_images
 import worker.text_serve  # noqa: F401
 from entries import LORA_ENTRY

@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import sys
+import threading
 import webbrowser
 
 import uvicorn
@@ -49,7 +50,10 @@ async def _serve(backend: Backend, listening: socket.socket, *, open_it: bool) -
     )
     log.info("http://%s:%d/ is open (%s)", HOST, port, backend.about()["name"])
     if open_it:
-        webbrowser.open(f"http://{HOST}:{port}/")
+        address = (
+            f"http://{HOST}:{port}/"  # in a thread: some browsers return only when they are closed
+        )
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     try:
         await uvicorn.Server(config).serve(sockets=[listening])
     finally:

@@ -59,6 +59,9 @@ HEADERS = {
 
 SAFE = ("GET", "HEAD")
 
+LINK = ("navigate", "document")
+"""What a browser says of itself when a person follows a link to here: the other site sees nothing of it."""
+
 
 class NotThePage(PageError):
     """The request does not come from the page."""
@@ -116,7 +119,8 @@ class Guard:
             return "the request names no origin"
         if origin is not None and origin not in {f"http://{host}" for host in self._hosts}:
             return "the request comes from another site"
-        if site not in ("none", "same-origin"):
+        followed = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
+        if site not in ("none", "same-origin") and (changes or followed != LINK):
             return "the request comes from another site"
         return None
 

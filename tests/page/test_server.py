@@ -94,6 +94,15 @@ def test_nobody_else_can_ask(
     assert [*emulated.queue] == []
 
 
+def test_a_link_from_another_site_opens_the_page_and_no_frame_does(page: Served) -> None:
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    for dest, status in (("document", 200), ("iframe", 403), ("script", 403)):
+        answer = page.ask("GET", "/", headers={**link, "Sec-Fetch-Dest": dest})
+        assert answer.status_code == status
+    form = {**link, "Sec-Fetch-Dest": "document", "Origin": "http://evil.example"}
+    assert page.ask("POST", "/api/run", json={"input": {}}, headers=form).status_code == 403
+
+
 def test_a_change_without_an_origin_is_refused(page: Served) -> None:
     answer = requests.post(page.url + "/api/run", json={"input": {}}, timeout=60)
     assert answer.status_code == 403

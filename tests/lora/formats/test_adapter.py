@@ -142,7 +142,7 @@ def test_a_demos_lora_is_not_said_to_be_sdxls_though_its_metadata_does(tmp_path:
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
         ("diffusion_model.blocks.0.cross_attn.q.lora_A.weight", "Wan"),
         ("transformer.transformer_blocks.0.img_mlp.net.2.lora_A.weight", "Qwen-Image"),
-        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "language model"),
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "a language model"),
     ],
 )
 def test_a_file_without_a_matching_key_is_refused_by_what_it_looks_like(
