@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from contextvars import ContextVar
 
@@ -39,7 +40,11 @@ class ShortLines(logging.Formatter):
 
 
 def set_up(*, json_lines: bool) -> None:
-    """Logs to stderr from INFO on. Errors of libraries are logged without their text: it may hold a URL."""
+    """Logs to stderr from INFO on, the SDK too unless its operator wants more: its DEBUG logs every answer.
+
+    To be called before runpod is imported.
+    """
+    os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines() if json_lines else ShortLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)

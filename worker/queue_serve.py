@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,9 +19,6 @@ def take_jobs(
 
     `check_fitness` raises if the worker cannot serve; `intake` decides when another job is taken.
     """
-    os.environ.setdefault(
-        "RUNPOD_DEBUG_LEVEL", "INFO"
-    )  # before runpod: its DEBUG logs every answer
     import runpod
     from runpod.serverless.modules import rp_scale
 

@@ -15,6 +15,7 @@ from lora.volume.records import DAMAGED, INCOMING
 from tests.conftest import ROOT
 from tests.emulator.running import Emulator, emulator
 from tests.server import LoopbackServer
+from tests.test_handler import data_uri
 from worker.opening import read_settings
 
 HUB = {
@@ -111,7 +112,12 @@ class World:
         ]
         answers = [self.worker({"id": one["action"], "input": one}) for one in actions]
         name = answers[0]["loras"][0]["file"]
-        self.worker({"id": "pin", "input": {"action": "loras.pin", "name": name, "pinned": True}})
+        for action, field, value in (
+            ("loras.pin", "pinned", True),
+            ("library.note", "text", "mine"),
+            ("library.thumbnail", "picture", data_uri()),
+        ):
+            self.worker({"id": "a", "input": {"action": action, "name": name, field: value}})
         stem = name.removesuffix(".safetensors")
         there = {path.name.replace(stem, "NAME") for path in self.cache.iterdir()}
         return there | {DAMAGED, INCOMING}
