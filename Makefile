@@ -23,7 +23,8 @@ page: $(VENV)/ready
 
 # Chromium for the page's tests. Where it cannot be installed they are skipped, and say so.
 browser:
-	@command -v chromium > /dev/null || apt-get install -y -qq --no-install-recommends chromium > /dev/null 2>&1 \
+	@command -v chromium > /dev/null \
+	    || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } > /dev/null 2>&1 \
 	    || echo "no Chromium is here, and it cannot be installed: the tests of the page in a browser are skipped"
 
 test: $(VENV)/ready-dev browser
