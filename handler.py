@@ -13,7 +13,6 @@ import gc
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,17 +23,13 @@ from typing import Any, TypeVar
 
 from worker.reading import START
 
-if (
-    __name__ == "__main__"
-):  # first of all: reading the weights takes as long as importing what follows
+if __name__ == "__main__":  # reading the weights takes as long as importing what follows
     START.begin(os.environ)
 
 import torch
 
 from lora.engine.engine import EngineBusy, RestoreFailed
 from lora.errors import CodedError
-from lora.fetch.redaction import redact_url
-from lora.fetch.sources import Reference, parse
 from lora.fetch.web import quiet_libraries
 from pipelines.weights import WeightsIncomplete, WeightsMissing
 from settings import Settings, SettingsError
@@ -47,6 +42,7 @@ from worker.logs import JOB_ID, set_up
 from worker.opening import read_settings
 from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job, Parts, make_parts
+from worker.preload import check_fit, preload
 from worker.progress import Progress
 from worker.queue_serve import take_jobs
 from worker.sender import Post, Sender, to_platform
@@ -93,9 +89,7 @@ class Worker:
             parts.pipeline.warm_up()
             parts.seconds["warm_up"] = time.perf_counter() - begun
         parts.started(imported, START.reading)
-        if self.settings.preload:
-            self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
-            threading.Thread(target=self._preload, name="preload", daemon=True).start()
+        self.preloaded = preload(parts.library, self.settings.preload)
         return self
 
     @cached_property
@@ -109,21 +103,8 @@ class Worker:
 
         A LoRA of LORA_PRELOAD that cannot be fetched now is logged, and does not stop the worker.
         """
-        for source in self.settings.preload:
-            parse(Reference(source))
-        self.parts.library.cache.shelf.prepare()
-        if float(torch.ones(2, device=self.parts.pipeline.device).sum()) != 2.0:
-            raise Unexpected("the device does not compute")
-        log.info("fit; preloading: %s", self.preloaded or "nothing")
-
-    def _preload(self) -> None:
-        for source in self.settings.preload:
-            try:
-                self.parts.library.load(Reference(source))
-                self.preloaded[redact_url(source)] = "ready"
-            except CodedError as error:
-                self.preloaded[redact_url(source)] = str(error)
-                log.warning("LORA_PRELOAD: %s", error)
+        parts = self.parts
+        check_fit(parts.library, parts.pipeline.device, self.settings.preload, self.preloaded)
 
     # --- one job, by a plain call ---------------------------------------------------------------
 
@@ -273,10 +254,10 @@ def generate_image(job: Job) -> Answer:
     return default_worker()(job)
 
 
-def main() -> None:
+def main(handle_of: Callable[[Worker], Callable[..., Any]] = lambda worker: worker.handle) -> None:
     """Serves until the process ends: RunPod's jobs (one with --test_input), or HTTP with WORKER_SERVE=http.
 
-    Raises: SystemExit, with why.
+    `handle_of` makes of a worker what takes the jobs of RunPod's queue. Raises: SystemExit, with why.
     """
     set_up(json_lines="RUNPOD_POD_ID" in os.environ)
     quiet_libraries()
@@ -287,7 +268,7 @@ def main() -> None:
         worker = default_worker()
     except (SettingsError, WeightsMissing, WeightsIncomplete, CodedError) as error:
         sys.exit(f"the worker cannot start: {error}")
-    return take_jobs(worker.handle, settings.concurrency, worker.check_fitness, worker.intake)
+    return take_jobs(handle_of(worker), settings.concurrency, worker.check_fitness, worker.intake)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ def import_lean() -> None:
     if {"transformers", "diffusers", "accelerate"} & sys.modules.keys():
         return  # they have already asked which packages there are
     with without("peft", "bitsandbytes", "boto3"):  # accelerate has boto3 for a console
-        with without(
-            "scipy"
-        ):  # transformers has losses of training with it, and diffusers a sampler
+        with without("scipy"):  # for training's losses; diffusers has a sampler with it
             import transformers.modeling_utils
         import diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint
     _ = transformers, diffusers

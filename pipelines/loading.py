@@ -47,7 +47,9 @@ def load_models(settings: Settings) -> LoadedModels:
 
     Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
-    _found(settings.model, settings)  # who has nothing yet is told of the model, not of its VAE
+    path = _found(
+        settings.model, settings
+    )  # first: who has nothing is told of the model, not of its VAE
     for logs in (of_diffusers, of_transformers):
         logs.disable_progress_bar()
     begun = time.perf_counter()
@@ -55,17 +57,17 @@ def load_models(settings: Settings) -> LoadedModels:
     dtype = DTYPES[_dtype(settings.dtype, device)]
     vae = None
     if settings.vae_source:
-        path = _found(settings.vae_source, settings)
-        vae = AutoencoderKL.from_pretrained(path, dtype=dtype, local_files_only=True)
-    base = _load(StableDiffusionXLPipeline, settings.model, settings, dtype, vae)
+        own = _found(settings.vae_source, settings)
+        vae = AutoencoderKL.from_pretrained(own, dtype=dtype, local_files_only=True)
+    base = _load(StableDiffusionXLPipeline, path, settings, dtype, vae)
     refiner = None
     if settings.refiner_source:
         kind = StableDiffusionXLImg2ImgPipeline
-        refiner = _load(kind, settings.refiner_source, settings, dtype, vae)
+        refiner = _load(kind, _found(settings.refiner_source, settings), settings, dtype, vae)
     tiny = None
     if settings.tiny_vae_source:
-        path = _found(settings.tiny_vae_source, settings)
-        tiny = AutoencoderTiny.from_pretrained(path, dtype=dtype, local_files_only=True)
+        small = _found(settings.tiny_vae_source, settings)
+        tiny = AutoencoderTiny.from_pretrained(small, dtype=dtype, local_files_only=True)
     built = time.perf_counter()
     for pipeline in filter(None, (base, refiner)):
         pipeline.to(device)
@@ -96,12 +98,11 @@ def _found(source: str, settings: Settings) -> Path:
 
 def _load(
     pipeline: type[AnyPipeline],
-    source: str,
+    path: Path,
     settings: Settings,
     dtype: torch.dtype,
     vae: AutoencoderKL | None,
 ) -> AnyPipeline:
-    path = _found(source, settings)
     parts: dict[str, Any] = {"vae": vae} if vae is not None else {}
     if path.is_file():
         # A single checkpoint holds no configs; SDXL's own are baked into the image.

@@ -7,21 +7,12 @@ lists. So streaming is a kind of its own, and a worker for pictures answers as e
 from __future__ import annotations
 
 import asyncio
-import os
-import sys
 from collections.abc import AsyncIterator
-from importlib import import_module
 
-from handler import Worker, default_worker
-from lora.errors import CodedError
-from lora.fetch.web import quiet_libraries
-from pipelines.weights import WeightsIncomplete, WeightsMissing
-from settings import Settings, SettingsError
+from handler import Worker, main
 from worker.live_job import has_frames, stream_frames
-from worker.logs import JOB_ID, set_up
-from worker.opening import read_settings
+from worker.logs import JOB_ID
 from worker.parts import Answer, Job
-from worker.queue_serve import take_jobs
 
 
 class LiveWorker:
@@ -43,18 +34,8 @@ class LiveWorker:
 
 
 def serve() -> None:
-    """Loads the models, then serves RunPod's jobs until the process ends, or HTTP with WORKER_SERVE=http.
+    """As `handler.main`: with WORKER_SERVE=http frames come by /live, whatever the kind.
 
     Raises: SystemExit, with why.
     """
-    set_up(json_lines="RUNPOD_POD_ID" in os.environ)
-    quiet_libraries()
-    try:
-        settings: Settings = read_settings(os.environ)
-        if settings.serve == "http":  # it streams frames by /live, whatever the kind
-            return import_module("worker.http_images").serve(Worker(settings))
-        worker = default_worker()
-    except (SettingsError, WeightsMissing, WeightsIncomplete, CodedError) as error:
-        sys.exit(f"the worker cannot start: {error}")
-    handle = LiveWorker(worker).handle
-    return take_jobs(handle, settings.concurrency, worker.check_fitness, worker.intake)
+    main(lambda worker: LiveWorker(worker).handle)

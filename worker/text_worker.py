@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,21 +17,18 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
-import torch
-
 from lora.errors import CodedError
-from lora.fetch.redaction import redact_url
-from lora.fetch.sources import Reference, parse
 from text.generation import Generation, about
 from text.loading import ModelUnusable
 from text_settings import TextSettings
 from validation import InvalidInput
 from worker.actions import Actions, action_of
-from worker.failures import Unexpected, unexpected
+from worker.failures import unexpected
 from worker.logs import JOB_ID
 from worker.openai_answers import error_answer, models_answer
 from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job
+from worker.preload import check_fit, preload
 from worker.stop import Stop, seconds_for
 from worker.text_answers import Writer, raise_first
 from worker.text_base import Base
@@ -81,9 +77,7 @@ class TextWorker:
         with suppress(OSError):  # whatever has to write there later reports it
             self.base.library.cache.shelf.prepare()
         log.info("%s is ready after %.1f s", self.settings.name, time.perf_counter() - begun)
-        if self.settings.preload:
-            self.preloaded = {redact_url(source): "under way" for source in self.settings.preload}
-            threading.Thread(target=self._preload, name="preload", daemon=True).start()
+        self.preloaded = preload(self.base.library, self.settings.preload)
         return self
 
     def check_fitness(self) -> None:
@@ -92,23 +86,9 @@ class TextWorker:
 
         A LoRA of LORA_PRELOAD that cannot be fetched now is logged, and does not stop the worker.
         """
-        for source in (*self.settings.preload, *self.settings.modules.values()):
-            parse(Reference(source))
+        sources = *self.settings.preload, *self.settings.modules.values()
         base = self.base
-        base.library.cache.shelf.prepare()
-        if float(torch.ones(2, device=base.parts.pipeline.device).sum()) != 2.0:
-            raise Unexpected("the device does not compute")
-        log.info("fit; preloading: %s", self.preloaded or "nothing")
-
-    def _preload(self) -> None:
-        library = self.base.library
-        for source in self.settings.preload:
-            try:
-                library.load(Reference(source))
-                self.preloaded[redact_url(source)] = "ready"
-            except CodedError as error:
-                self.preloaded[redact_url(source)] = str(error)
-                log.warning("LORA_PRELOAD: %s", error)
+        check_fit(base.library, base.parts.pipeline.device, sources, self.preloaded)
 
     def _load(self, source: str) -> Base | VllmBase:
         settings = self.settings.of_base(source)

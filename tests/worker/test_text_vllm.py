@@ -21,6 +21,7 @@ from tests.conftest import ROOT
 from tests.text.small import adapter, base, engine_of, folder, generated, text_model, tokenizer
 from tests.vllm_stub import VllmStub
 from tests.waiting import PATIENCE, until
+from tests.worker.test_text_worker import ask, pieces, refused, words
 from text.vllm import EngineFailed
 from text_settings import TextSettings
 from worker.text_vllm import VllmBase
@@ -68,28 +69,6 @@ def worker(
     made = TextWorker(settings(model_folder, cache, stub.url)).setup()
     yield made
     made.close()
-
-
-async def pieces(worker: TextWorker, **values: Any) -> list[Any]:
-    return [piece async for piece in worker.handle({"id": "job", "input": values})]
-
-
-def ask(worker: TextWorker, **values: Any) -> Any:
-    (answer,) = asyncio.run(pieces(worker, **values))
-    return answer
-
-
-def words(answer: Any) -> str:
-    assert "error" not in answer, answer
-    choice = answer["choices"][0]
-    return choice["message"]["content"] if "message" in choice else choice["text"]
-
-
-def refused(worker: TextWorker, **values: Any) -> dict[str, Any]:
-    answer = ask(worker, **values)
-    assert set(answer) == {"error"}, answer
-    assert answer["error"].keys() == {"message", "type", "param", "code", "hint"}
-    return answer["error"]
 
 
 def published(stub: VllmStub) -> Path:
