@@ -28,7 +28,7 @@ browser:
 	    || echo "no Chromium is here, and it cannot be installed: the tests of the page in a browser are skipped"
 
 test: $(VENV)/ready-dev browser
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What matters while editing, in under three minutes on two cores: no emulator, no commands, no killed processes.
 test-quick: $(VENV)/ready-dev

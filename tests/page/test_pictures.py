@@ -20,7 +20,7 @@ pytestmark = [needs_browser, pytest.mark.slow]
 
 expect.set_options(timeout=PATIENCE * 1000)
 
-STEPS = 20
+STEPS = 20 if "PAGE_PICTURES" in os.environ else 2
 NAMES = ("demo-night", "demo-outline", "demo-spiral", "demo-stripes")
 
 

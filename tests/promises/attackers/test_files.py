@@ -126,7 +126,7 @@ def test_no_pickle_takes_more_than_three_times_the_limit(rounds: Rounds, tmp_pat
     if SECONDS:
         source.write_bytes(saved({"a": torch.ones(1)}))
         rounds.seen["mb_for_the_smallest_pickle"] = round(peak_mb(source, target))
-    for _ in rounds(2, len(BOMBS)):
+    for _ in rounds(2, len(BOMBS), share=8):
         name = names[rounds.done - 1]
         source.write_bytes(BOMBS[name](LIMIT_MB * MB))
         target.unlink(missing_ok=True)

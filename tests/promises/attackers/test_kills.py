@@ -93,7 +93,7 @@ def test_killed_tools_leave_whole_files_or_none(
     places = {"stripes": str(ROOT / "demo" / "loras" / "demo-stripes.safetensors")}
     places["model"] = str(ROOT / "demo" / "model" / "unet")
     whole: dict[tuple[str, str], Mapping[str, bytes]] = {}
-    for chance in rounds(3, 100):
+    for chance in rounds(3, 100, share=5):
         name, ending = chance.choice(list(COMMANDS)), chance.choice(ENDINGS)
         folder = tmp_path / str(rounds.done)
         folder.mkdir()

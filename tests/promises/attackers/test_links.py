@@ -200,7 +200,7 @@ def test_no_hostile_url_leads_to_a_private_connection(
     network, web = Network(monkeypatch), Web()
     monkeypatch.setattr("worker.store.PAUSES", ())
     keys = {"accessId": "i", "accessSecret": "s", "bucketName": "bucket"}
-    for chance in rounds(300, 3000):
+    for chance in rounds(300, 3000, share=2):
         url, network.answers = hostile_url(chance), resolver(chance)
         before = len(network.connected)
         ends = time.monotonic() + 5.0
