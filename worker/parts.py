@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from live.session import Places
 from live.turns import Turns
@@ -88,6 +91,7 @@ class Parts:
 def make_parts(settings: Settings) -> Parts:
     """Loads the models and opens what the settings name. Raises: as `pipelines.loading.load_models`."""
     begun = time.perf_counter()
+    spare_cores(settings.model)
     import_lean()
     from pipelines.loading import load_models
 
@@ -99,6 +103,16 @@ def make_parts(settings: Settings) -> Parts:
     library = LoraLibrary(open_cache(settings), engine.key_map, int(settings.lora_warm_gb * 1e9))
     seconds = {"imports": imports, **models.seconds}
     return Parts(pipeline, engine, library, open_bucket(settings), settings, Turns(), seconds)
+
+
+def spare_cores(model: str) -> None:
+    """Has the demo models, which are miniatures, compute in one thread, unless OMP_NUM_THREADS is set.
+
+    More threads make their pictures no faster, and wait for each other wherever something else uses the
+    cores: of a picture that takes one thread 0.7 s, two threads made 15 to 68 s on two busy cores.
+    """
+    if model == "demo" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 VOLUMES = (Path("/runpod-volume"), Path("/workspace"))

@@ -16,7 +16,7 @@ from text.loading import COMPONENT, DEMO, DEMO_FOLDER, TextModel, Wanted, load_m
 from text.scheduler import Scheduler
 from text_settings import TextSettings
 from worker.opening import open_cache
-from worker.parts import Parts
+from worker.parts import Parts, spare_cores
 from worker.text_models import Models
 
 DTYPES = {"half": "float16", "float": "float32"}
@@ -39,6 +39,7 @@ class Base:
         Raises: ModelUnusable.
         """
         self.settings = settings
+        spare_cores(settings.model)
         self.text: TextModel = load_model(_wanted(settings))
         budgets = Budgets(
             int(settings.lora_originals_gb * 1e9), int(settings.lora_prepared_gb * 1e9)

@@ -1,14 +1,18 @@
-"""What every answer warns of."""
+"""What every answer warns of, and how many threads compute."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
 from handler import Worker
+from settings import Settings
 from tests.lora.volume.test_folders import MOUNTS
-from worker.parts import missing_volume
+from text_settings import TextSettings
+from worker.parts import make_parts, missing_volume, spare_cores
+from worker.text_base import Base
 
 BARE = "22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw\n"
 
@@ -53,3 +57,35 @@ def test_every_answer_and_health_say_that_the_volume_is_missing(
         told = demo_worker({"id": "b", "input": {"action": "health"}})["cache"]["trouble"]
         assert said == ([told] if told else [])
         assert bool(told) is (place == root.parent)
+
+
+@pytest.mark.parametrize(
+    ("model", "set_by_hand", "threads"),
+    [
+        ("demo", None, [1]),
+        ("demo", "2", []),
+        ("stabilityai/stable-diffusion-xl-base-1.0", None, []),
+    ],
+)
+def test_only_the_demo_models_compute_in_one_thread(
+    monkeypatch: pytest.MonkeyPatch, model: str, set_by_hand: str | None, threads: list[int]
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if set_by_hand:
+        monkeypatch.setenv("OMP_NUM_THREADS", set_by_hand)
+    spare_cores(model)
+    assert asked == threads
+
+
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_worker_on_a_demo_model_does(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if kind == "image":
+        make_parts(Settings(model="demo", device="cpu"))
+    else:
+        Base(TextSettings(device="cpu"), lambda text: None).close()
+    assert asked == [1]
