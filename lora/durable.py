@@ -68,17 +68,25 @@ def sweep(folder: Path, name: str) -> None:
                 part.unlink(missing_ok=True)
 
 
-@contextmanager
-def part_file(folder: Path, name: str = "") -> Iterator[Path]:
-    """A path in `folder` that nobody else has. What lies there when the block ends is removed.
+def part_path(folder: Path, name: str) -> Path:
+    """A path in `folder` that nobody else has, for what becomes `name` once it is whole.
 
-    Its name tells which process has it, so that what a killed one leaves is known: see `is_orphan`.
+    It tells which process has it, so that what a killed one leaves is known: see `is_orphan`.
     """
     try:
         owner = process_name().replace("/", "_")
     except OSError:
         owner = "unknown"
-    part = folder / f".{name[:READABLE]}.{owner}.{uuid.uuid4().hex[:16]}.part"
+    return folder / f".{name[:READABLE]}.{owner}.{uuid.uuid4().hex[:16]}.part"
+
+
+@contextmanager
+def part_file(folder: Path, name: str = "") -> Iterator[Path]:
+    """A path in `folder` that nobody else has. What lies there when the block ends is removed.
+
+    See `part_path`.
+    """
+    part = part_path(folder, name)
     try:
         yield part
     finally:

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,7 +23,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lora.durable import part_file, published, rename_folder, replace_durably, sweep, sync_folder
+from lora.durable import (
+    part_file,
+    part_path,
+    published,
+    rename_folder,
+    replace_durably,
+    sweep,
+    sync_folder,
+)
 from lora.errors import ToolError
 from lora.formats.tensors import DTYPES
 from lora.tools import HEADER_ALIGNMENT
@@ -63,7 +70,7 @@ class StreamWriter:
 
     Left without `finish`, or killed at any moment, it leaves nothing under the file's name. After an
     exception nothing is left at all, or, with a journal, the unfinished file and the journal for the next
-    writer.
+    writer. Without a journal, what a killed writer left is removed by the next of the same name.
     """
 
     def __init__(
@@ -85,9 +92,11 @@ class StreamWriter:
         room += len(_json({"__metadata__": self._metadata})) + ROOM
         self._start = -(-(8 + room) // HEADER_ALIGNMENT) * HEADER_ALIGNMENT
         self._end = 0
-        content = hashlib.sha256(f"{self._start} {journal}".encode())
-        token = uuid.uuid4().hex if journal is None else content.hexdigest()
-        self._part = path.with_name(f".{path.name}.{token[:16]}.part")
+        self._final_name = _HIDDEN.sub(r"\1", path.name)
+        self._part = part_path(path.parent, self._final_name)
+        if journal is not None:
+            content = hashlib.sha256(f"{self._start} {journal}".encode())
+            self._part = path.with_name(f".{path.name}.{content.hexdigest()[:16]}.part")
         self._journal_path = self._part.with_suffix(".journal")
         self._resumable = journal is not None
         self._file = self._journal = -1
@@ -98,6 +107,8 @@ class StreamWriter:
         # The file is made here and not before: an interrupt in between would leave it.
         try:
             with write_errors(self.path):
+                if not self._resumable:
+                    sweep(self.path.parent, self._final_name)
                 alone = 0 if self._resumable else os.O_EXCL
                 self._file = os.open(self._part, os.O_RDWR | os.O_CREAT | alone, 0o666)
                 if self._resumable:

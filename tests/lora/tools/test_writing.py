@@ -274,3 +274,40 @@ def test_a_folder_does_not_take_the_place_of_another(tmp_path: Path) -> None:
     ):
         (folder / "a").touch()
     assert [one.name for one in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+KILLED = """
+import os, signal, sys, torch
+from pathlib import Path
+from lora.durable import part_file
+from lora.tools.writing import StreamWriter
+target = Path(sys.argv[1])
+with part_file(target.parent, target.name) as temporary:
+    path = temporary if sys.argv[2] == "for a pickle" else target
+    with StreamWriter(path, ["t"], {}) as writer:
+        writer.put({"t": torch.ones(1000)})
+        if sys.argv[2] == "for a pickle":
+            temporary.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("form", ["for itself", "for a pickle"])
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path, form: str) -> None:
+    """Also where the file was a temporary one, from which another was to be made."""
+    target = tmp_path / ("a long name of a merged model" * 3 + ".safetensors")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target), form], check=False, cwd=ROOT)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == (1 if form == "for itself" else 2)
+    write(target, None)
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_another_process_is_writing_is_not_removed(tmp_path: Path) -> None:
+    target = tmp_path / "x.safetensors"
+    with StreamWriter(target, ["t"], {}) as under_way:
+        under_way.put({"t": torch.ones(3)})
+        write(target, None)
+        assert len(list(tmp_path.iterdir())) == 2
+        under_way.finish()
+    assert load_file(target)["t"].tolist() == [1, 1, 1]

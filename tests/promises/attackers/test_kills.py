@@ -62,7 +62,7 @@ def get(cache: VolumeCache, url: str) -> CacheEntry:
 def test_killed_workers_lose_no_file_and_leave_nothing(
     rounds: Rounds, workers: Workers, server: LoopbackServer, tmp_path: Path
 ) -> None:
-    for chance in rounds(6, 200):
+    for chance in rounds(6, 260):
         root, path = tmp_path / str(rounds.done), f"/{rounds.done}/x.safetensors"
         old, new = (adapter(SIZE, chance.random()) for _ in range(2))
         url = server.serve(path, old)
@@ -93,7 +93,7 @@ def test_killed_tools_leave_whole_files_or_none(
     places = {"stripes": str(ROOT / "demo" / "loras" / "demo-stripes.safetensors")}
     places["model"] = str(ROOT / "demo" / "model" / "unet")
     whole: dict[tuple[str, str], Mapping[str, bytes]] = {}
-    for chance in rounds(3, 100, share=5):
+    for chance in rounds(3, 260, share=5):
         name, ending = chance.choice(list(COMMANDS)), chance.choice(ENDINGS)
         folder = tmp_path / str(rounds.done)
         folder.mkdir()
