@@ -20,8 +20,9 @@ from lora.errors import LoraError, LoraTooLarge
 CPU_SECONDS, SECONDS = 120, 600
 """The computing that a conversion may take, and all its time: a volume may be slow."""
 
-COPIES, ROOM = 2.5, 128 << 20
-"""The memory that it may take: so many times the limit of a file, and bytes for all else."""
+COPIES, ROOM = 2.2, 128 << 20
+"""The memory that it may take besides that of torch: so many times the limit of a file, which is twice what a
+file of that size takes, and bytes for all else."""
 
 COMMAND = "from lora.formats.apart import main; main()"
 
