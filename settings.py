@@ -75,7 +75,8 @@ class Settings:
         "of diffusers' AutoencoderTiny, such as `madebyollin/taesdxl`; `demo` is the demo model's; `none` "
         "for none")
     weights: str = _setting("WORKER_WEIGHTS", "auto",
-        "Where base weights lie that are named by a Hugging Face repo: `baked` into the image, `cached` by "
+        "Where base weights lie that are named by a Hugging Face repo, and LoRAs that need not be asked for "
+        "(docs/sources.md): `baked` into the image, `cached` by "
         "RunPod (the endpoint's setting *Model*), or on the network `volume`; `auto` looks in this order. "
         "`download` does the same, and what is nowhere is downloaded to the volume when the worker starts",
         options=("auto", "baked", "cached", "volume", "download"))
