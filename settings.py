@@ -17,6 +17,9 @@ DEMO_TINY_VAE = Path(__file__).resolve().parent / "demo" / "tiny_vae"
 OWN_PREFIXES = ("LORA_", "WORKER_")
 """An unknown variable with one of these is refused: it is a misspelt setting."""
 
+WHERE = ("auto", "baked", "cached", "volume", "download")
+"""Where base weights are looked for."""
+
 BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
 
 
@@ -78,8 +81,9 @@ class Settings:
         "Where base weights lie that are named by a Hugging Face repo, and LoRAs that need not be asked for "
         "(docs/sources.md): `baked` into the image, `cached` by "
         "RunPod (the endpoint's setting *Model*), or on the network `volume`; `auto` looks in this order. "
-        "`download` does the same, and what is nowhere is downloaded to the volume when the worker starts",
-        options=("auto", "baked", "cached", "volume", "download"))
+        "`download`, a text worker's default, does the same, and what is nowhere is downloaded to the volume "
+        "when the worker starts",
+        options=WHERE)
     weights_dir: Path = _setting("WORKER_WEIGHTS_DIR", Path("/runpod-volume/huggingface/hub"),
         "Folder of the base weights on the network volume, in the layout of Hugging Face's own cache")
     device: str = _setting("WORKER_DEVICE", "auto", "`cuda`, `cpu`, or `auto`: cuda if there is one")
@@ -231,6 +235,11 @@ class Settings:
                 None,
                 (self.model, self.refiner_source, self.vae_source, self.tiny_vae_source),
             ))
+
+    @property
+    def model_revision(self) -> str | None:
+        """The branch, tag or commit of the base model's repo; None for its `main`."""
+        return None
 
     @property
     def refiner_source(self) -> str | None:

@@ -32,7 +32,11 @@ READERS, PIECE = 4, 8 << 20
 
 
 class WeightsMissing(RuntimeError):
-    """Weights that the settings name are not on this machine; the text says what to run."""
+    """Weights that the settings name are not on this machine; the text is `sentence`, and what to do."""
+
+    def __init__(self, sentence: str, hint: str = "") -> None:
+        super().__init__("; ".join(filter(None, (sentence, hint))))
+        self.sentence = sentence
 
 
 class WeightsIncomplete(RuntimeError):
@@ -79,9 +83,10 @@ def find_weights(
     if broken:
         raise broken[0]
     raise WeightsMissing(
-        f"{source} is neither a folder or file here nor a repo in {_listed(places)}; fetch the weights with "
-        "python download_weights.py (about 14 GB for SDXL with refiner and VAE in half precision), name "
-        "them as the endpoint's cached model, or set WORKER_MODEL=demo for the embedded model"
+        f"{source} is neither a folder or file here nor a repo in {_listed(places)}",
+        "fetch the weights with python download_weights.py (about 14 GB for SDXL with refiner and VAE in "
+        "half precision), name them as the endpoint's cached model, or set WORKER_MODEL=demo for the "
+        "embedded model",
     )
 
 
@@ -206,7 +211,7 @@ def read_ahead(settings: Settings) -> Reading:
     files = list[Path]()
     for source in settings.weight_sources:
         with suppress(WeightsMissing, WeightsIncomplete):
-            found = find_weights(source, hubs(settings))
+            found = find_weights(source, hubs(settings), settings.model_revision)
             parts = networks(found) if found.is_dir() else []
             files += [file for part in parts for file in weight_files(part)] or [found]
     return Reading(files)
