@@ -17,9 +17,6 @@ DEMO_TINY_VAE = Path(__file__).resolve().parent / "demo" / "tiny_vae"
 OWN_PREFIXES = ("LORA_", "WORKER_")
 """An unknown variable with one of these is refused: it is a misspelt setting."""
 
-WHERE = ("auto", "baked", "cached", "volume", "download")
-"""Where base weights are looked for."""
-
 BOOLEANS = {"0": False, "1": True, "false": False, "true": True}
 
 
@@ -81,9 +78,9 @@ class Settings:
         "Where base weights lie that are named by a Hugging Face repo, and LoRAs that need not be asked for "
         "(docs/sources.md): `baked` into the image, `cached` by "
         "RunPod (the endpoint's setting *Model*), or on the network `volume`; `auto` looks in this order. "
-        "`download`, a text worker's default, does the same, and what is nowhere is downloaded to the volume "
-        "when the worker starts",
-        options=WHERE)
+        "`download` does the same, and what is nowhere is downloaded to the volume when the worker starts; a "
+        "worker for text does so with `auto`, too",
+        options=("auto", "baked", "cached", "volume", "download"))
     weights_dir: Path = _setting("WORKER_WEIGHTS_DIR", Path("/runpod-volume/huggingface/hub"),
         "Folder of the base weights on the network volume, in the layout of Hugging Face's own cache")
     device: str = _setting("WORKER_DEVICE", "auto", "`cuda`, `cpu`, or `auto`: cuda if there is one")
@@ -235,6 +232,11 @@ class Settings:
                 None,
                 (self.model, self.refiner_source, self.vae_source, self.tiny_vae_source),
             ))
+
+    @property
+    def downloads(self) -> bool:
+        """Whether base weights that are nowhere are downloaded."""
+        return self.weights == "download"
 
     @property
     def model_revision(self) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from settings import WHERE, Settings, SettingsError, _setting, split_list
+from settings import Settings, SettingsError, _setting, split_list
 
 
 # fmt: off
@@ -17,8 +17,6 @@ class TextSettings(Settings):
 
     model: str = _setting("MODEL_NAME", "demo",
         "Base model: a Hugging Face repo, a folder, or `demo` for the embedded one")
-    weights: str = _setting("WORKER_WEIGHTS", "download",
-        "As for pictures; `download` is the default", options=WHERE)
     dtype: str = _setting("DTYPE", "auto",
         "Precision of the weights; `auto` is the model's own on a GPU and float32 on a CPU",
         options=("auto", "half", "float16", "bfloat16", "float", "float32"))
@@ -93,6 +91,11 @@ class TextSettings(Settings):
     def weight_sources(self) -> tuple[str, ...]:
         """As `Settings.weight_sources`, without the demo, which is small."""
         return () if self.model == "demo" else (self.model,)
+
+    @property
+    def downloads(self) -> bool:
+        """As `Settings.downloads`; `auto` does, as worker-vllm."""
+        return self.weights in ("auto", "download")
 
     @property
     def model_revision(self) -> str | None:

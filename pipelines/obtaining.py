@@ -24,7 +24,7 @@ def obtain(
     whole: bool = True,
     files: Sequence[str] = (),
 ) -> Path:
-    """As `find_weights`, and asks no network but with WORKER_WEIGHTS=download.
+    """As `find_weights`, and asks no network but where `settings.downloads`.
 
     `files`: patterns of what is downloaded of a repo; without them, what a pipeline of pictures needs.
     Raises: WeightsMissing; WeightsIncomplete.
@@ -32,7 +32,7 @@ def obtain(
     try:
         return find_weights(source, hubs(settings), revision, whole=whole)
     except (WeightsMissing, WeightsIncomplete):
-        if settings.weights != "download" or Path(source).exists():
+        if not settings.downloads or Path(source).exists():
             raise
     from pipelines.baking import bake
 

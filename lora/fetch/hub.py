@@ -67,9 +67,9 @@ class Hub:
 
         A revision that is named must be there under its name, else `main`. The file is chosen as `ask`
         chooses it, from what the snapshot holds. None if there is none that can be taken, which is logged
-        if a cache has the repo. Raises: SeveralAdapters.
+        if a cache has the repo. Raises: SeveralAdapters if one has several, and no other has it.
         """
-        shown = redact_url(hub_file.repo)
+        shown, several = redact_url(hub_file.repo), None
         for cache in self.caches:
             try:
                 if folder := find_snapshot(cache, hub_file.repo, hub_file.revision):
@@ -78,6 +78,10 @@ class Hub:
                 log.warning("%s is not taken from %s: %s", shown, cache, redact_url(str(error)))
             except LoraNotFound as error:
                 log.warning("%s is not taken from %s: %s", shown, cache, error.sentence)
+            except SeveralAdapters as error:
+                several = several or error
+        if several:
+            raise several
         return None
 
     def _copy(self, cache: Path, folder: Path, hub_file: HubFile) -> Copy:

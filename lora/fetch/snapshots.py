@@ -22,6 +22,8 @@ class SnapshotMissing(Exception):
 
 def snapshots(cache: Path, repo: str) -> list[Path]:
     """The folders of a repo's commits, in the order of their names; none if the cache has none."""
+    if not _is_name(repo):
+        return []
     try:
         return sorted(one for one in (_folder(cache, repo) / "snapshots").iterdir() if one.is_dir())
     except OSError:
@@ -33,7 +35,7 @@ def find_snapshot(cache: Path, repo: str, revision: str | None = None) -> Path |
 
     None if the cache does not know the revision. Raises: SnapshotMissing.
     """
-    if "--" in repo:  # the hub has no such name, and its folder would be another repo's
+    if not _is_name(repo):
         return None
     there = {one.name: one for one in snapshots(cache, repo)}
     revision = revision or MAIN
@@ -55,6 +57,11 @@ def names_in(snapshot: Path) -> list[str]:
 def is_being_filled(cache: Path, repo: str) -> bool:
     """Whether a download of the repo is under way, or was broken off."""
     return any((_folder(cache, repo) / "blobs").glob("*.incomplete"))
+
+
+def _is_name(repo: str) -> bool:
+    """Whether the hub may have a repo of this name; the folder of another would be some repo's own."""
+    return "--" not in repo
 
 
 def _folder(cache: Path, repo: str) -> Path:

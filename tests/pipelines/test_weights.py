@@ -143,6 +143,13 @@ def test_the_commit_that_main_names_is_taken(tmp_path: Path) -> None:
     assert find_weights(REPO, [tmp_path]) == named
 
 
+def test_no_repo_is_taken_for_another_whose_folder_has_its_name(tmp_path: Path) -> None:
+    in_hub(tmp_path, "aaa", "a/b--c", main=False)
+    for repo in ("a/b--c", "a--b/c"):
+        with pytest.raises(WeightsMissing):
+            find_weights(repo, [tmp_path])
+
+
 def test_the_only_commit_is_taken_without_a_ref(tmp_path: Path) -> None:
     only = in_hub(tmp_path, "aaa", main=False)
     assert find_weights(REPO, [tmp_path]) == only

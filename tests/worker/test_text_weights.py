@@ -85,7 +85,7 @@ def test_a_revision_is_that_one(places: Path, files: dict[str, bytes], offline: 
     assert folder_of(settings(places, revision="v1")).name == OLD
     assert folder_of(settings(places, revision=NEW)).name == NEW
     with pytest.raises(ModelUnusable, match=r"nor a repo in .*cached"):
-        folder_of(settings(places, revision="v2", weights="auto"))
+        folder_of(settings(places, revision="v2", weights="cached"))
 
 
 def test_a_tokenizer_of_its_own_is_looked_for_there_too(
@@ -112,7 +112,7 @@ def test_what_is_nowhere_is_downloaded_unless_that_is_refused(
 
     monkeypatch.setattr("pipelines.baking.bake", bake)
     wanted = {"revision": "v1", "hf_token": "hf"}
-    for weights in ("auto", "baked", "cached", "volume"):
+    for weights in ("baked", "cached", "volume"):
         with pytest.raises(ModelUnusable, match="neither a folder"):
             folder_of(settings(places, weights=weights, **wanted))
     for _ in range(2):

@@ -163,6 +163,14 @@ def test_the_first_cache_that_has_it_is_taken(tmp_path: Path, hub: Path, offline
     assert get(make(tmp_path, first, hub), "u/r").path.read_bytes() == OTHER
 
 
+def test_a_cache_with_several_adapters_hides_none_behind_it(
+    tmp_path: Path, hub: Path, offline: None
+) -> None:
+    put(tmp_path / "first", "u/r", {"a.safetensors": OTHER, "b.safetensors": OTHER})
+    put(hub, "u/r", {"a.safetensors": OTHER, "pytorch_lora_weights.safetensors": ADAPTER})
+    assert get(make(tmp_path, tmp_path / "first", hub), "u/r").path.read_bytes() == ADAPTER
+
+
 # --- which file is taken --------------------------------------------------------------------------
 
 LISTINGS: dict[tuple[str, ...], str | None] = {
