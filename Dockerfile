@@ -26,6 +26,8 @@ FROM packages AS weights
 # Only what download_weights.py imports, so that a change of other code does not fetch 14 GB again.
 COPY download_weights.py settings.py ./
 COPY pipelines/__init__.py pipelines/baking.py pipelines/weights.py pipelines/
+COPY lora/__init__.py lora/
+COPY lora/fetch/__init__.py lora/fetch/snapshots.py lora/fetch/
 ARG WORKER_MODEL WORKER_REFINER WORKER_VAE
 ENV WORKER_MODEL=${WORKER_MODEL} WORKER_REFINER=${WORKER_REFINER} WORKER_VAE=${WORKER_VAE}
 # For gated models: docker build --secret id=HF_TOKEN,env=HF_TOKEN .

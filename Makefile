@@ -73,8 +73,9 @@ bench-cache: $(VENV)/ready
 bench-start: $(VENV)/ready-dev
 	$(RUN) -m benchmarks.start $(BEFORE) $(if $(MODEL),--model $(MODEL))
 
+# make bench-jobs BEFORE=COMMIT
 bench-jobs: $(VENV)/ready-dev
-	$(RUN) -m benchmarks.jobs
+	$(RUN) -m benchmarks.jobs $(BEFORE)
 
 bench-tools: $(VENV)/ready
 	$(RUN) -m benchmarks.tools

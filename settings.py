@@ -75,9 +75,11 @@ class Settings:
         "of diffusers' AutoencoderTiny, such as `madebyollin/taesdxl`; `demo` is the demo model's; `none` "
         "for none")
     weights: str = _setting("WORKER_WEIGHTS", "auto",
-        "Where base weights lie that are named by a Hugging Face repo: `baked` into the image, `cached` by "
+        "Where base weights lie that are named by a Hugging Face repo, and LoRAs that need not be asked for "
+        "(docs/sources.md): `baked` into the image, `cached` by "
         "RunPod (the endpoint's setting *Model*), or on the network `volume`; `auto` looks in this order. "
-        "`download` does the same, and what is nowhere is downloaded to the volume when the worker starts",
+        "`download` does the same, and what is nowhere is downloaded to the volume when the worker starts; a "
+        "worker for text does so with `auto`, too",
         options=("auto", "baked", "cached", "volume", "download"))
     weights_dir: Path = _setting("WORKER_WEIGHTS_DIR", Path("/runpod-volume/huggingface/hub"),
         "Folder of the base weights on the network volume, in the layout of Hugging Face's own cache")
@@ -230,6 +232,16 @@ class Settings:
                 None,
                 (self.model, self.refiner_source, self.vae_source, self.tiny_vae_source),
             ))
+
+    @property
+    def downloads(self) -> bool:
+        """Whether base weights that are nowhere are downloaded."""
+        return self.weights == "download"
+
+    @property
+    def model_revision(self) -> str | None:
+        """The branch, tag or commit of the base model's repo; None for its `main`."""
+        return None
 
     @property
     def refiner_source(self) -> str | None:

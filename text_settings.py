@@ -93,6 +93,16 @@ class TextSettings(Settings):
         return () if self.model == "demo" else (self.model,)
 
     @property
+    def downloads(self) -> bool:
+        """As `Settings.downloads`; `auto` does, as worker-vllm."""
+        return self.weights in ("auto", "download")
+
+    @property
+    def model_revision(self) -> str | None:
+        """As `Settings.model_revision`."""
+        return self.revision or None
+
+    @property
     def name(self) -> str:
         """What requests call the base model."""
         return self.served_name or ("demo-text" if self.model == "demo" else self.model)

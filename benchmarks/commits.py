@@ -19,9 +19,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.clones import ROOT, clone
 from benchmarks.report import write_result
-
-ROOT = Path(__file__).parent.parent
 
 STEPS = 4
 
@@ -110,8 +109,7 @@ def jobs() -> Iterator[tuple[str, dict[str, Any]]]:
 def results_of(commit: str, folder: Path) -> dict[str, Any]:
     """Name -> answer, what a command printed, or a file's hash, from a clone of the commit in `folder`."""
     tree, out = folder / "tree", folder / "out"
-    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
-    subprocess.run(["git", "checkout", "--quiet", "--detach", commit], cwd=tree, check=True)
+    clone(commit, tree)
     shutil.copytree(tree / "demo" / "loras", out / "loras")
     own = {"WORKER_MODEL": "demo", "WORKER_DEVICE": "cpu", "LORA_CACHE_DIR": str(out / "loras")}
     env = {**os.environ, **own, "PYTHONHASHSEED": "0"}

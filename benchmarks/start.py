@@ -19,16 +19,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from benchmarks.clones import ROOT, commit
 from benchmarks.report import fill_in, write_result
 from pipelines.weights import DEMO_MODEL, networks, weight_files
 
-ROOT = Path(__file__).parent.parent
 HEALTH = json.dumps({"input": {"action": "health"}})
 
 PLAIN = """
@@ -56,19 +56,6 @@ class Model(NamedTuple):
     def files(self) -> list[Path]:
         """Its weights."""
         return [file for network in networks(self.folder) for file in weight_files(network)]
-
-
-@contextmanager
-def commit(name: str) -> Iterator[Path]:
-    """A folder with this commit's files."""
-    with TemporaryDirectory() as folder:
-        place = Path(folder) / "before"
-        for command in (
-            ["clone", "-q", str(ROOT), str(place)],
-            ["-C", str(place), "checkout", "-q", name],
-        ):
-            subprocess.run(["git", *command], check=True)
-        yield place
 
 
 def run(command: Sequence[str], folder: Path, environ: Mapping[str, str]) -> Run:

@@ -165,6 +165,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def leads_out(path: Path, root: Path) -> bool:
+    """Whether a link in the path leads out of the root. (`Path.resolve` fails for links in a circle.)"""
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
 def sha256_of(path: Path, start: int = 0) -> str:
     """The sha256 of a file's bytes from `start` on, in hex; read in pieces. Raises: OSError."""
     with path.open("rb") as stream:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
 import httpx2
@@ -13,7 +14,9 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
+    RevisionNotFoundError,
 )
 
 from pipelines.weights import WEIGHTS, WeightsMissing
@@ -48,22 +51,40 @@ def bake(
     token: str | None,
     place: Path | None = None,
     pause: Callable[[float], None] = time.sleep,
+    *,
+    revision: str | None = None,
+    files: Sequence[str] = (),
 ) -> Path:
     """Downloads the files that the worker needs of a repo; tries four times. Returns their folder.
 
-    `place`: a folder in the layout of the hub's cache, by default the one that the image holds. Several
-    workers may do so at once. Raises: WeightsMissing if there is no such repo, or if the last try fails.
+    `place`: a folder in the layout of the hub's cache, by default the one that the image holds. `files`:
+    patterns of names, in place of `files_to_bake`. Several workers may do so at once.
+    Raises: WeightsMissing if there is no such repo or revision, or if the last try fails.
     """
     for attempt in range(1, TRIES + 1):
         try:
-            siblings = HfApi(token=token or False).model_info(repo).siblings or []
-            files = files_to_bake(sibling.rfilename for sibling in siblings)
+            info = HfApi(token=token or False).model_info(repo, revision=revision)
+            names = [sibling.rfilename for sibling in info.siblings or []]
+            wanted = [n for n in names if any(fnmatch(n, one) for one in files)]
             return Path(
-                snapshot_download(repo, allow_patterns=files, token=token or False, cache_dir=place)
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=wanted if files else files_to_bake(names),
+                    token=token or False,
+                    cache_dir=place,
+                )
             )
         except (RepositoryNotFoundError, HFValidationError) as error:
             hint = "check the name, or set HF_TOKEN if it is private"
-            raise WeightsMissing(f"there is no repo {repo} on the hub; {hint}") from error
+            raise WeightsMissing(f"there is no repo {repo} on the hub", hint) from error
+        except RevisionNotFoundError as error:
+            raise WeightsMissing(f"{repo} has no revision {revision} on the hub") from error
+        except OfflineModeIsEnabled as error:
+            sentence = (
+                f"{repo} is not on this machine, and HF_HUB_OFFLINE keeps it from being fetched"
+            )
+            raise WeightsMissing(sentence) from error
         except (HfHubHTTPError, httpx2.HTTPError, LocalEntryNotFoundError, OSError) as error:
             kind = type(error).__name__
             log.warning("%s: %s (try %d of %d)", repo, kind, attempt, TRIES)

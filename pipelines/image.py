@@ -210,23 +210,29 @@ class ImagePipeline:
 
         diffusers also turns a half precision VAE to float32 to decode, and leaves it so if that fails.
         """
-        vaes = {
-            pipeline.vae: pipeline.vae.dtype for pipeline in (self._base, self._refiner) if pipeline
-        }
+        both = (self._base, self._refiner)
+        vaes = {pipeline.vae: _dtype(pipeline.vae) for pipeline in both if pipeline}
         chosen = [*self._of_base]
         if route is Route.ENSEMBLE:  # both halves of one denoising must count alike
             chosen.append(self._refiner)
         own = [pipeline.scheduler for pipeline in chosen]
+        # The base's pipelines share theirs, of which one is used: making a scheduler takes a millisecond.
+        made = {one: make_scheduler(request.scheduler, one.config) for one in dict.fromkeys(own)}
         try:
             for pipeline, scheduler in zip(chosen, own, strict=True):
-                pipeline.scheduler = make_scheduler(request.scheduler, scheduler.config)
+                pipeline.scheduler = made[scheduler]
             yield
         finally:
             for pipeline, scheduler in zip(chosen, own, strict=True):
                 pipeline.scheduler = scheduler
             for vae, precision in vaes.items():
-                if vae.dtype is not precision:
+                if _dtype(vae) is not precision:
                     vae.to(precision)
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    """That of the first weight: diffusers' own `dtype` goes through all modules."""
+    return next(network.parameters()).dtype
 
 
 @dataclass

@@ -21,7 +21,8 @@ from diffusers.utils import logging as of_diffusers
 from safetensors import safe_open
 from transformers.utils import logging as of_transformers
 
-from pipelines.weights import WeightsMissing, find_weights, hubs
+from pipelines.obtaining import obtain
+from pipelines.weights import find_weights, hubs
 from settings import STOCK_MODEL, Settings
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -47,9 +48,8 @@ def load_models(settings: Settings) -> LoadedModels:
 
     Raises: WeightsMissing; WeightsIncomplete, which names a file that is truncated or missing.
     """
-    path = _found(
-        settings.model, settings
-    )  # first: who has nothing is told of the model, not of its VAE
+    # First, so that who has nothing is told of the model, and not of its VAE.
+    path = obtain(settings.model, settings)
     for logs in (of_diffusers, of_transformers):
         logs.disable_progress_bar()
     begun = time.perf_counter()
@@ -57,16 +57,16 @@ def load_models(settings: Settings) -> LoadedModels:
     dtype = DTYPES[_dtype(settings.dtype, device)]
     vae = None
     if settings.vae_source:
-        own = _found(settings.vae_source, settings)
+        own = obtain(settings.vae_source, settings)
         vae = AutoencoderKL.from_pretrained(own, dtype=dtype, local_files_only=True)
     base = _load(StableDiffusionXLPipeline, path, settings, dtype, vae)
     refiner = None
     if settings.refiner_source:
         kind = StableDiffusionXLImg2ImgPipeline
-        refiner = _load(kind, _found(settings.refiner_source, settings), settings, dtype, vae)
+        refiner = _load(kind, obtain(settings.refiner_source, settings), settings, dtype, vae)
     tiny = None
     if settings.tiny_vae_source:
-        small = _found(settings.tiny_vae_source, settings)
+        small = obtain(settings.tiny_vae_source, settings)
         tiny = AutoencoderTiny.from_pretrained(small, dtype=dtype, local_files_only=True)
     built = time.perf_counter()
     for pipeline in filter(None, (base, refiner)):
@@ -80,20 +80,6 @@ def load_models(settings: Settings) -> LoadedModels:
         pipeline.set_progress_bar_config(disable=True)
     name = settings.model.rstrip("/").rsplit("/", 1)[-1].removesuffix(".safetensors")
     return LoadedModels(name, base, refiner, device, tiny, seconds)
-
-
-def _found(source: str, settings: Settings) -> Path:
-    """Where weights lie; they are downloaded if the settings want that. Raises: see `load_models`."""
-    places = hubs(settings)
-    try:
-        return find_weights(source, places)
-    except WeightsMissing:
-        if settings.weights != "download":
-            raise
-    from pipelines.baking import bake
-
-    bake(source, settings.hf_token or None, settings.weights_dir)
-    return find_weights(source, places)
 
 
 def _load(

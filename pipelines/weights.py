@@ -1,6 +1,6 @@
 """The base weights on this machine: where they lie, whether they are whole, and reading them ahead.
 
-The image's layer of base weights copies what this imports: nothing of ours but the settings, and no torch.
+The image's layer of base weights copies what this imports: no torch, and of ours little.
 The worker imports it before all else, so it imports little.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lora.fetch.snapshots import SnapshotMissing, find_snapshot, snapshots
 from settings import Settings
 
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "model"
@@ -31,7 +32,11 @@ READERS, PIECE = 4, 8 << 20
 
 
 class WeightsMissing(RuntimeError):
-    """Weights that the settings name are not on this machine; the text says what to run."""
+    """Weights that the settings name are not on this machine; the text is `sentence`, and what to do."""
+
+    def __init__(self, sentence: str, hint: str = "") -> None:
+        super().__init__("; ".join(filter(None, (sentence, hint))))
+        self.sentence = sentence
 
 
 class WeightsIncomplete(RuntimeError):
@@ -51,11 +56,14 @@ def hubs(settings: Settings) -> tuple[Path, ...]:
     return (places[wanted],) if wanted in places else tuple(places.values())
 
 
-def find_weights(source: str, places: Sequence[Path], *, whole: bool = True) -> Path:
+def find_weights(
+    source: str, places: Sequence[Path], revision: str | None = None, *, whole: bool = True
+) -> Path:
     """The folder or file of a source on this machine; asks no network.
 
-    `places`: hub caches, see `hubs`; the first that has the repo whole is taken. Without `whole`, the repo's
-    configs suffice. Raises: WeightsMissing; WeightsIncomplete if what is there is not whole.
+    `places`: hub caches, see `hubs`; the first that has the repo whole, at the `revision` if one is named, is
+    taken. Without `whole`, the repo's configs suffice. Raises: WeightsMissing; WeightsIncomplete if what is
+    there is not whole.
     """
     if source == "demo":
         return DEMO_MODEL
@@ -66,7 +74,7 @@ def find_weights(source: str, places: Sequence[Path], *, whole: bool = True) -> 
         return path
     for place in places:
         try:
-            if found := _snapshot(place, source):
+            if found := _snapshot(place, source, revision):
                 if whole:
                     check(found)
                 return found
@@ -75,9 +83,10 @@ def find_weights(source: str, places: Sequence[Path], *, whole: bool = True) -> 
     if broken:
         raise broken[0]
     raise WeightsMissing(
-        f"{source} is neither a folder or file here nor a repo in {_listed(places)}; fetch the weights with "
-        "python download_weights.py (about 14 GB for SDXL with refiner and VAE in half precision), name "
-        "them as the endpoint's cached model, or set WORKER_MODEL=demo for the embedded model"
+        f"{source} is neither a folder or file here nor a repo in {_listed(places)}",
+        "fetch the weights with python download_weights.py (about 14 GB for SDXL with refiner and VAE in "
+        "half precision), name them as the endpoint's cached model, or set WORKER_MODEL=demo for the "
+        "embedded model",
     )
 
 
@@ -85,25 +94,20 @@ def _listed(places: Sequence[Path]) -> str:
     return ", ".join(map(str, places[:-1])) + (" or " if places[1:] else "") + str(places[-1])
 
 
-def _snapshot(place: Path, repo: str) -> Path | None:
-    """The commit of a repo that its branch `main` names in a hub's cache, or the only one there is; None if
-    there is none. Raises: WeightsIncomplete if it cannot be told which, or the one that is named is gone.
+def _snapshot(place: Path, repo: str, revision: str | None) -> Path | None:
+    """The commit of a repo that a revision is in a hub's cache, else that of `main`, else the only one there
+    is; None if there is none. Raises: WeightsIncomplete if it cannot be told which, or it is gone.
     """
-    folder = place / f"models--{repo.replace('/', '--')}"
     try:
-        snapshots = sorted(one for one in (folder / "snapshots").iterdir() if one.is_dir())
-    except OSError:
-        return None
-    try:
-        commit = (folder / "refs" / "main").read_text().strip()
-    except (OSError, UnicodeDecodeError):
-        commit = ""
-    named = [one for one in snapshots if one.name == commit]
-    if commit and not named:
-        raise WeightsIncomplete(f"refs/main names the commit {commit[:12]}, which is not there")
-    if not commit and len(snapshots) > 1:
-        raise WeightsIncomplete(f"refs/main names none of its {len(snapshots)} commits")
-    return next(iter(named or snapshots), None)
+        found = find_snapshot(place, repo, revision)
+    except SnapshotMissing as error:
+        raise WeightsIncomplete(str(error)) from error
+    if found or revision:
+        return found
+    others = snapshots(place, repo)
+    if len(others) > 1:
+        raise WeightsIncomplete(f"refs/main names none of its {len(others)} commits")
+    return next(iter(others), None)
 
 
 def check(folder: Path) -> None:
@@ -207,7 +211,7 @@ def read_ahead(settings: Settings) -> Reading:
     files = list[Path]()
     for source in settings.weight_sources:
         with suppress(WeightsMissing, WeightsIncomplete):
-            found = find_weights(source, hubs(settings))
+            found = find_weights(source, hubs(settings), settings.model_revision)
             parts = networks(found) if found.is_dir() else []
             files += [file for part in parts for file in weight_files(part)] or [found]
     return Reading(files)

@@ -117,7 +117,7 @@ def test_the_packages_are_those_that_are_tested(tmp_path: Path) -> None:
 def test_the_weights_stage_runs_on_what_it_copies_and_copies_little(tmp_path: Path) -> None:
     folder = copied("weights", tmp_path)
     programs = [file for file in folder.rglob("*.py") if file.name != "__init__.py"]
-    assert len(programs) == 4
+    assert len(programs) == 5
     for command in commands("weights"):
         if words := re.findall(r"python (download_weights.py.*)", command):
             done = run(folder, "python", *words[0].split())

@@ -1,25 +1,20 @@
-"""The base model and its tokenizer: from a folder, or from the hub by way of its cache."""
+"""The base model and its tokenizer, from a folder."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lora.errors import CodedError
 from text.chat import ChatTemplate, ChatTemplateFailed
 from text.structured import Grammars
-
-log = logging.getLogger(__name__)
 
 DEMO, DEMO_FOLDER = "demo", Path(__file__).parent.parent / "demo" / "text" / "model"
 
@@ -32,7 +27,7 @@ FILES = (
     "merges.txt",
     "vocab.txt",
 )
-"""What is fetched of a repo."""
+"""What is needed of a repo."""
 
 COMPONENT = "model"
 """The model's name as a component of `lora.engine`."""
@@ -53,11 +48,11 @@ class ModelUnusable(CodedError):
 class Wanted:
     """Which base to load, and how."""
 
-    source: str = DEMO
-    """`demo`, a folder, or a repo on the hub."""
-    revision: str | None = None
-    tokenizer: str = ""
-    """Another folder or repo for the tokenizer."""
+    name: str = DEMO
+    """What errors call it; a folder's path stands for its name."""
+    folder: Path = DEMO_FOLDER
+    tokenizer: Path | None = None
+    """Another folder for the tokenizer."""
     device: str = "auto"
     dtype: str = "auto"
     """`auto`: the model's own on a GPU, float32 on a CPU."""
@@ -69,7 +64,6 @@ class Wanted:
     """The most tokens of a prompt and its text; 0 for what the model has."""
     template: str = ""
     """A chat template in place of the model's own: its text, or a file."""
-    token: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,8 +122,7 @@ class TextModel:
 
 def load_model(wanted: Wanted) -> TextModel:
     """Loads the base. Raises: ModelUnusable, with a sentence that says what is missing."""
-    folder = _folder(wanted.source, wanted.revision, wanted.token)
-    words = _folder(wanted.tokenizer, None, wanted.token) if wanted.tokenizer else folder
+    folder, words = wanted.folder, wanted.tokenizer or wanted.folder
     device = torch.device(_device(wanted.device))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -138,22 +131,21 @@ def load_model(wanted: Wanted) -> TextModel:
             folder, local_files_only=True, attn_implementation="sdpa", **_how(wanted, device)
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelUnusable(f"{wanted.source} cannot be loaded ({_first_line(error)})") from error
+        raise ModelUnusable(f"{wanted.name} cannot be loaded ({_first_line(error)})") from error
     model = model.eval().requires_grad_(False)
     if not wanted.quantisation and next(model.parameters()).device != device:
         model = model.to(device)
-    return describe(wanted.source, model, tokenizer, config, wanted)
+    return describe(wanted.name, model, tokenizer, config, wanted)
 
 
-def load_shape(source: str, revision: str | None, token: str | None) -> nn.Module:
+def load_shape(name: str, folder: Path) -> nn.Module:
     """The model's modules without their numbers: what adapters can change. Raises: ModelUnusable."""
-    folder = _folder(source, revision, token, ("config.json",))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelUnusable(f"{source} cannot be read ({_first_line(error)})") from error
+        raise ModelUnusable(f"{name} cannot be read ({_first_line(error)})") from error
     return model
 
 
@@ -186,31 +178,6 @@ def describe(
         defaults=own if getattr(generation, "do_sample", False) else {},
         template=_template(wanted.template, tokenizer),
     )
-
-
-def _folder(
-    source: str, revision: str | None, token: str | None, files: tuple[str, ...] = FILES
-) -> Path:
-    if source == DEMO:
-        return DEMO_FOLDER
-    if Path(source).is_dir():
-        return Path(source)
-    given: dict[str, Any] = {
-        "revision": revision or None,
-        "token": token or None,
-        "allow_patterns": list(files),
-    }
-    try:
-        try:
-            return Path(snapshot_download(source, local_files_only=True, **given))
-        except LocalEntryNotFoundError:
-            log.info("fetching %s", source)
-            return Path(snapshot_download(source, **given))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ModelUnusable(
-            f"{source} is neither a folder here nor a repo that can be fetched ({_first_line(error)})",
-            "Check MODEL_NAME and HF_TOKEN.",
-        ) from error
 
 
 def _device(name: str) -> str:

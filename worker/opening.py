@@ -12,7 +12,7 @@ from lora.fetch.sources import CIVITAI, HUB, Reference, parse
 from lora.volume.cache import Limits, VolumeCache
 from lora.volume.opening import make_cache
 from lora.volume.presets import cached_names, read_config
-from pipelines.weights import DEMO_LORAS
+from pipelines.weights import DEMO_LORAS, hubs
 from settings import Settings, split_list
 from worker.endpoints import check_names, place_of
 
@@ -74,6 +74,7 @@ def open_cache(settings: Settings) -> VolumeCache:
         hub=(settings.hf_endpoint, settings.hf_token),
         civitai=(settings.civitai_endpoint, settings.civitai_token),
         family="SDXL",
+        hub_caches=hubs(settings),
     )
     cache.shelf.behind = DEMO_LORAS if settings.model == "demo" else None
     return cache

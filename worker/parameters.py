@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -116,13 +117,19 @@ def write(
     if request.negative_prompt:
         lines.append(f"{NEGATIVE}{request.negative_prompt}")
     text = "\n".join([*lines, _joined(pairs)])
-    found, plain = read(text).input, parse_job({"input": {"prompt": "-"}})
+    found, plain = read(text).input, _plain()
     for name in IMAGE_REQUEST["properties"]:
         value, default = wanted.get(name), getattr(plain, name)
         if name in (wanted.keys() | found.keys()) and found.get(name, default) != value:
             pairs[name] = _quoted(json.dumps(value))
     text = "\n".join([*lines, _joined(pairs)])
     return text.encode(errors="replace").decode()  # half a surrogate pair has no bytes
+
+
+@cache
+def _plain() -> ImageRequest:
+    """A request that says nothing but a prompt: it has every default."""
+    return parse_job({"input": {"prompt": "-"}})
 
 
 def _wanted(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,19 @@ import torch
 from live.turns import Turns
 from lora.engine.engine import Budgets, LoraEngine
 from lora.volume.loader import LoraLibrary
+from pipelines.obtaining import obtain
+from pipelines.weights import WeightsIncomplete, WeightsMissing
 from text.generation import Generation
-from text.loading import COMPONENT, DEMO, DEMO_FOLDER, TextModel, Wanted, load_model
+from text.loading import (
+    COMPONENT,
+    DEMO,
+    DEMO_FOLDER,
+    FILES,
+    ModelUnusable,
+    TextModel,
+    Wanted,
+    load_model,
+)
 from text.scheduler import Scheduler
 from text_settings import TextSettings
 from worker.opening import open_cache
@@ -70,17 +82,41 @@ def library_of(settings: TextSettings, engine: LoraEngine) -> LoraLibrary:
     return LoraLibrary(cache, engine.key_map, int(settings.lora_warm_gb * 1e9))
 
 
+def folder_of(settings: TextSettings, files: Sequence[str] = FILES, *, whole: bool = True) -> Path:
+    """Where the base lies on this machine, downloaded first if the settings want that.
+
+    `files`: patterns of what is needed of a repo; `whole`: with all its weights. Raises: ModelUnusable.
+    """
+    return _found(settings.model, settings, settings.model_revision, files, whole=whole)
+
+
+def _found(
+    source: str, settings: TextSettings, revision: str | None, files: Sequence[str], *, whole: bool
+) -> Path:
+    if source == DEMO:
+        return DEMO_FOLDER
+    hint = "Check MODEL_NAME, WORKER_WEIGHTS and HF_TOKEN."
+    own = Path(source).is_dir()  # it may hold weights in other files
+    try:
+        return obtain(source, settings, revision, whole=whole and not own, files=files)
+    except WeightsMissing as error:
+        raise ModelUnusable(error.sentence, hint) from error
+    except WeightsIncomplete as error:
+        raise ModelUnusable(str(error), hint) from error
+
+
 def _wanted(settings: TextSettings) -> Wanted:
     packed = settings.quantisation
     return Wanted(
-        source=settings.model,
-        revision=settings.revision or None,
-        tokenizer=settings.tokenizer,
+        name=settings.model,
+        folder=folder_of(settings),
+        tokenizer=_found(settings.tokenizer, settings, None, FILES, whole=False)
+        if settings.tokenizer
+        else None,
         device=settings.device,
         dtype=DTYPES.get(settings.dtype, settings.dtype),
         quantisation="nf4" if packed == "bitsandbytes" else packed,
         max_memory_gb=settings.max_memory_gb,
         context=settings.context,
         template=settings.chat_template,
-        token=settings.hf_token or None,
     )

@@ -24,7 +24,7 @@ import torch
 from live.turns import Turns
 from lora.engine.engine import LoraEngine
 from lora.engine.rows import Rows
-from text.loading import COMPONENT, DEMO, DEMO_FOLDER, ModelUnusable, load_shape
+from text.loading import COMPONENT, DEMO, DEMO_FOLDER, FILES, ModelUnusable, load_shape
 from text.published import name_of, publish
 from text.vllm import EngineFailed, Vllm, end, said_in, start, unreachable
 from text_settings import TextSettings
@@ -32,7 +32,7 @@ from validation import InvalidInput
 from worker.parts import Parts
 from worker.stop import Stop
 from worker.text_answers import DONE
-from worker.text_base import Face, library_of
+from worker.text_base import Face, folder_of, library_of
 from worker.text_input import HINT, TextRequest, plain
 from worker.text_models import Models, Ready
 from worker.text_parameters import CHAT, UNSERVED, WITHOUT_EFFECT
@@ -80,7 +80,9 @@ class VllmBase:
         """Finds the server under TEXT_VLLM_URL, or starts one. Raises: ModelUnusable; EngineFailed."""
         self.settings, self.running = settings, 0
         self.source = str(DEMO_FOLDER) if settings.model == DEMO else settings.model
-        shape = load_shape(settings.model, settings.revision or None, settings.hf_token or None)
+        ours = not settings.vllm_url
+        self._folder = folder_of(settings, FILES if ours else ("config.json",), whole=ours)
+        shape = load_shape(settings.model, self._folder)
         self.engine = LoraEngine({COMPONENT: shape})
         self.library = library_of(settings, self.engine)
         face: Any = Face(settings.name, torch.device("cpu"))
@@ -89,7 +91,7 @@ class VllmBase:
         self.models = Models(settings, self.library, self.parts, lambda file: None)
         self._process = None
         url = settings.vllm_url
-        if not url:
+        if ours:
             url, self._process = self._started()
         self.server = Vllm(url, MOST, settings.vllm_key)
         try:
@@ -120,7 +122,7 @@ class VllmBase:
             time.sleep(0.2)
 
         environ = {**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
-        return url, start(command_of(self.settings, self.source, port), environ, url, wait)
+        return url, start(command_of(self.settings, self._folder, port), environ, url, wait)
 
     # --- one request ----------------------------------------------------------------------------
 
@@ -268,8 +270,8 @@ async def _by(stop: Stop, work: Awaitable[Any]) -> Any:
         raise stop.deadline_exceeded() from None
 
 
-def command_of(settings: TextSettings, source: str, port: int) -> list[str]:
-    """How a server for these settings is started."""
+def command_of(settings: TextSettings, folder: Path, port: int) -> list[str]:
+    """How a server for these settings is started, over the base in this folder."""
     packed = "bitsandbytes" if settings.quantisation in ("nf4", "bitsandbytes") else ""
     options = {
         "--host": "127.0.0.1",
@@ -282,9 +284,8 @@ def command_of(settings: TextSettings, source: str, port: int) -> list[str]:
         "--max-model-len": settings.context,
         "--dtype": settings.dtype,
         "--quantization": packed,
-        "--revision": settings.revision,
         "--tokenizer": settings.tokenizer,
         "--chat-template": settings.chat_template,
     }
     given = [text for name, value in options.items() if value for text in (name, str(value))]
-    return ["vllm", "serve", source, "--enable-lora", "--trust-request-chat-template", *given]
+    return ["vllm", "serve", str(folder), "--enable-lora", "--trust-request-chat-template", *given]

@@ -256,42 +256,40 @@ class Block:
         undo, originals = self._engine.undo, self._engine.originals
         undo.weights(keep=plan.merges.keys())
         written: dict[nn.Parameter, tuple[Merge, Tensor]] = {}
-        ready = prepared.merged(stack)
+        ready, taken = prepared.merged(stack), 0
         for weight, entry in plan.merges.items():
-            scales = [planned.scale_in(stack) for planned in entry.layers]
-            content = tuple(
-                (stack[planned.use].lora.identity, planned.layer.target, scale)
-                for planned, scale in zip(entry.layers, scales, strict=True)
-            )
+            kept = ready.get(weight)
+            content = kept.content if kept else entry.content_in(stack)
             if undo.content.get(weight) == content:
                 continue
-            generation, kept = originals.generation(weight), ready.get(weight)
             original = originals.hold(weight)
             undo.content[weight] = None
-            if kept and kept.generation == generation:
+            if kept and kept.generation == original.generation:
                 weight.copy_(kept.values)
+                taken += 1
             else:
-                changes = [
-                    (p.layer.algorithm, s) for p, s in zip(entry.layers, scales, strict=True)
-                ]
+                changes = [(one.layer.algorithm, one.scale_in(stack)) for one in entry.layers]
                 view = as_matrix(entry.module, entry.name, weight.detach())
-                total = merge(view, as_matrix(entry.module, entry.name, original), changes)
+                total = merge(view, as_matrix(entry.module, entry.name, original.values), changes)
                 written[weight] = entry, total
             undo.content[weight] = content
         refuse_overflow(written)
-        if plan.merges and prepared.returns(stack):
+        if taken < len(plan.merges) and prepared.returns(stack):
             self._keep(stack, plan, prepared)
 
     def _keep(self, stack: Stack, plan: Plan, prepared: Prepared) -> None:
         """Keeps copies of the merged values for the next time, if the budget has room for the whole stack."""
-        engine, have = self._engine, prepared.merged(stack)
-        generations = {weight: engine.originals.generation(weight) for weight in plan.merges}
+        engine, have, content = self._engine, prepared.merged(stack), self._engine.undo.content
+        generations = {one: engine.originals.hold(one).generation for one in plan.merges}
         if all(w in have and have[w].generation == g for w, g in generations.items()):
             return
         if bytes_of(plan.merges) + prepared.file_bytes > engine.prepared.budget:
             return
         try:
-            copies = {w: Merged(w.detach().clone(), g) for w, g in generations.items()}
+            copies = {
+                one: Merged(one.detach().clone(), generation, content[one])
+                for one, generation in generations.items()
+            }
         except torch.OutOfMemoryError:
             log.warning("no memory to keep a merged stack ready; LORA_PREPARED_GB may be too large")
             prepared.drop()

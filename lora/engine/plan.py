@@ -6,7 +6,7 @@ A plan knows no scales, only which of them are 0: it holds for every strength of
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Set
+from collections.abc import Callable, Hashable, Set
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -47,6 +47,13 @@ class Merge:
     name: str
     target: Target
     layers: list[PlannedLayer]
+
+    def content_in(self, stack: Stack) -> Hashable:
+        """What the parameter holds when a stack is merged that the plan holds for."""
+        return tuple(
+            (stack[one.use].lora.identity, one.layer.target, one.scale_in(stack))
+            for one in self.layers
+        )
 
 
 @dataclass

@@ -36,10 +36,13 @@ class Ready(NamedTuple):
 
 @dataclass(frozen=True)
 class Merged:
-    """A weight's merged values, and the generation of the originals that they were made from."""
+    """A weight's merged values, and what they were made from."""
 
     values: Tensor
     generation: int
+    """Of the originals."""
+    content: Hashable
+    """The layers with their scales."""
 
     @property
     def size(self) -> int:

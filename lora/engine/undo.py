@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Hashable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora.engine.dynamic import AdaptedForward
@@ -63,6 +64,7 @@ class Undo:
             if previous is not None:
                 module.__dict__["forward"] = previous
 
+    @torch.no_grad()
     def weights(self, keep: Container[nn.Parameter] = ()) -> None:
         """Restores all weights but these. If one fails, the others are restored. Raises: RestoreFailed."""
         failed: list[BaseException] = []

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from lora.durable import leads_out
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import PEFT_CONFIG, PEFT_STEM
 from lora.volume.records import pin_path, record_path
@@ -257,11 +258,6 @@ def _entries(root: Path, folder: str) -> dict[str, os.DirEntry[str]]:
             and not (entry.is_symlink() and leads_out(Path(entry.path), root))
         }
     return {}  # removed just now, or not ours to read
-
-
-def leads_out(path: Path, root: Path) -> bool:
-    """Whether a link in the path leads out of the root. (`Path.resolve` fails for links in a circle.)"""
-    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _status(path: Path | os.DirEntry[str] | None) -> os.stat_result | None:

@@ -80,11 +80,11 @@ class VolumeCache:
         Whatever fails, nothing new appears under the file's name and no temporary file stays.
         Raises: LoraError.
         """
-        location, refresh, warning = resolved
+        location, refresh, warning, copy = resolved
         if isinstance(location, CachedName):
             return self.find(location)
         key = location.identity, location.sha256, location.credential, refresh
-        fetch = partial(self._fetch, location, refresh)
+        fetch = partial(self._fetch, location, refresh, copy)
         entry = self._shared.run(key, location.shown, fetch, on_bytes)
         return entry.warned(warning) if warning else entry
 
@@ -119,8 +119,10 @@ class VolumeCache:
         hint = hint or f"The cache holds {len(self.shelf.names(own=True))} files."
         return LoraNotFound(f"the cache has no file {redact_url(name)!r}", hint)
 
-    def _fetch(self, remote: RemoteFile, refresh: bool, on_bytes: OnBytes) -> CacheEntry:
-        fetch = Fetch(remote, self.shelf, self.web, self._lease, on_bytes)
+    def _fetch(
+        self, remote: RemoteFile, refresh: bool, copy: Path | None, on_bytes: OnBytes
+    ) -> CacheEntry:
+        fetch = Fetch(remote, self.shelf, self.web, self._lease, on_bytes, copy)
         try:
             kept = self.shelf.kept(remote)
         except Damaged as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable
@@ -12,14 +13,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lora.durable import part_file
-from lora.errors import CacheFull, DownloadFailed, LoraCorrupt, naming
+from lora.errors import CacheFull, DownloadFailed, LoraCorrupt, LoraError, LoraTooLarge, naming
+from lora.fetch.copying import copy_file
 from lora.fetch.download import Download, NotModified, OnBytes
 from lora.fetch.sources import RemoteFile
 from lora.fetch.web import Web
-from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG, Beside, template_in
+from lora.formats.peft import CONFIG_BYTES, PEFT_CONFIG, Beside, beside, template_in
 from lora.volume.lease import Lease
 from lora.volume.records import INCOMING, record_path, write
 from lora.volume.shelf import CacheEntry, Damaged, Shelf, file_name
+
+log = logging.getLogger(__name__)
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -36,6 +40,8 @@ class Fetch:
     web: Web
     lease: Callable[[Path, float], Lease]
     on_bytes: OnBytes
+    copy: Path | None = None
+    """Where the same file lies on this machine; what belongs to it lies beside it."""
     deadline: float = 0.0
     """When `run` must be done, by time.monotonic()."""
 
@@ -78,13 +84,39 @@ class Fetch:
         with lease:
             # This one may be newer than before waiting. The request names it, so that a 304 confirms it.
             kept = self._kept()
-            return newer(kept) or self._download(root, kept)
+            return newer(kept) or self._copied(root) or self._download(root, kept)
 
     def _kept(self) -> CacheEntry | None:
         try:
             return self.shelf.kept(self.remote)
         except Damaged:
             return None
+
+    def _copied(self, root: Path) -> CacheEntry | None:
+        """The file from where it lies on this machine; None if there is none that can be used, which is
+        logged. Raises: LoraTooLarge, CacheFull, OSError.
+        """
+        if self.copy is None:
+            return None
+        path, room = root / file_name(self.remote), self.shelf.room
+        try:
+            with part_file(root / INCOMING, path.name) as part, naming(self.remote.shown):
+                fetched = copy_file(
+                    self.copy,
+                    part,
+                    self.shelf.limits,
+                    lambda size: room.make(root, size, size, path),
+                    self.on_bytes,
+                    deadline=self.deadline,
+                )
+                entry = self.shelf.publish(part, root, self.remote, fetched, beside(self.copy))
+        except (LoraTooLarge, CacheFull):
+            raise
+        except LoraError as error:
+            log.warning("%s; it is fetched from the hub", error.sentence)
+            return None
+        log.info("%s was copied from %s", self.remote.shown, self.copy)
+        return entry
 
     def _download(self, root: Path, kept: CacheEntry | None) -> CacheEntry:
         room, path, headers = self.shelf.room, root / file_name(self.remote), {}

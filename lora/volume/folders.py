@@ -10,11 +10,11 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lora.durable import is_orphan, part_file
+from lora.durable import is_orphan, leads_out, part_file
 from lora.errors import SourceInvalid
 from lora.formats.endings import EXTENSIONS
 from lora.formats.peft import STEMS
-from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden, leads_out
+from lora.volume.adapters import StoredAdapter, adapter_at, adapters_in, is_hidden
 from lora.volume.records import DAMAGED, INCOMING
 
 log = logging.getLogger(__name__)

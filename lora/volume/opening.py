@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -115,11 +115,13 @@ def make_cache(
     hub: Server,
     civitai: Server,
     family: str | None = None,
+    hub_caches: Sequence[Path] = (),
 ) -> VolumeCache:
     """The cache in a folder. Nothing is requested or written yet.
 
     The hubs' tokens are added to the rules; an endpoint that is named here may lie in the private network.
-    `family`: of the model that adapters are for, such as SDXL. Raises: ValueError if an endpoint is no URL.
+    `family`: of the model that adapters are for, such as SDXL. `hub_caches`: folders on this machine in which
+    the hub's files are looked for before it is asked. Raises: ValueError if an endpoint is no URL.
     """
     own, tokens = set(rules.own), dict(rules.tokens)
     for public, (endpoint, token) in ((HUB, hub), (CIVITAI, civitai)):
@@ -135,7 +137,7 @@ def make_cache(
         root,
         limits,
         web,
-        hub=Hub(hub[1] or None, without_user(hub[0]) or HUB, web),
+        hub=Hub(hub[1] or None, without_user(hub[0]) or HUB, web, tuple(hub_caches)),
         civitai=Civitai(web, without_user(civitai[0]) or CIVITAI, family),
         fallback=FALLBACK_ROOT,
     )

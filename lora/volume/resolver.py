@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from lora.errors import AccessDenied, DownloadFailed, LoraError, LoraNotFound
 from lora.fetch.civitai import Civitai
 from lora.fetch.download import pause_after
-from lora.fetch.hub import Hub
+from lora.fetch.hub import Hub, SeveralAdapters
 from lora.fetch.links import without_credentials
 from lora.fetch.rules import origin_of
 from lora.fetch.sources import (
@@ -39,6 +40,8 @@ class Resolved(NamedTuple):
     location: RemoteFile | CachedName
     refresh: bool = False
     warning: str | None = None
+    copy: Path | None = None
+    """Where the same file lies on this machine already, outside of the cache."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ class _Question(NamedTuple):
     token: str | None
     """With another token, the answer may be another."""
     ask: Callable[[], RemoteFile]
+
+
+class _Found(NamedTuple):
+    """Where a hub says that a file is."""
+
+    remote: RemoteFile
+    refresh: bool = False
+    warning: str | None = None
+
+    def resolved(self, reference: Reference, token: str | None = None) -> Resolved:
+        """The same for a reference, whose own sha256 counts; `token`: its link's, for the file's origin."""
+        remote = replace(self.remote, sha256=reference.sha256 or self.remote.sha256, token=token)
+        return Resolved(remote, self.refresh, self.warning)
 
 
 class Refusals:
@@ -113,25 +129,40 @@ class Resolver:
             plain = not (reference.weight_name or reference.revision or "@" in reference.path)
             if plain and self._shelf.existing(reference.path):
                 return Resolved(CachedName(reference.path, reference.sha256))
-            fixed = re.fullmatch(r"[0-9a-f]{40}", location.revision or "") is not None
-            ask, server = (lambda: self._hub.ask(location)), self._hub.endpoint
-        elif isinstance(location, CivitaiFile):
-            fixed = location.version is not None
-            ask, server = (lambda: self._civitai.ask(location)), self._civitai.endpoint
-        else:
-            return Resolved(location, reference.refresh)
-        token = location.token if isinstance(location, CivitaiFile) else None
-        resolved = self._look_up(
-            _Question(f"{server} {location}", token, ask), fixed, refresh=reference.refresh
-        )
-        remote = resolved.location
-        if isinstance(remote, RemoteFile):
-            sha256 = reference.sha256 or remote.sha256
-            at_home = token and origin_of(remote.url) == origin_of(server)
-            remote = replace(remote, sha256=sha256, token=token if at_home else None)
-        return resolved._replace(location=remote)
+            return self._in_hub(location, reference)
+        if isinstance(location, CivitaiFile):
+            return self._in_civitai(location, reference)
+        return Resolved(location, reference.refresh)
 
-    def _look_up(self, question: _Question, fixed: bool, *, refresh: bool) -> Resolved:
+    def _in_hub(self, location: HubFile, reference: Reference) -> Resolved:
+        """From a cache of the hub on this machine, unless the source is to be asked; else from the hub."""
+        several: LoraError | None = None
+        try:
+            copy = None if reference.refresh else self._hub.cached(location)
+        except SeveralAdapters as error:  # the hub may know of the usual name among more files
+            copy, several = None, error.error
+        if copy:
+            return _Found(copy.remote).resolved(reference)._replace(copy=copy.path)
+        fixed = re.fullmatch(r"[0-9a-f]{40}", location.revision or "") is not None
+        question = _Question(
+            f"{self._hub.endpoint} {location}", None, lambda: self._hub.ask(location)
+        )
+        try:
+            found = self._look_up(question, fixed, refresh=reference.refresh)
+        except DownloadFailed:
+            if several:
+                raise several from None
+            raise
+        return found.resolved(reference)
+
+    def _in_civitai(self, location: CivitaiFile, reference: Reference) -> Resolved:
+        server, token = self._civitai.endpoint, location.token
+        question = _Question(f"{server} {location}", token, lambda: self._civitai.ask(location))
+        found = self._look_up(question, location.version is not None, refresh=reference.refresh)
+        at_home = token and origin_of(found.remote.url) == origin_of(server)
+        return found.resolved(reference, token if at_home else None)
+
+    def _look_up(self, question: _Question, fixed: bool, *, refresh: bool) -> _Found:
         """A hub's answer about a reference; from the volume as long as the last answer is fresh."""
         name = f"{digest_of(question.key)}.json"
         known, when = None, 0.0
@@ -143,18 +174,18 @@ class Resolver:
         lately = abs(time.time() - when) < self._shelf.limits.ttl  # another's clock may be ahead
         fresh = when and (fixed or lately)
         if known and fresh and not refresh:
-            return Resolved(known)
+            return _Found(known)
         try:
             with self._refusals.remembered(f"{question.key} {question.token}", ask_anyway=refresh):
                 answer = self._patiently(question.ask, can_wait=known is None or refresh)
         except LoraError as error:
             if known is None or refresh:
                 raise
-            return Resolved(known, warning=f"{known.shown} may be out of date: {error.sentence}")
+            return _Found(known, warning=f"{known.shown} may be out of date: {error.sentence}")
         with suppress(OSError):  # only the next look-up suffers
             root = self._shelf.prepare()
             write(root, root / LOOKUPS / name, _kept(answer))
-        return Resolved(answer, refresh)
+        return _Found(answer, refresh)
 
     def _patiently(self, ask: Callable[[], RemoteFile], *, can_wait: bool) -> RemoteFile:
         """Asks again if a hub does not answer, as often and as late as a download would.

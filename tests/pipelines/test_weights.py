@@ -7,10 +7,16 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from huggingface_hub.errors import (
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from pipelines import weights
 from pipelines.baking import bake, files_to_bake, repos_to_bake
 from pipelines.loading import load_models
+from pipelines.obtaining import download_place, obtain
 from pipelines.weights import (
     CACHED,
     DEMO_MODEL,
@@ -96,7 +102,7 @@ def test_check_wants_weights_for_every_network_of_the_index(tmp_path: Path) -> N
 def test_bake_tries_again_when_the_hub_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     tries: list[str] = []
 
-    def refuse(self: object, repo: str) -> None:
+    def refuse(self: object, repo: str, revision: str | None) -> None:
         tries.append(repo)
         raise httpx2.ConnectError("no")
 
@@ -135,6 +141,13 @@ def test_the_commit_that_main_names_is_taken(tmp_path: Path) -> None:
     named = in_hub(tmp_path, "bbb")
     in_hub(tmp_path, "ccc", main=False)
     assert find_weights(REPO, [tmp_path]) == named
+
+
+def test_no_repo_is_taken_for_another_whose_folder_has_its_name(tmp_path: Path) -> None:
+    in_hub(tmp_path, "aaa", "a/b--c", main=False)
+    for repo in ("a/b--c", "a--b/c"):
+        with pytest.raises(WeightsMissing):
+            find_weights(repo, [tmp_path])
 
 
 def test_the_only_commit_is_taken_without_a_ref(tmp_path: Path) -> None:
@@ -231,7 +244,7 @@ def test_what_is_nowhere_is_downloaded_only_if_that_is_asked_for(
 ) -> None:
     fetched = list[object]()
 
-    def bake(repo: str, token: str | None, place: Path) -> None:
+    def bake(repo: str, token: str | None, place: Path, **_: object) -> None:
         fetched.append((repo, token, place))
         in_hub(place, "abc", repo)
 
@@ -244,6 +257,76 @@ def test_what_is_nowhere_is_downloaded_only_if_that_is_asked_for(
     assert load_models(settings).name == "my-sdxl"
     assert load_models(settings).name == "my-sdxl"
     assert fetched == [(REPO, None, tmp_path)]
+
+
+def test_what_a_broken_off_download_left_is_downloaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove_blob(in_hub(tmp_path, "abc"))
+
+    def bake(repo: str, token: str | None, place: Path, **_: object) -> None:
+        shutil.rmtree(place)
+        in_hub(place, "abc", repo)
+
+    monkeypatch.setattr("pipelines.baking.bake", bake)
+    with pytest.raises(WeightsIncomplete):
+        obtain(REPO, Settings(weights="auto", weights_dir=tmp_path))
+    found = obtain(REPO, Settings(weights="download", weights_dir=tmp_path))
+    assert (found / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+def test_a_folder_that_is_not_whole_is_not_taken_for_a_repo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.baking.bake", lambda *_, **__: pytest.fail("it was downloaded"))
+    with pytest.raises(WeightsIncomplete):
+        obtain(str(tmp_path), Settings(weights="download", weights_dir=tmp_path))
+
+
+def test_without_a_volume_the_image_holds_what_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "baked"))
+    here = Settings(weights_dir=tmp_path / "volume" / "hub")
+    assert download_place(here) == tmp_path / "volume" / "hub"
+    gone = Settings(weights_dir=Path("/no-such-volume/huggingface/hub"))
+    assert download_place(gone) == tmp_path / "baked"
+
+
+def test_a_revision_is_that_one_and_no_other(tmp_path: Path) -> None:
+    main, tagged = in_hub(tmp_path, "aaa"), in_hub(tmp_path, "bbb", main=False)
+    (tagged.parent.parent / "refs" / "v1").write_text("bbb")
+    assert find_weights(REPO, [tmp_path]) == main
+    assert find_weights(REPO, [tmp_path], "v1") == tagged
+    with pytest.raises(WeightsMissing):
+        find_weights(REPO, [tmp_path], "v2")
+    shutil.rmtree(main)
+    with pytest.raises(WeightsMissing):  # the only one that is left is not `v2` either
+        find_weights(REPO, [tmp_path], "v2")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RevisionNotFoundError, "has no revision v1"),
+        (RepositoryNotFoundError, "there is no repo a/b"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE"),
+    ],
+)
+def test_what_the_hub_will_not_change_its_mind_about_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception], said: str
+) -> None:
+    tries: list[str | None] = []
+
+    def refuse(self: object, repo: str, revision: str | None) -> None:
+        tries.append(revision)
+        answer = httpx2.Response(404, request=httpx2.Request("GET", "https://hub"))
+        raise error("no") if error is OfflineModeIsEnabled else error("no", response=answer)  # type: ignore[call-arg]
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(WeightsMissing, match=said):
+        bake("a/b", None, revision="v1", pause=lambda _: pytest.fail("it waited"))
+    assert tries == ["v1"]
 
 
 # --- which files are loaded, and reading them ahead ------------------------------------------------

@@ -8,6 +8,7 @@ from lora.errors import LoraNotFound
 from lora.fetch.sources import CachedName, Reference
 from pipelines.weights import DEMO_LORAS
 from settings import Settings, SettingsError
+from tests.hub_caches import put
 from worker.opening import open_cache, read_settings
 
 
@@ -16,6 +17,19 @@ def test_secrets_do_not_show_in_what_is_opened() -> None:
     settings = read_settings({"LORA_AUTH_HEADERS": headers, "HF_TOKEN": "canary"})
     assert "canary" not in repr(settings)
     assert "canary" not in repr(open_cache(settings).web.rules)
+
+
+def test_a_lora_is_looked_for_where_base_weights_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "baked"))
+    monkeypatch.setattr("pipelines.weights.CACHED", tmp_path / "cached")
+    for number, name in enumerate(("volume", "cached", "baked")):
+        put(tmp_path / name, "u/r", {"x.safetensors": name.encode()}, str(number) * 40)
+        for weights in ("auto", "download", name):
+            settings = Settings(weights=weights, weights_dir=tmp_path / "volume")
+            copy = open_cache(settings).resolve(Reference("u/r")).copy
+            assert copy is not None and copy.read_bytes() == name.encode()
 
 
 def test_limits_are_in_bytes() -> None:

@@ -43,7 +43,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def counted(wanted: Wanted) -> TextModel:
         gc.collect()
-        told.append((Path(wanted.source).name, sum(one() is not None for one in alive)))
+        told.append((Path(wanted.name).name, sum(one() is not None for one in alive)))
         made = load(wanted)
         alive.append(weakref.ref(made.model))
         return made
