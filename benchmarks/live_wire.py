@@ -18,40 +18,24 @@ import uvicorn
 from PIL import Image
 from safetensors.torch import save_file
 from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
 from torch import nn
 from websockets.asyncio.client import connect
 
 from handler import Worker
-from live.session import Closed, run
-from live.wire import pack, unpack
+from live.session import run
+from live.wire import Closed, pack, unpack
+from worker.http_app import Serving, State, new_app
+from worker.http_images import Images
 
 PROMPT = "a big red circle on a blue background"
 LARGE_MB = 200
 
 
 def app_of(worker: Worker) -> Starlette:
-    """A server with the one route."""
-
-    async def live(socket: WebSocket) -> None:
-        await socket.accept()
-
-        async def receive() -> str | bytes:
-            message = await socket.receive()
-            if message["type"] == "websocket.disconnect":
-                raise Closed
-            return message.get("bytes") or message.get("text") or b""
-
-        async def send(data: bytes) -> None:
-            try:
-                await socket.send_bytes(data)
-            except (WebSocketDisconnect, RuntimeError):
-                raise Closed from None
-
-        await run(receive, send, worker)
-
-    return Starlette(routes=[WebSocketRoute("/live", live)])
+    """The worker's own server, ready."""
+    serving = Serving(worker.settings, lambda: None)
+    serving.state = State.READY
+    return new_app(serving, Images(worker))
 
 
 def as_jpeg(picture: Image.Image) -> bytes:

@@ -5,6 +5,7 @@ import { cards, stem } from "./loras.js";
 import { newStack } from "./stack.js";
 
 const MOST_WAITING = 3000;
+const NO_LIVE = "A queue passes nothing on to a job that runs, so live frames need a worker's own server: start a worker with WORKER_SERVE=http and open this page with --url and its address, or with --local.";
 
 /** A message: two bytes of length, so many of JSON, then the picture. */
 export async function pack(about, picture) {
@@ -31,6 +32,7 @@ function drawMoving(context, time, side) {
 const percentile = (values, share) => (values.length ? [...values].sort((a, b) => a - b)[Math.floor(share * (values.length - 1))] : 0);
 
 export function newLiveTab(context) {
+  if (!context.live) return h("div", { class: "panel" }, h("p", { id: "no-live" }, NO_LIVE));
   const video = h("video", { muted: true, playsinline: "", hidden: true, loop: true });
   const frame = h("canvas", { hidden: true }), shown = h("canvas", { class: "live", id: "live", width: 64, height: 64, role: "img", "aria-label": "The frames as they come" });
   const source = h("select", { id: "live-source" }, [["drawing", "a moving drawing"], ["camera", "camera"], ["screen", "screen"], ["file", "a video file"], ["text", "the prompt alone"]].map(([value, text]) => h("option", { value }, text)));
@@ -129,7 +131,10 @@ export function newLiveTab(context) {
       loop(state);
     } else if (about.type === "frame") await taken(state, about, body);
     else if (about.type === "monitor") state.monitor = about;
-    else if (about.type === "end") state.own.close();
+    else if (about.type === "end") {
+      if (about.reason) trouble.textContent = `The session is over: ${about.reason}.`;
+      state.own.close();
+    }
     else if (about.type === "error" && !state.size) state.own.close();
   }
 
