@@ -52,7 +52,7 @@ class LocalText(Jobs):
     async def answer(self, job: Running, given: Json) -> Any:
         """All pieces of the worker's answer, which are told as they come."""
         pieces = []
-        async for piece in self._worker.handle(given):
+        async for piece in self._worker.handle(given, job.progress):
             if isinstance(piece, Mapping) and "error" in piece:
                 return {"error": str(piece["error"])}
             pieces.append(piece)
