@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, Page, WebSocket, expect
@@ -16,6 +18,7 @@ from live.wire import Message, pack, unpack
 from page.backend import Endpoint
 from page.local import Local
 from page.own_server import OwnServer
+from pipelines.live import LiveStream
 from pipelines.prompts import encode
 from tests.conftest import ROOT
 from tests.live.streams import frame, pixels, start
@@ -71,6 +74,9 @@ class Watched:
     def watch(self, socket: WebSocket) -> None:
         socket.on("framesent", lambda data: self.sent.append(unpack(data)))
         socket.on("framereceived", lambda data: self.came.append(unpack(data)))
+
+    def errors(self) -> list[str]:
+        return [one.about["error"] for one in self.came if "error" in one.about]
 
     def answers(self) -> dict[int, Message]:
         """Those with a picture, by number."""
@@ -151,6 +157,56 @@ def the_same_alone(worker: Program, watched: Watched, numbers: list[int]) -> Non
         for number in numbers[-3:]:
             others = {*PRESETS, ""} - {chosen[number]}
             assert answers[number].picture not in {drawn(number, one) for one in others}
+
+
+NO_PICTURE = """() => {
+  const canvas = HTMLCanvasElement.prototype, real = canvas.toBlob;
+  canvas.toBlob = function (give) { canvas.toBlob = real; give(new Blob(["no picture"])); };
+}"""
+"""One frame of the page's is none."""
+
+
+@needs_browser
+@pytest.mark.slow
+def test_errors_end_no_session_and_a_closed_tab_leaves_the_next_one_its_place(
+    demo_worker: Worker, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = LiveStream.step, threading.Event()
+
+    def step(self: LiveStream, frames: Any) -> None:
+        if fails.is_set():
+            fails.clear()
+            raise RuntimeError
+        real(self, frames)
+
+    monkeypatch.setattr(LiveStream, "step", step)
+    encode(demo_worker.parts.pipeline.base, "a", None)  # transformers hooks in at the first call
+    with pipeline_unchanged(demo_worker), served(lambda: Local(demo_worker)) as page:
+        for _ in range(2):
+            meets_faults(page, browser, fails)
+            until(lambda: demo_worker.parts.live.taken == 0)
+
+
+def meets_faults(page: Served, browser: Browser, fails: threading.Event) -> None:
+    """Draws, goes on after a bad frame and after a step that fails, and is closed in the middle."""
+    faults, watched = list[str](), Watched()
+    context = browser.new_context()
+    tab = opened(context, page.url + "/", faults)
+    tab.on("websocket", watched.watch)
+    tab.click("#tab-live")
+    tab.locator("#panel-live").get_by_label("steps").fill("1")
+    tab.click("#live-start")
+    until(lambda: done(tab) > 2)
+    for number, break_one in enumerate((lambda: tab.evaluate(NO_PICTURE), fails.set), 1):
+        break_one()
+        until(lambda least=number: done(tab) and len(watched.errors()) == least)  # type: ignore[misc]
+        before = done(tab)
+        until(lambda least=before: done(tab) > least)  # type: ignore[misc]
+    bad, failed = watched.errors()
+    assert bad.startswith("INVALID_INPUT: the frame is no whole")
+    assert failed.startswith("INTERNAL: the frame failed unexpectedly (RuntimeError)")
+    context.close()
+    assert faults == []
 
 
 # --- over a socket ---------------------------------------------------------------------------------
