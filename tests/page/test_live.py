@@ -209,6 +209,29 @@ def meets_faults(page: Served, browser: Browser, fails: threading.Event) -> None
     assert faults == []
 
 
+@needs_browser
+@pytest.mark.slow
+def test_a_session_whose_time_is_over_says_so_and_another_can_begin(
+    demo_worker: Worker, browser: Browser
+) -> None:
+    settings = demo_worker.parts.settings
+    before, faults = settings.live_seconds, list[str]()
+    object.__setattr__(settings, "live_seconds", 0.5)
+    try:
+        with served(lambda: Local(demo_worker)) as page:
+            context = browser.new_context()
+            tab = opened(context, page.url + "/", faults)
+            tab.click("#tab-live")
+            for _ in range(2):
+                tab.click("#live-start")
+                expect(tab.locator("#live-trouble")).to_contain_text("its 0.5 seconds are over")
+                expect(tab.locator("#live-start")).to_be_enabled()
+            context.close()
+    finally:
+        object.__setattr__(settings, "live_seconds", before)
+    assert faults == []
+
+
 # --- over a socket ---------------------------------------------------------------------------------
 
 
