@@ -133,6 +133,8 @@ async def _up(receive: Receive, worker: aiohttp.ClientWebSocketResponse) -> None
 
 async def _down(worker: aiohttp.ClientWebSocketResponse, send: Send) -> None:
     async for message in worker:
+        if message.type is aiohttp.WSMsgType.ERROR:  # such as a message over LIVE_MESSAGE
+            raise aiohttp.ClientError
         await send(message.data)
 
 

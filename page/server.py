@@ -35,8 +35,8 @@ STATIC = Path(__file__).parent / "static"
 MAX_JOB, MAX_PICTURE = 20 << 20, 60 << 20
 """Bytes of a job, as RunPod allows, and of a picture that is dropped."""
 
-MAX_REASON = 110
-"""Characters of the reason why a WebSocket is closed; the protocol has 123 bytes."""
+MAX_REASON = 123
+"""Bytes of the reason why a WebSocket is closed, by its protocol."""
 
 MAX_PIXELS = 200_000_000
 
@@ -176,7 +176,7 @@ def live_socket(backend: Backend) -> Callable[[WebSocket], Awaitable[None]]:
             try:
                 await backend.live(browser.receive, browser.send)
             except PageError as error:
-                reason = str(error)[:MAX_REASON]
+                reason = str(error).encode()[:MAX_REASON].decode(errors="ignore")
             except Closed:
                 return
         await browser.close(1011 if reason else 1000, reason)

@@ -112,6 +112,11 @@ export function newLiveTab(context) {
     stop.disabled = false;
   }
 
+  function leave(own) {
+    own.over = true;
+    own.close();
+  }
+
   function ended(own, reason) {
     if (socket !== own) return;
     socket = null;
@@ -119,7 +124,7 @@ export function newLiveTab(context) {
     video.srcObject = null;
     go.disabled = false;
     stop.disabled = true;
-    if (reason) trouble.textContent = reason;
+    if (reason || !own.over) trouble.textContent = reason || "The connection to the worker was lost. Start begins anew.";
   }
 
   async function take(state, data) {
@@ -133,9 +138,9 @@ export function newLiveTab(context) {
     else if (about.type === "monitor") state.monitor = about;
     else if (about.type === "end") {
       if (about.reason) trouble.textContent = `The session is over: ${about.reason}.`;
-      state.own.close();
+      leave(state.own);
     }
-    else if (about.type === "error" && !state.size) state.own.close();
+    else if (about.type === "error" && !state.size) leave(state.own);
   }
 
   async function taken(state, about, body) {
@@ -177,7 +182,7 @@ export function newLiveTab(context) {
   }
 
   go.addEventListener("click", doing(async () => { try { await start(); } catch (error) { trouble.textContent = error.message; } finally { setTimeout(() => { go.disabled = Boolean(socket); }); } }));
-  stop.addEventListener("click", () => socket?.close());
+  stop.addEventListener("click", () => { if (socket) leave(socket); });
 
   const element = h("div", { class: "two" },
     h("div", {}, h("div", { class: "panel" }, labelled("source", source), file, labelled("prompt", prompt),

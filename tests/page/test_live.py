@@ -27,6 +27,8 @@ from tests.page.serving import Served, served
 from tests.test_handler import pipeline_unchanged
 from tests.waiting import PATIENCE, until
 from tests.worker.http_serving import Program, program
+from tests.worker.http_serving import served as http_site
+from worker.http_images import Images
 
 KEY = "the-key-of-a-worker"
 
@@ -229,6 +231,39 @@ def test_a_session_whose_time_is_over_says_so_and_another_can_begin(
             context.close()
     finally:
         object.__setattr__(settings, "live_seconds", before)
+    assert faults == []
+
+
+@needs_browser
+@pytest.mark.slow
+def test_a_worker_that_ends_in_a_session_shows_and_the_page_goes_on(
+    demo_worker: Worker, browser: Browser
+) -> None:
+    faults = list[str]()
+    with (
+        http_site(Images(demo_worker), demo_worker.settings) as site,
+        served(lambda: OwnServer(site.address)) as page,
+    ):
+        context = browser.new_context()
+        tab = opened(context, page.url + "/", faults)
+        tab.click("#tab-live")
+        tab.click("#live-start")
+        until(lambda: done(tab) > 0)
+        tab.click("#live-stop")
+        expect(tab.locator("#live-trouble")).to_have_text("")
+        until(lambda: demo_worker.parts.live.taken == 0)
+        before = done(tab)
+        tab.click("#live-start")
+        until(lambda: done(tab) != before)
+        site.server.should_exit = True
+        expect(tab.locator("#live-trouble")).to_contain_text(
+            "The connection to the worker was lost"
+        )
+        expect(tab.locator("#live-start")).to_be_enabled()
+        until(lambda: demo_worker.parts.live.taken == 0)
+        tab.click("#live-start")
+        expect(tab.locator("#live-trouble")).to_contain_text("ENDPOINT_UNREACHABLE")
+        context.close()
     assert faults == []
 
 
