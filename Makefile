@@ -19,7 +19,7 @@ demo-text: $(VENV)/ready
 # The web page on the demo model, in your browser; its LoRAs are copied to out/page, where they may be deleted.
 page: $(VENV)/ready
 	[ -d out/page/loras ] || { mkdir -p out/page && cp -r demo/loras out/page/loras; }
-	WORKER_MODEL=demo LORA_CACHE_DIR=out/page/loras $(RUN) -m page --local --open
+	WORKER_MODEL=demo WORKER_TINY_VAE=demo LORA_CACHE_DIR=out/page/loras $(RUN) -m page --local --open
 
 # Chromium for the page's tests. Where it cannot be installed they are skipped, and say so.
 browser:

@@ -45,7 +45,7 @@ from worker.parts import Answer, Job, Parts, make_parts
 from worker.preload import check_fit, preload
 from worker.progress import Progress
 from worker.queue_serve import take_jobs
-from worker.sender import Post, Sender, to_platform
+from worker.sender import Post, sender_of
 from worker.stop import Cancelled, Stop, seconds_for
 
 __all__ = ["PHASES", "Worker", "default_worker", "generate_image", "main"]
@@ -117,9 +117,9 @@ class Worker:
         return self._sendable(self._answer(job))
 
     def _answer(self, job: Job) -> Answer:
-        if action_of(job):
-            return self._acted(job)
         progress = Progress(lambda update: self._send(job, update))
+        if action_of(job):
+            return self._acted(job, progress)
         stop = Stop(seconds_for(job, self.settings.deadline))
         one = ImageJob(self.parts, job, progress, stop, Turn())
         for stage in (one.prepare, lambda: self._draw(one)):
@@ -158,8 +158,9 @@ class Worker:
             one.draw()
         one.warnings.append("memory was short: the pictures were decoded in tiles")
 
-    def _acted(self, job: Job) -> Answer:
-        answer: Answer = self._caught(Actions(self.parts, self.preloaded).answer, job)
+    def _acted(self, job: Job, progress: Progress) -> Answer:
+        actions = Actions(self.parts, self.preloaded, progress.download)
+        answer: Answer = self._caught(actions.answer, job)
         return self._caught(guard_size, answer, self.settings.max_answer_mb) or answer
 
     def _sendable(self, answer: Answer) -> Answer:
@@ -197,12 +198,13 @@ class Worker:
 
     async def _handle(self, job: Job, turn: Turn, post: Post | None) -> Answer:
         stop = Stop(seconds_for(job, self.settings.deadline))
-        if action_of(job):
-            turn.ends()  # it draws nothing
-            answer = await self._stage(stop, self._preparing, self._acted, job)
-            return answer or {}
-        async with Sender(post) if post else to_platform(job) as sender:
-            one = ImageJob(self.parts, job, Progress(sender.send), stop, turn)
+        async with sender_of(job, post) as sender:
+            progress = Progress(sender.send)
+            if action_of(job):
+                turn.ends()  # it draws nothing
+                answer = await self._stage(stop, self._preparing, self._acted, job, progress)
+                return answer or {}
+            one = ImageJob(self.parts, job, progress, stop, turn)
             answer = await self._stage(stop, self._preparing, self._caught, one.prepare)
             if answer is None:
                 answer = await self._stage(

@@ -3,9 +3,10 @@
 Measured: frames under a random order of presets, strengths and prompts against each alone, bit for bit; the
 milliseconds of a switch and of a changed strength, beside diffusers + peft in the same run; memory over many
 switches; four presets in one batch; a stream batch against one frame after the other; intervals while a large
-LoRA is fetched; the wire without a model. Times of one thread are its CPU seconds (`thread_time`), so that
-what else the machine does does not count; those of sessions are wall seconds. Writes
-`benchmarks/results/live.json`, with the load of the machine.
+LoRA is fetched; the wire without a model; the first frame of a session that follows one that broke. Times of
+one thread are its CPU seconds (`thread_time`), so that what else the machine does does not count; those of
+sessions are wall seconds. Writes `benchmarks/results/live.json`, with the load of the machine, and the table
+of docs/live.md. About ten minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,49 +27,20 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from benchmarks.full_size import write_lora
-from benchmarks.live_demo import PICTURES, PROMPTS, Demo, median, milliseconds, new_demo
-from benchmarks.live_wire import measure_loading, measure_wire
+from benchmarks.live_checks import run_checks
+from benchmarks.live_demo import PROMPTS, Demo, median, milliseconds, new_demo
+from benchmarks.live_loading import measure_loading
+from benchmarks.live_wire import measure_recovery, measure_wire
 from benchmarks.lora_engine import new_bench
-from benchmarks.report import write_result
-from live.monitor import memory_mb
+from benchmarks.report import fill_in, write_result
 from live.painter import Drawn
-from lora.engine.engine import Block, LoraEngine
+from lora.engine.engine import LoraEngine
 from lora.engine.rows import Rows
 from lora.engine.stack import LoraUse, Mode, Stack
 from lora.formats.adapter import load
 from pipelines.live import LiveStream, Spec, spread
 
 log = logging.getLogger("live")
-
-
-def measure_frames(demo: Demo, count: int, *, stream_batch: bool) -> dict[str, Any]:
-    """Frames in a random order against each look alone: how many differ, and whether weights are exact."""
-    networks = demo.worker.parts.pipeline.components.values()
-    before = [{n: p.detach().clone() for n, p in one.state_dict().items()} for one in networks]
-    chance, done = random.Random(5), list[Drawn]()
-    order = [(chance.choice(list(demo.looks)), chance.randrange(PICTURES)) for _ in range(count)]
-    painter = demo.painter(2, done, stream_batch=stream_batch)
-    for look in demo.looks.values():
-        painter.warm(look)
-    alone: dict[Any, bytes] = {}
-    for key in demo.looks:
-        done.clear()
-        for picture in range(PICTURES):
-            painter.draw(demo.ticket(key, picture, picture))
-        painter.drain()
-        alone |= {(key, one.ticket.waiting.seq): one.image.tobytes() for one in done}
-    done.clear()
-    for seq, (key, picture) in enumerate(order):
-        painter.draw(demo.ticket(key, picture, seq))
-    painter.drain()
-    painter.close()
-    differ = sum(one.image.tobytes() != alone[order[one.ticket.waiting.seq or 0]] for one in done)
-    exact = all(
-        torch.equal(tensor, kept[name])
-        for one, kept in zip(networks, before, strict=True)
-        for name, tensor in one.state_dict().items()
-    )
-    return {"frames": len(done), "asked": count, "differ": differ, "weights exact": exact}
 
 
 def measure_switches(
@@ -103,55 +75,6 @@ def measure_peft(pipeline: Any, paths: Sequence[Path], rounds: int) -> dict[str,
             )
         pipeline.unload_lora_weights()
     return {"switch ms": median(switch), "strength ms": median(strengths)}
-
-
-def measure_memory(demo: Demo, counts: dict[str, int]) -> dict[str, Any]:
-    """Growth of this process between 100 switches with random strengths and many, in every mode."""
-    parts, chance = demo.worker.parts, random.Random(2)
-    keys = [
-        key for key in demo.looks if key[1] == 1.0 and key[2] == PROMPTS[0] and key[0] != "none"
-    ]
-
-    def stack_of(*, low_rank: bool) -> Stack:
-        names = [key for key in keys if key[0] != "night"] if low_rank else keys
-        uses = demo.looks[chance.choice(names)].drawing(0.0)
-        return [replace(use, scale=0.01 + 1.5 * chance.random()) for use in uses]
-
-    def growth(switch: Callable[[], None], count: int) -> dict[str, float]:
-        for _ in range(100):
-            switch()
-        gc.collect()
-        begun = memory_mb() or 0.0
-        for _ in range(count - 100):
-            switch()
-        gc.collect()
-        return {"switches": count, "growth MB": round((memory_mb() or 0.0) - begun, 1)}
-
-    figures = {}
-    for mode in (Mode.DYNAMIC, Mode.MERGED):
-        parts.engine.free()
-        with parts.engine.applied([], mode) as block:
-
-            def switch(block: Block = block) -> None:
-                block.switch(stack_of(low_rank=False))
-
-            figures[mode.value] = growth(switch, counts[mode.value])
-    rows = Rows(parts.engine, component="unet")
-    files = list(
-        {
-            use.lora.identity: use.lora
-            for k in keys
-            if k[0] != "night"
-            for use in demo.looks[k].stack
-        }.values()
-    )
-    with rows.opened():
-
-        def use() -> None:
-            rows.use([stack_of(low_rank=True) for _ in range(4)], files)
-
-        figures["rows"] = growth(use, counts["rows"])
-    return figures
 
 
 def measure_batches(demo: Demo, rounds: int) -> dict[str, Any]:
@@ -209,18 +132,20 @@ def measure_both(engine: LoraEngine, pipeline: Any, folder: Path, rounds: int) -
 
 
 def main() -> None:
-    """Measures, prints, and writes the result."""
+    """Measures, prints, and writes the result, with its table in docs/live.md."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--frames", type=int, default=1000)
-    parser.add_argument("--switches", type=int, default=10_000)
+    parser.add_argument("--switches", type=int, default=10_000, help="101 or more")
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--megabytes", type=int, default=200, help="of each LoRA that is fetched")
     parser.add_argument("--full", action="store_true", help="SDXL's UNet, too: 5 GB of memory")
     parser.add_argument("--folder", type=Path, default=Path("out/bench-live"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    demo = new_demo(options.folder / "loras")
+    cache = options.folder / "loras"
+    cache.mkdir(parents=True, exist_ok=True)
+    demo = new_demo(cache)
     figures: dict[str, Any] = {"load average at the start": round(os.getloadavg()[0], 1)}
 
     def note(name: str, value: Any) -> None:
@@ -234,10 +159,13 @@ def main() -> None:
         "switch, demo",
         measure_both(demo.worker.parts.engine, plain, options.folder / "narrow", options.rounds),
     )
-    demo = new_demo(options.folder / "loras")  # peft has put its own layers into the model
+    demo = new_demo(cache)  # peft has put its own layers into the model
+    worker = demo.worker
     note("batches", measure_batches(demo, options.rounds))
-    note("wire, 512 px", asyncio.run(measure_wire(demo.worker, 10.0)))
-    note("while 200 MB are fetched", asyncio.run(measure_loading(demo.worker, options.folder)))
+    note("wire, 512 px", asyncio.run(measure_wire(worker, 10.0)))
+    note("after a session, the next", asyncio.run(measure_recovery(worker, options.rounds // 5)))
+    loading = measure_loading(worker, options.folder, options.megabytes)
+    note("while a LoRA is fetched", asyncio.run(loading))
     if options.full:
         full = new_bench("cpu", tiny=False)  # bfloat16, random weights
         note(
@@ -246,12 +174,64 @@ def main() -> None:
         )
         del full
         gc.collect()
-    note("one by one", measure_frames(demo, options.frames, stream_batch=False))
-    note("stream batch", measure_frames(demo, options.frames, stream_batch=True))
-    many = options.switches
-    counts = {"dynamic": many, "merged": max(200, many // 10), "rows": many}
-    note("memory", measure_memory(demo, counts))
+    for name, value in run_checks(cache, options.frames, options.switches).items():
+        note(name, value)
     note("load average at the end", round(os.getloadavg()[0], 1))
+    fill_in("live.md", "live", table(figures))
+
+
+def table(figures: dict[str, Any]) -> str:
+    """The figures for docs/live.md."""
+    parts = [("demo model", figures["switch, demo"])]
+    if "switch, SDXL's UNet" in figures:
+        parts.append(("SDXL's UNet", figures["switch, SDXL's UNet"]))
+    names = " / ".join(name for name, _ in parts)
+
+    def both(key: str) -> str:
+        sides = ("ours", "diffusers + peft")
+        return " | ".join(
+            " / ".join(f"{part[s][key]:.1f}" for _, part in parts) + " ms" for s in sides
+        )
+
+    one, batch, wire = (figures[name] for name in ("one by one", "stream batch", "wire, 512 px"))
+    batches, loading = figures["batches"], figures["while a LoRA is fetched"]
+    memory = [
+        f"{found['growth MB']} {name} ({found['switches']:,})"
+        for name, found in figures["memory"].items()
+    ]
+    after = [
+        f"{found['median ms']} ms ({name})"
+        for name, found in figures["after a session, the next"].items()
+    ]
+    intervals = [
+        f"{loading[f'p95 / median {when}']} times, of {loading[f'intervals {when}']:,}"
+        for when in ("while fetched and parsed", "after the last byte")
+    ]
+    rows = [
+        f"a switch, {names} | {both('switch ms')}",
+        f"a changed strength, {names} | {both('strength ms')}",
+        f"{one['asked']:,} frames of 7 presets at random, one by one, against each alone | "
+        f"{one['differ']} differ |",
+        f"the same in a stream batch, against a stream all under its look | {batch['differ']} differ |",
+        f"four presets in a batch of four, against one stack | "
+        f"{batches['four presets / one stack']} times |",
+        f"a stream batch of 4 steps, against one by one | "
+        f"{batches['stream batch, times faster']} times faster |",
+        f"512 pixels as JPEG both ways, without a model | {wire['frames per second']:.0f} frames/s, "
+        f"{wire['round trip, median ms']} ms |",
+        f"longest intervals (p95) while {loading['megabytes each']} MB are fetched and parsed, "
+        f"against the median | {intervals[0]} |",
+        f"of these, after the last byte | {intervals[1]} |",
+        f"the next session's first frame, after what befell the one before | {', '.join(after)} |",
+        f"memory after switches with random strengths, above that after 100, MB | {', '.join(memory)} |",
+    ]
+    return "\n".join(
+        [
+            "| | the worker | diffusers + peft |",
+            "| --- | --- | --- |",
+            *(f"| {row} |" for row in rows),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The sessions of `benchmarks.live`: frames over the loopback, and while a large LoRA is fetched."""
+"""The worker's own server in `benchmarks.live`: frames over the loopback, sessions after one that broke."""
 
 from __future__ import annotations
 
@@ -7,51 +7,52 @@ import io
 import statistics
 import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
+from collections.abc import Awaitable, Callable
+from contextlib import ExitStack, suppress
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import uvicorn
 from PIL import Image
-from safetensors.torch import save_file
-from starlette.applications import Starlette
-from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect
-from torch import nn
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed
 
 from handler import Worker
-from live.session import Closed, run
-from live.wire import pack, unpack
+from live.wire import Message, pack, unpack
+from worker.http_app import Serving, State, new_app
+from worker.http_images import Images
 
 PROMPT = "a big red circle on a blue background"
-LARGE_MB = 200
+STREAM = "pipelines.live.LiveStream."
+START = {"prompt": PROMPT, "size": 64, "steps": 2}
 
 
-def app_of(worker: Worker) -> Starlette:
-    """A server with the one route."""
+class Site:
+    """The worker's own server in a thread of this process: both ends share one interpreter, unlike in use."""
 
-    async def live(socket: WebSocket) -> None:
-        await socket.accept()
+    def __init__(self, worker: Worker) -> None:
+        serving = Serving(worker.settings, lambda: None)
+        serving.state = State.READY
+        config = uvicorn.Config(new_app(serving, Images(worker)), port=0, log_level="error")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
 
-        async def receive() -> str | bytes:
-            message = await socket.receive()
-            if message["type"] == "websocket.disconnect":
-                raise Closed
-            return message.get("bytes") or message.get("text") or b""
+    def __enter__(self) -> str:
+        """The address of its sessions."""
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        return f"ws://127.0.0.1:{port}/live"
 
-        async def send(data: bytes) -> None:
-            try:
-                await socket.send_bytes(data)
-            except (WebSocketDisconnect, RuntimeError):
-                raise Closed from None
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
-        await run(receive, send, worker)
-
-    return Starlette(routes=[WebSocketRoute("/live", live)])
+    def end(self) -> None:
+        """Ends it in order, as SIGTERM does."""
+        self._server.should_exit = True
+        self._thread.join()
 
 
 def as_jpeg(picture: Image.Image) -> bytes:
@@ -61,14 +62,18 @@ def as_jpeg(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-async def measure_wire(worker: Worker, seconds: float) -> dict[str, float]:
-    """Frames per second and round trips of 512 pixels as JPEG both ways; encoder, steps, decoder do nothing.
+async def hear(socket: ClientConnection) -> Message:
+    """The next message that is no monitor's."""
+    while (message := unpack(await socket.recv())).about["type"] == "monitor":
+        pass
+    return message
 
-    The server runs in a thread of this process, so both ends share one interpreter: worse than in use.
-    """
-    server = uvicorn.Server(uvicorn.Config(app_of(worker), port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    stream = "pipelines.live.LiveStream."
+
+# --- without a model -------------------------------------------------------------------------------
+
+
+async def measure_wire(worker: Worker, seconds: float) -> dict[str, float]:
+    """Frames per second and round trips of 512 pixels as JPEG both ways; the model does nothing."""
     last: list[Image.Image] = []
 
     def encode(self: Any, picture: Image.Image) -> torch.Tensor:
@@ -83,19 +88,12 @@ async def measure_wire(worker: Worker, seconds: float) -> dict[str, float]:
         return last[0] if last else Image.new("RGB", (512, 512))
 
     with (
-        patch(stream + "encode", encode),
-        patch(stream + "step", step),
-        patch(stream + "decode", decode),
+        patch(STREAM + "encode", encode),
+        patch(STREAM + "step", step),
+        patch(STREAM + "decode", decode),
+        Site(worker) as url,
     ):
-        thread.start()
-        while not server.started:
-            await asyncio.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        try:
-            return await _round_trips(f"ws://127.0.0.1:{port}/live", seconds)
-        finally:
-            server.should_exit = True
-            await asyncio.to_thread(thread.join)
+        return await _round_trips(url, seconds)
 
 
 async def _round_trips(url: str, seconds: float) -> dict[str, float]:
@@ -103,7 +101,7 @@ async def _round_trips(url: str, seconds: float) -> dict[str, float]:
     data, trips = as_jpeg(picture), list[float]()
     async with connect(url, max_size=None, compression=None) as socket:
         await socket.send(pack({"prompt": PROMPT, "size": 512, "steps": 1}))
-        ready = unpack(await socket.recv()).about
+        ready = (await hear(socket)).about
         sent: dict[int, float] = {}
         begun, number = time.perf_counter(), 0
         while time.perf_counter() - begun < seconds:
@@ -111,9 +109,8 @@ async def _round_trips(url: str, seconds: float) -> dict[str, float]:
                 sent[number] = time.perf_counter()
                 await socket.send(pack({"seq": number}, data))
                 number += 1
-            message = unpack(await socket.recv())
-            if message.about["type"] == "frame":
-                trips.append(1000 * (time.perf_counter() - sent.pop(message.about["seq"])))
+            message = await hear(socket)
+            trips.append(1000 * (time.perf_counter() - sent.pop(message.about["seq"])))
         span = time.perf_counter() - begun
     return {
         "frames per second": round(len(trips) / span, 1),
@@ -122,92 +119,89 @@ async def _round_trips(url: str, seconds: float) -> dict[str, float]:
     }
 
 
-def write_large(unet: nn.Module, folder: Path) -> Path:
-    """A LoRA of 200 MB for the demo's narrow layers: of a very high rank."""
-    linears = {name: m for name, m in unet.named_modules() if isinstance(m, nn.Linear)}
-    numbers = sum(m.in_features + m.out_features for m in linears.values())
-    rank = LARGE_MB * 1_000_000 // (4 * numbers)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "large.safetensors"
-    tensors = {}
-    for name, m in linears.items():
-        tensors[f"unet.{name}.lora_A.weight"] = torch.full((rank, m.in_features), 0.01)
-        tensors[f"unet.{name}.lora_B.weight"] = torch.full((m.out_features, rank), 0.01)
-    save_file(tensors, path)
-    return path
+# --- after a session that broke --------------------------------------------------------------------
+
+Fate = Callable[[Site, ClientConnection, bytes], Awaitable[None]]
+"""What befalls a session of this site, by its socket, with a picture to send."""
 
 
-async def measure_loading(worker: Worker, folder: Path) -> dict[str, Any]:
-    """Intervals between frames while 200 MB are fetched and parsed, and without."""
-    path = write_large(worker.parts.pipeline.base.unet, folder / "served")
-    handler = partial(_Quiet, directory=str(path.parent))
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/large.safetensors"
-    try:
-        return await _intervals(worker, url)
-    finally:
-        server.shutdown()
+async def measure_recovery(worker: Worker, rounds: int) -> dict[str, Any]:
+    """Milliseconds from what befell a session until the next one's first frame is here: median and longest.
+
+    The next one connects, says its first message and sends a frame; as long as the place is taken, it does so
+    again. At SIGTERM the server ends in order. Another one over the same worker is asked then, so the start
+    of a process is not in it.
+    """
+    figures, picture = dict[str, Any](), as_jpeg(Image.new("RGB", (64, 64), "blue"))
+    for name, befall in FATES.items():
+        times = [await _recovery(worker, befall, picture) for _ in range(rounds)]
+        figures[name] = {"median ms": round(statistics.median(times)), "max ms": round(max(times))}
+    return figures
 
 
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+async def _recovery(worker: Worker, befall: Fate, picture: bytes) -> float:
+    with ExitStack() as sites:
+        site = Site(worker)
+        url = sites.enter_context(site)
+        async with connect(url, max_size=None) as socket:
+            await socket.send(pack({**START, "loras": ["demo-stripes"]}))
+            await hear(socket)
+            for _ in range(2):
+                await socket.send(pack({}, picture))
+            begun = time.perf_counter()
+            await befall(site, socket, picture)
+        if befall is _sigterm:
+            url = sites.enter_context(Site(worker))
+        await _first_frame(url, picture)
+        return 1000 * (time.perf_counter() - begun)
 
 
-async def _intervals(worker: Worker, url: str) -> dict[str, Any]:
-    to: asyncio.Queue[bytes | None] = asyncio.Queue()
-    back: asyncio.Queue[Any] = asyncio.Queue()
+async def _first_frame(url: str, picture: bytes) -> None:
+    """Asks again as long as the place is taken."""
+    while True:
+        with suppress(ConnectionClosed):
+            async with connect(url, max_size=None) as socket:
+                await socket.send(pack(START))
+                if (await hear(socket)).about["type"] == "ready":
+                    await socket.send(pack({}, picture))
+                    await hear(socket)
+                    return
 
-    async def receive() -> bytes:
-        data = await to.get()
-        if data is None:
-            raise Closed
-        return data
 
-    async def send(data: bytes) -> None:
-        back.put_nowait(unpack(data))
+async def _left(site: Site, socket: ClientConnection, picture: bytes) -> None:
+    pass
 
-    async def hear() -> Any:
-        while (message := await back.get()).about["type"] == "monitor":
-            pass
-        return message.about
 
-    session = asyncio.create_task(run(receive, send, worker))
-    to.put_nowait(pack({"prompt": PROMPT, "size": 64, "steps": 2, "loras": ["demo-stripes"]}))
-    await hear()
-    frame = as_jpeg(Image.new("RGB", (64, 64), "blue"))
-    calm, loading = list[float](), list[float]()
-    to.put_nowait(pack({}, frame))
-    last, asked, errors = time.perf_counter(), False, list[str]()
-    while len(calm) < 60 or not asked or len(loading) < 3:
-        asks = len(calm) >= 60 and not asked
-        to.put_nowait(
-            pack({"loras": ["demo-stripes", {"path": url, "scale": 0}]} if asks else {}, frame)
-        )
-        asked = asked or asks
-        about = await hear()
-        now = time.perf_counter()
-        (loading if "loading" in about else calm).append(1000 * (now - last))
-        errors += [about["error"]] if "error" in about else []
-        last = now
-        if asked and not asks and "loading" not in about:
-            break
-    while "loading" in about:
-        to.put_nowait(pack({}, frame))
-        about = await hear()
-        now = time.perf_counter()
-        loading.append(1000 * (now - last))
-        last = now
-    to.put_nowait(None)
-    await session
-    ordered = sorted(loading) or [0.0]
-    middle, p95 = statistics.median(ordered), ordered[int(0.95 * (len(ordered) - 1))]
-    return {
-        "frames while loading": len(loading),
-        "median ms without": round(statistics.median(calm), 1),
-        "median ms": round(middle, 1),
-        "p95 ms": round(p95, 1),
-        "p95 / median": round(p95 / middle, 2) if middle else None,
-        "errors": errors,
-    }
+async def _killed(site: Site, socket: ClientConnection, picture: bytes) -> None:
+    socket.transport.abort()
+
+
+async def _bad_frame(site: Site, socket: ClientConnection, picture: bytes) -> None:
+    await socket.send(pack({}, b"no picture"))
+    await _error(socket)
+
+
+async def _failed_step(site: Site, socket: ClientConnection, picture: bytes) -> None:
+    with patch(STREAM + "step", side_effect=RuntimeError):
+        await socket.send(pack({}, picture))
+        await _error(socket)
+
+
+async def _sigterm(site: Site, socket: ClientConnection, picture: bytes) -> None:
+    await asyncio.to_thread(site.end)
+
+
+async def _error(socket: ClientConnection) -> None:
+    """Waits for a frame's error. Raises: ConnectionClosed."""
+    while "error" not in (await hear(socket)).about:
+        pass
+
+
+FATES: dict[str, Fate] = {
+    "nothing": _left,
+    "a killed client": _killed,
+    "a bad frame": _bad_frame,
+    "an exception in a step": _failed_step,
+    "SIGTERM": _sigterm,
+}
+"""What befalls a session, and how."""

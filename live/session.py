@@ -7,7 +7,7 @@ reads, sends and watches the time; one thread draws (`live.drawing`); files are 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -16,24 +16,14 @@ from live import pictures
 from live.drawing import Answer, Drawing, Studio, told
 from live.queue import Waiting
 from live.request import Asked, Start, parse_frame, parse_start
-from live.wire import Message, pack, unpack
+from live.wire import Closed, Message, Receive, Send, pack, unpack
 from lora.engine.undo import RestoreFailed
 from lora.errors import CodedError
 from validation import InvalidInput
 
 Result = TypeVar("Result")
 
-Receive = Callable[[], Awaitable[str | bytes]]
-"""Waits for the client's next message, a text or bytes. Raises: Closed once the client is gone."""
-
-Send = Callable[[bytes], Awaitable[None]]
-"""Sends one message (`live.wire.pack`). Raises: Closed once the client is gone."""
-
 LORA_FIELDS = frozenset({"lora_selection", "loras", "scales"})
-
-
-class Closed(Exception):
-    """The client is gone: `receive` and `send` raise this, and the session ends in order."""
 
 
 class LiveBusy(CodedError):

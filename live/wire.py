@@ -1,18 +1,29 @@
 """One message of a session: two bytes of length, big-endian, then so many bytes of JSON, then a picture.
 
-A message without a picture may also be sent as text: its JSON alone. Imports without torch.
+A message without a picture may also be sent as text: its JSON alone. Here, too, is how a session gets and
+sends messages, whatever carries them. Imports without torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 from validation import InvalidInput
 
 MAX_JSON = 0xFFFF
 """Most bytes of a message's JSON."""
+
+Receive = Callable[[], Awaitable[str | bytes]]
+"""Waits for the client's next message, a text or bytes. Raises: Closed once the client is gone."""
+
+Send = Callable[[bytes], Awaitable[None]]
+"""Sends one message (`pack`). Raises: Closed once the client is gone."""
+
+
+class Closed(Exception):
+    """The client is gone: `Receive` and `Send` raise this, and the session ends in order."""
 
 
 class Message(NamedTuple):

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from live.wire import Receive, Send
 from lora.errors import CodedError
 
 Json = dict[str, Any]
@@ -99,8 +100,8 @@ class Backend(Protocol):
 class HasLive(Protocol):
     """A backend whose worker draws live frames."""
 
-    async def live(self) -> aiohttp.ClientWebSocketResponse:
-        """A session's WebSocket. Raises: PageError."""
+    async def live(self, receive: Receive, send: Send) -> None:
+        """Serves one session, until it is over. Raises: PageError if none can begin; Closed."""
         ...
 
 

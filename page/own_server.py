@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
+from live.wire import Receive, Send
 from page.backend import (
     EndpointRefused,
     EndpointUnreachable,
@@ -71,8 +72,27 @@ class OwnServer(Jobs):
             raise EndpointUnreachable("the worker hung up without an answer", "Is it still there?")
         return pieces
 
-    async def live(self) -> aiohttp.ClientWebSocketResponse:
-        """A session of live frames. Raises: EndpointRefused, EndpointUnreachable."""
+    async def live(self, receive: Receive, send: Send) -> None:
+        """Passes a session's messages on, with the key.
+
+        Raises: EndpointRefused, EndpointUnreachable; Closed.
+        """
+        worker = await self._connected()
+        sides = (_up(receive, worker), _down(worker, send))
+        tasks = [asyncio.create_task(side) for side in sides]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for one in done:
+                one.result()
+        except (aiohttp.ClientError, OSError) as error:
+            raise unreachable(self.url, error) from error
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await worker.close()
+
+    async def _connected(self) -> aiohttp.ClientWebSocketResponse:
         try:
             return await self._opened().ws_connect(
                 f"{self.url}/live", max_msg_size=LIVE_MESSAGE, heartbeat=20
@@ -100,6 +120,22 @@ class OwnServer(Jobs):
             headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
             self._session = aiohttp.ClientSession(timeout=LONG, headers=headers)
         return self._session
+
+
+async def _up(receive: Receive, worker: aiohttp.ClientWebSocketResponse) -> None:
+    while True:
+        data = await receive()
+        if isinstance(data, str):
+            await worker.send_str(data)
+        else:
+            await worker.send_bytes(data)
+
+
+async def _down(worker: aiohttp.ClientWebSocketResponse, send: Send) -> None:
+    async for message in worker:
+        if message.type is aiohttp.WSMsgType.ERROR:  # such as a message over LIVE_MESSAGE
+            raise aiohttp.ClientError
+        await send(message.data)
 
 
 def unreachable(url: str, error: Exception) -> EndpointUnreachable:

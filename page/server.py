@@ -11,11 +11,9 @@ import io
 import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientWebSocketResponse
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,10 +22,12 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Mount, Route, WebSocketRoute
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from starlette.websockets import WebSocket, WebSocketDisconnect
+from starlette.websockets import WebSocket
 
+from live.wire import Closed
 from page.backend import Backend, HasLive, Json, PageError
 from worker.embedded import text_of
+from worker.http_socket import Socket
 from worker.parameters import read
 
 STATIC = Path(__file__).parent / "static"
@@ -35,8 +35,8 @@ STATIC = Path(__file__).parent / "static"
 MAX_JOB, MAX_PICTURE = 20 << 20, 60 << 20
 """Bytes of a job, as RunPod allows, and of a picture that is dropped."""
 
-MAX_REASON = 110
-"""Characters of the reason why a WebSocket is closed; the protocol has 123 bytes."""
+MAX_REASON = 123
+"""Bytes of the reason why a WebSocket is closed, by its protocol."""
 
 MAX_PIXELS = 200_000_000
 
@@ -165,46 +165,23 @@ def new_app(backend: Backend, port: int) -> ASGIApp:
 
 
 def live_socket(backend: Backend) -> Callable[[WebSocket], Awaitable[None]]:
-    """The browser's WebSocket, passed on to the worker's `/live` with the key, message by message."""
+    """The browser's end of a session of live frames; why there is none is the reason of its closing."""
 
-    async def passed_on(socket: WebSocket) -> None:
+    async def serve(socket: WebSocket) -> None:
         await socket.accept()
+        browser, reason = Socket(socket), ""
         if not isinstance(backend, HasLive):
-            await socket.close(1011, "this backend has no live frames")
-            return
-        try:
-            worker = await backend.live()
-        except PageError as error:
-            await socket.close(1011, str(error)[:MAX_REASON])
-            return
-        sides = {
-            asyncio.create_task(_up(socket, worker)),
-            asyncio.create_task(_down(socket, worker)),
-        }
-        try:
-            await asyncio.wait(sides, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for side in sides:
-                side.cancel()
-            await asyncio.gather(*sides, return_exceptions=True)
-            await worker.close()
-            with suppress(RuntimeError, WebSocketDisconnect):  # the browser closed it
-                await socket.close()
-
-    return passed_on
-
-
-async def _up(socket: WebSocket, worker: ClientWebSocketResponse) -> None:
-    while (message := await socket.receive())["type"] == "websocket.receive":
-        if message.get("bytes") is not None:
-            await worker.send_bytes(message["bytes"])
+            reason = "this backend has no live frames"
         else:
-            await worker.send_str(message["text"])
+            try:
+                await backend.live(browser.receive, browser.send)
+            except PageError as error:
+                reason = str(error).encode()[:MAX_REASON].decode(errors="ignore")
+            except Closed:
+                return
+        await browser.close(1011 if reason else 1000, reason)
 
-
-async def _down(socket: WebSocket, worker: ClientWebSocketResponse) -> None:
-    async for message in worker:
-        await socket.send_bytes(message.data)
+    return serve
 
 
 async def read_picture(request: Request) -> Response:

@@ -56,6 +56,8 @@ class Reply:
     """Seconds before the body."""
     gate: threading.Event | None = None
     """The body is sent when this is set."""
+    gate_after: int = 0
+    """So many bytes of the body pass the gate at once."""
     drip: float = 0.0
     """Seconds between the bytes of the body, or of `raw`."""
     seconds: float = 0.0
@@ -260,13 +262,14 @@ class LoopbackServer:
         if request.command == "HEAD":
             return
         self._ended.wait(reply.pause)
-        while reply.gate and not reply.gate.wait(0.02) and not self._ended.is_set():
-            pass
         stops = [stop for stop in (reply.cut_after, reply.stall_after) if stop is not None]
         body = answer.body[: min(stops, default=None)]
         if stops:
             request.close_connection = True
-        self._write(request, reply, body)
+        self._write(request, reply, body[: reply.gate_after])
+        while reply.gate and not reply.gate.wait(0.02) and not self._ended.is_set():
+            pass
+        self._write(request, reply, body[reply.gate_after :])
         if reply.stall_after is not None:
             self._ended.wait(STALL)
 

@@ -18,6 +18,7 @@ from entries import LORA_ENTRY, NAMES_NO_LORA, as_entry
 from lora.errors import CodedError
 from lora.fetch.redaction import redact_url
 from lora.fetch.sources import Reference, parse
+from lora.fetch.transfers import Report
 from lora.library.catalog import Query, Standing
 from lora.volume.loader import Loaded
 from validation import (
@@ -118,6 +119,8 @@ class Actions:
 
     parts: Parts
     preloaded: Mapping[str, str]
+    report: Report | None = None
+    """Takes the progress of downloads."""
 
     @property
     def table(self) -> dict[str, Action]:
@@ -204,11 +207,11 @@ class Actions:
                 references.append(Reference(**filled(schema, entry)))
         if faults:
             raise InvalidInput("; ".join(faults))
-        loaded = self.parts.library.load_all(references)
+        loaded = self.parts.library.load_all(references, self.report)
         return _warned({"loras": [_about(lora) for lora in loaded]}, warnings)
 
     def _inspect(self, values: Mapping[str, Any]) -> Answer:
-        loaded = self.parts.library.load(Reference(**values))
+        (loaded,) = self.parts.library.load_all([Reference(**values)], self.report)
         file = loaded.file
         targets = {layer.target for layer in file.layers}
         return {

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from starlette.routing import WebSocketRoute
-from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
+from starlette.websockets import WebSocket
 
-from live.session import Closed, run
+from live.session import run
 from lora.errors import CodedError
 from worker.http_app import Serving
 from worker.http_exchange import Json
+from worker.http_socket import Socket
 from worker.openai_answers import error_answer, status_of
 
 
@@ -26,22 +27,8 @@ def live_route(serving: Serving, worker: Any) -> WebSocketRoute:
             await socket.send_denial_response(refusal)
             return
         await socket.accept()
-
-        async def receive() -> str | bytes:
-            message = await socket.receive()
-            if message["type"] == "websocket.disconnect":
-                raise Closed
-            text = message.get("text")
-            return str(text) if text is not None else bytes(message.get("bytes") or b"")
-
-        async def send(data: bytes) -> None:
-            try:
-                await socket.send_bytes(data)
-            except (WebSocketDisconnect, RuntimeError):
-                raise Closed from None
-
-        await run(receive, send, worker)
-        if WebSocketState.DISCONNECTED not in (socket.client_state, socket.application_state):
-            await socket.close()
+        client = Socket(socket)
+        await run(client.receive, client.send, worker)
+        await client.close()
 
     return WebSocketRoute("/live", answer)

@@ -79,7 +79,12 @@ class Texts:
     async def _in_line(self, exchange: Exchange, job: Job) -> None:
         """Sends the job's pieces as they come, once it is the job's turn. Raises: NotReady."""
         line = self._serving.actions if action_of(job) else self._serving.jobs
-        async with line.place(), aclosing(self._worker.handle(job)) as pieces:
+
+        async def post(update: dict[str, Any]) -> None:
+            if exchange.wants_events:
+                await exchange.event("progress", update)
+
+        async with line.place(), aclosing(self._worker.handle(job, post)) as pieces:
             async for piece in pieces:
                 if isinstance(piece, str):
                     await exchange.write(piece)

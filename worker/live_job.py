@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from live.request import FRAME, START
-from live.session import Closed, run
-from live.wire import Message, pack, unpack
+from live.session import run
+from live.wire import Closed, Message, pack, unpack
 from lora.errors import CodedError
 from pipelines.pixels import BROKEN
 from validation import InvalidInput, faults_of, field, filled, understood

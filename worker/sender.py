@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -64,6 +64,11 @@ class Sender:
                 await self._post(update)
             if self._closed and self._newest is None:
                 return
+
+
+def sender_of(job: Mapping[str, Any], post: Post | None) -> AbstractAsyncContextManager[Sender]:
+    """A sender of the job's updates to `post`, or without it to the platform."""
+    return Sender(post) if post else to_platform(job)
 
 
 @asynccontextmanager

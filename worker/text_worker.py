@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from lora.errors import CodedError
+from lora.fetch.transfers import Report
 from text.generation import Generation, about
 from text.loading import ModelUnusable
 from text_settings import TextSettings
@@ -29,6 +30,8 @@ from worker.openai_answers import error_answer, models_answer
 from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job
 from worker.preload import check_fit, preload
+from worker.progress import Progress
+from worker.sender import Post, sender_of
 from worker.stop import Stop, seconds_for
 from worker.text_answers import Writer, raise_first
 from worker.text_base import Base
@@ -116,8 +119,10 @@ class TextWorker:
 
     # --- one job --------------------------------------------------------------------------------
 
-    async def handle(self, job: Job) -> AsyncGenerator[Any]:
+    async def handle(self, job: Job, post: Post | None = None) -> AsyncGenerator[Any]:
         """The answer to a job in one piece or, for a stream, in many: text of server-sent events.
+
+        `post` sends an update of an action's progress; without it the platform gets them.
 
         A failed job yields `{"error": …}` in OpenAI's shape. Whatever ends the generator early ends the
         job's texts within a step.
@@ -126,7 +131,7 @@ class TextWorker:
         begun = time.perf_counter()
         stop = Stop(seconds_for(job, self.settings.deadline))
         try:
-            async with aclosing(self._pieces(job, stop)) as pieces:
+            async with aclosing(self._pieces(job, stop, post)) as pieces:
                 async for piece in pieces:
                     yield piece
         except CodedError as error:
@@ -141,10 +146,12 @@ class TextWorker:
             seconds = round(time.perf_counter() - begun, 3)
             log.info("job ended", extra={"about": {"event": "job", "seconds": seconds}})
 
-    async def _pieces(self, job: Job, stop: Stop) -> AsyncGenerator[Any]:
+    async def _pieces(self, job: Job, stop: Stop, post: Post | None) -> AsyncGenerator[Any]:
         if action_of(job):
-            async with self._entered(None, stop) as base:
-                yield await self._in_a_thread(lambda: self._act(base, job))
+            async with self._entered(None, stop) as base, sender_of(job, post) as sender:
+                report = Progress(sender.send).download
+                answer = await self._in_a_thread(lambda: self._act(base, job, report))
+            yield answer
             return
         request = parse_text_job(job)
         if request.kind == MODELS:
@@ -258,13 +265,13 @@ class TextWorker:
         guard_size(piece, self.settings.max_answer_mb)
         return sendable(piece)
 
-    def _act(self, base: Base | VllmBase, job: Job) -> Answer:
+    def _act(self, base: Base | VllmBase, job: Job, report: Report) -> Answer:
         name = action_of(job)
         if name == "statistics" and isinstance(base, VllmBase):
             return {**base.counts, "prometheus": base.server.metrics()}
         if name == "statistics":
             return self.statistics.answer(base.counts)
-        actions = Actions(base.parts, self.preloaded)
+        actions = Actions(base.parts, self.preloaded, report)
         if name not in actions.table:
             raise InvalidInput(f"action must be one of statistics, {', '.join(actions.table)}")
         answer = actions.answer(job)

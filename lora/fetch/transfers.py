@@ -23,10 +23,14 @@ class Transfer(NamedTuple):
     """Bytes per second, since the first byte."""
 
 
+Report = Callable[[Transfer], None]
+"""A function that is told how far downloads are, from any thread."""
+
+
 class Transfers:
     """Adds up the progress of each download, from any thread, and reports the sums in order."""
 
-    def __init__(self, report: Callable[[Transfer], None]) -> None:
+    def __init__(self, report: Report) -> None:
         self._report, self._guard = report, threading.Lock()
         self._progress: dict[int, tuple[int, int | None]] = {}
         self._begun: float | None = None

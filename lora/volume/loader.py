@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from lora.errors import DownloadFailed, LoraCorrupt, LoraError, naming
 from lora.fetch.sources import Reference, RemoteFile
-from lora.fetch.transfers import Transfer, Transfers
+from lora.fetch.transfers import Report, Transfers
 from lora.formats.adapter import LoraFile, load
 from lora.formats.embeddings import TokenEmbedding, word_of
 from lora.formats.endings import SAFETENSORS
@@ -74,7 +74,7 @@ class LoraLibrary:
             return self._load(reference, self._resolve(reference), on_bytes)
 
     def load_all(
-        self, references: Sequence[Reference], report: Callable[[Transfer], None] | None = None
+        self, references: Sequence[Reference], report: Report | None = None
     ) -> list[Loaded]:
         """The adapters of a job, fetched at the same time. `report` gets the progress of all of them.
 

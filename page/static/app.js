@@ -79,7 +79,7 @@ async function start() {
     image = newImageTab(context);
     add("image", "Image", image);
     add("compare", "Compare", newCompareTab(context, image));
-    if (backend.live) add("live", "Live", newLiveTab(context));
+    add("live", "Live", newLiveTab(context));
   }
   add("library", "Library", newLibraryTab(context, image));
   add("worker", "Worker", newWorkerTab(context));

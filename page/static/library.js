@@ -1,6 +1,6 @@
 // The Library tab: what is on the volume, an adapter's own page, presets.
 
-import { act, follow, run } from "./api.js";
+import { act } from "./api.js";
 import { doing, h, labelled, s, say, seconds, size, twice } from "./dom.js";
 import { cards, changed, gone, library, refresh, wordsOf } from "./loras.js";
 
@@ -26,12 +26,16 @@ export function newLibraryTab(context, imageTab) {
   async function add() {
     const path = source.value.trim();
     if (!path) return;
-    const begun = performance.now(), told = h("span", {}), line = h("p", { class: "line" }, h("progress", {}), told);
+    const begun = performance.now(), told = h("span", {}), bar = h("progress", { max: 1, "aria-label": "Progress" }), line = h("p", { class: "line" }, bar, told);
     adding.append(line);
-    const clock = setInterval(() => { told.textContent = `${path}: ${seconds((performance.now() - begun) / 1000)}`; }, 250);
+    let said = "";
+    const clock = setInterval(() => { told.textContent = `${path}: ${said} ${seconds((performance.now() - begun) / 1000)}`; }, 250);
     try {
       const entry = { path, ...(weight.value.trim() ? { weight_name: weight.value.trim() } : {}) };
-      const { loras } = await follow(await run({ action: "loras.prefetch", loras: [entry] }));
+      const { loras } = await act("loras.prefetch", { loras: [entry] }, ({ output }) => {
+        said = output?.text ? `${output.text},` : "";
+        if (output?.fraction) bar.value = output.fraction; else bar.removeAttribute("value");
+      });
       await act("library.scan");
       await refresh();
       line.replaceChildren(h("span", { class: "good" }, `${loras[0].file} is here (${loras[0].origin}, ${loras[0].algorithm} ${loras[0].rank ?? ""}).`));

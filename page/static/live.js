@@ -5,6 +5,7 @@ import { cards, stem } from "./loras.js";
 import { newStack } from "./stack.js";
 
 const MOST_WAITING = 3000;
+const NO_LIVE = "A queue passes nothing on to a job that runs, so live frames need a worker's own server: start a worker with WORKER_SERVE=http and open this page with --url and its address, or with --local.";
 
 /** A message: two bytes of length, so many of JSON, then the picture. */
 export async function pack(about, picture) {
@@ -31,6 +32,7 @@ function drawMoving(context, time, side) {
 const percentile = (values, share) => (values.length ? [...values].sort((a, b) => a - b)[Math.floor(share * (values.length - 1))] : 0);
 
 export function newLiveTab(context) {
+  if (!context.live) return h("div", { class: "panel" }, h("p", { id: "no-live" }, NO_LIVE));
   const video = h("video", { muted: true, playsinline: "", hidden: true, loop: true });
   const frame = h("canvas", { hidden: true }), shown = h("canvas", { class: "live", id: "live", width: 64, height: 64, role: "img", "aria-label": "The frames as they come" });
   const source = h("select", { id: "live-source" }, [["drawing", "a moving drawing"], ["camera", "camera"], ["screen", "screen"], ["file", "a video file"], ["text", "the prompt alone"]].map(([value, text]) => h("option", { value }, text)));
@@ -110,6 +112,11 @@ export function newLiveTab(context) {
     stop.disabled = false;
   }
 
+  function leave(own) {
+    own.over = true;
+    own.close();
+  }
+
   function ended(own, reason) {
     if (socket !== own) return;
     socket = null;
@@ -117,7 +124,7 @@ export function newLiveTab(context) {
     video.srcObject = null;
     go.disabled = false;
     stop.disabled = true;
-    if (reason) trouble.textContent = reason;
+    if (reason || !own.over) trouble.textContent = reason || "The connection to the worker was lost. Start begins anew.";
   }
 
   async function take(state, data) {
@@ -129,8 +136,11 @@ export function newLiveTab(context) {
       loop(state);
     } else if (about.type === "frame") await taken(state, about, body);
     else if (about.type === "monitor") state.monitor = about;
-    else if (about.type === "end") state.own.close();
-    else if (about.type === "error" && !state.size) state.own.close();
+    else if (about.type === "end") {
+      if (about.reason) trouble.textContent = `The session is over: ${about.reason}.`;
+      leave(state.own);
+    }
+    else if (about.type === "error" && !state.size) leave(state.own);
   }
 
   async function taken(state, about, body) {
@@ -172,7 +182,7 @@ export function newLiveTab(context) {
   }
 
   go.addEventListener("click", doing(async () => { try { await start(); } catch (error) { trouble.textContent = error.message; } finally { setTimeout(() => { go.disabled = Boolean(socket); }); } }));
-  stop.addEventListener("click", () => socket?.close());
+  stop.addEventListener("click", () => { if (socket) leave(socket); });
 
   const element = h("div", { class: "two" },
     h("div", {}, h("div", { class: "panel" }, labelled("source", source), file, labelled("prompt", prompt),

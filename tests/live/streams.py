@@ -12,8 +12,8 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from handler import Worker
-from live.session import Closed, run
-from live.wire import Message, pack, unpack
+from live.session import run
+from live.wire import Closed, Message, pack, unpack
 from tests.waiting import PATIENCE
 
 PROMPT = "a big red circle on a blue background"

@@ -1,20 +1,17 @@
-"""`python -m live` against a server of Starlette's over a real socket."""
+"""`python -m live` against the worker's own server over a real socket."""
 
 from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from socket import SHUT_RDWR
 
 import pytest
-import uvicorn
 from PIL import Image
 from websockets.sync.client import connect
 
-from benchmarks.live_wire import app_of
 from handler import Worker
 from live.__main__ import main
 from live.client import Client, frames_of
@@ -23,20 +20,14 @@ from lora.errors import ToolError
 from tests.live.streams import frame, picture, start
 from tests.test_handler import pipeline_unchanged
 from tests.waiting import PATIENCE, until
+from tests.worker.http_serving import served
+from worker.http_images import Images
 
 
 @pytest.fixture(scope="module")
 def url(demo_worker: Worker) -> Iterator[str]:
-    config = uvicorn.Config(
-        app_of(demo_worker), port=0, log_level="error", ws="websockets-sansio", lifespan="off"
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    until(lambda: server.started)
-    yield f"ws://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/live"
-    server.should_exit = True
-    thread.join(PATIENCE)
+    with served(Images(demo_worker), demo_worker.settings) as site:
+        yield site.address.replace("http", "ws") + "/live"
 
 
 @pytest.fixture

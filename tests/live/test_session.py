@@ -293,6 +293,45 @@ def test_a_client_that_leaves_in_the_middle_costs_nothing_and_the_next_one_draws
     play(demo_worker, scene)
 
 
+@pytest.mark.parametrize("end", ["killed", "bad frame", "failed step", "cancelled"])
+@pytest.mark.parametrize("options", [{}, {"stream_batch": True}, {"lora_mode": "merged"}])
+def test_the_next_session_draws_whatever_the_one_before_met(
+    demo_worker: Worker, end: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = LiveStream.step, threading.Event()
+
+    def step(self: LiveStream, frames: Any) -> None:
+        if fails.is_set():
+            raise RuntimeError
+        real(self, frames)
+
+    async def first() -> bytes:
+        async with session(demo_worker) as client:
+            return pixels(await client.ask({}, frame(0)))
+
+    async def scene() -> None:
+        monkeypatch.setattr(LiveStream, "step", step)
+        calm = await first()
+        client = Client(demo_worker)
+        client.say(start(loras=["demo-stripes", "demo-night"], **options))
+        assert (await client.hear()).about["type"] == "ready"
+        if end == "failed step":
+            fails.set()
+        client.say({}, b"no picture" if end == "bad frame" else frame(1))
+        if end in ("bad frame", "failed step"):
+            assert "error" in (await client.hear()).about
+        fails.clear()
+        client.say({}, frame(2))  # under way at the end
+        if end == "cancelled":  # as the server does at SIGTERM
+            client.session.cancel()
+        client.leave()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait_for(client.session, PATIENCE)
+        assert await first() == calm
+
+    play(demo_worker, scene)
+
+
 def test_a_worker_that_ends_cancels_the_session_in_order(demo_worker: Worker) -> None:
     async def scene() -> None:
         client = Client(demo_worker)

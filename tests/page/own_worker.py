@@ -1,4 +1,4 @@
-"""Stands in for a worker with a server of its own: `/generate` with events, and `/live` by its wire."""
+"""Stands in for a worker with a server of its own where no real one does as asked: its `/generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from tests.waiting import PATIENCE, until
 
@@ -22,7 +22,6 @@ class OwnWorker:
     key: str
     port: int = 0
     jobs: list[dict[str, Any]] = field(default_factory=list)
-    frames: list[dict[str, Any]] = field(default_factory=list)
     hung_up: int = 0
 
     @property
@@ -59,54 +58,9 @@ class OwnWorker:
                 await answer.write(piece.encode())
                 await asyncio.sleep(0.01)
         elif given.get("prompt") != "hang up":
-            body = ACTIONS.get(given.get("action", ""), {"images": [], "seed": 1, "said": self.key})
+            body = {"images": [], "seed": 1, "said": self.key}
             await answer.write(f"event: answer\ndata: {json.dumps(body)}\n\n".encode())
         return answer
-
-    async def live(self, request: web.Request) -> web.WebSocketResponse:
-        """Sends each picture back, and tells which preset it was sent for."""
-        if request.headers.get("Authorization") != f"Bearer {self.key}":
-            raise web.HTTPUnauthorized
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        preset = ""
-        async for message in socket:
-            if message.type is WSMsgType.TEXT:
-                begun = json.loads(message.data)
-                preset = begun.get("lora_selection", "")
-                ready = {"type": "ready", "size": [begun["size"]] * 2, "in_flight": 2, "seed": 1}
-                await socket.send_bytes(packed(ready))
-                continue
-            about, picture = unpacked(message.data)
-            preset = about.get("lora_selection", preset)
-            self.frames.append({**about, "bytes": len(picture)})
-            presets = [] if preset in ("", "none") else [preset]
-            answer = {"type": "frame", "seq": about["seq"], "presets": presets, "loras": []}
-            await socket.send_bytes(packed(answer, picture))
-        return socket
-
-
-NAMES = ("one", "two", "three")
-ACTIONS: dict[str, Any] = {
-    "health": {"model": "demo", "device": "cpu", "version": "1"},
-    "library.list": {"loras": [], "total": 0, "page": 1, "pages": 0},
-    "presets.list": {
-        "presets": {name: {"loras": []} for name in NAMES},
-        "faults": {},
-        "default": None,
-    },
-    "prompts.measure": {"tokens": 3, "chunks": 1, "warnings": []},
-}
-
-
-def packed(about: dict[str, Any], picture: bytes = b"") -> bytes:
-    text = json.dumps(about).encode()
-    return len(text).to_bytes(2, "big") + text + picture
-
-
-def unpacked(data: bytes) -> tuple[dict[str, Any], bytes]:
-    end = 2 + int.from_bytes(data[:2], "big")
-    return json.loads(data[2:end]), data[end:]
 
 
 @contextmanager
@@ -115,7 +69,7 @@ def own_worker(key: str) -> Iterator[OwnWorker]:
 
     async def serve() -> None:
         app = web.Application(client_max_size=1 << 25)
-        app.add_routes([web.post("/generate", worker.generate), web.get("/live", worker.live)])
+        app.add_routes([web.post("/generate", worker.generate)])
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)

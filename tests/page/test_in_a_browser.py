@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, Page, expect
 
-from tests.adapters import kohya, write
+from tests.adapters import as_bytes, kohya, write
 from tests.page.browser import needs_browser, opened
 from tests.page.conftest import KEY, Site, pixels_of
+from tests.server import LoopbackServer
 from tests.waiting import PATIENCE, until
 
 pytestmark = [needs_browser, pytest.mark.slow]
@@ -348,6 +350,26 @@ def test_an_adapter_is_uploaded_scanned_activated_noted_shown_and_deleted(
     assert [path.name for path in site.loras.iterdir() if path.name.startswith("fresh")] == []
 
 
+def test_a_fetch_shows_how_far_it_is(tab: Page, site: Site, server: LoopbackServer) -> None:
+    gate, body = threading.Event(), as_bytes(kohya(seed=91))
+    url = server.serve("/slowly.safetensors", body, gate=gate, gate_after=len(body) // 2)
+    tab.click("#tab-library")
+    tab.fill("#source", url)
+    tab.get_by_role("button", name="Fetch", exact=True).click()
+    line = tab.locator("#panel-library p.line", has=tab.locator("progress"))
+    expect(line).to_contain_text("downloading 1 LoRA")
+    assert 0 < line.locator("progress").evaluate("one => one.value") <= 0.5
+    gate.set()
+    expect(tab.get_by_text("slowly")).to_contain_text(["is here (downloaded, lora"])
+    assert body in [path.read_bytes() for path in site.loras.glob("slowly*.safetensors")]
+
+
+def test_live_says_what_it_needs_where_a_queue_is_asked(tab: Page) -> None:
+    tab.click("#tab-live")
+    expect(tab.locator("#no-live")).to_contain_text("WORKER_SERVE=http")
+    expect(tab.locator("#live-start")).to_have_count(0)
+
+
 def test_a_preset_is_kept_chosen_and_deleted(tab: Page) -> None:
     pick(tab, "demo-outline", 0.5)
     tab.click("#tab-library")
@@ -405,7 +427,7 @@ def test_the_worker_tab_shows_queue_memory_and_the_last_jobs(tab: Page) -> None:
 
 def test_the_tabs_are_walked_by_keys(tab: Page) -> None:
     tab.locator("#tab-image").focus()
-    for name in ("compare", "library", "worker", "image"):
+    for name in ("compare", "live", "library", "worker", "image"):
         tab.keyboard.press("ArrowRight")
         expect(tab.locator(f"#tab-{name}")).to_be_focused()
         expect(tab.locator(f"#panel-{name}")).to_be_visible()
@@ -420,7 +442,7 @@ def test_the_tabs_are_walked_by_keys(tab: Page) -> None:
 def test_it_fits_a_phone(site: Site, browser: Browser) -> None:
     context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme="dark")
     tab = opened(context, site.url, [])
-    for name in ("image", "compare", "library", "worker"):
+    for name in ("image", "compare", "live", "library", "worker"):
         tab.click(f"#tab-{name}")
         wide = tab.evaluate("document.documentElement.scrollWidth")
         assert wide <= 360, name

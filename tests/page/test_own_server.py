@@ -1,4 +1,4 @@
-"""The page over a worker that has a server of its own: jobs, streams and live frames."""
+"""The page over a worker that has a server of its own: jobs and streams."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, expect
-from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 
 from page.__main__ import backend_of
 from page.backend import Endpoint
 from page.own_server import OwnServer
-from tests.page.browser import needs_browser, opened
-from tests.page.own_worker import NAMES, OwnWorker, own_worker, packed, unpacked
+from tests.page.own_worker import OwnWorker, own_worker
 from tests.page.serving import Served, served
-from tests.waiting import PATIENCE, until
+from tests.waiting import until
 
 KEY = "the-key-of-a-worker"
 
@@ -91,64 +87,8 @@ def test_a_wrong_key_and_a_worker_that_is_gone_are_told(worker: OwnWorker) -> No
         assert "127.0.0.1:9 cannot be reached" in end(page, begin(page, prompt="x"))["error"]
 
 
-def test_live_messages_go_both_ways_with_the_key(page: Served, worker: OwnWorker) -> None:
-    address = f"ws://127.0.0.1:{page.port}/api/live"
-    with connect(address, origin=page.url) as socket:  # type: ignore[arg-type]
-        socket.send('{"size": 64}')
-        assert unpacked(bytes(socket.recv()))[0]["type"] == "ready"  # type: ignore[arg-type]
-        socket.send(packed({"seq": 3, "lora_selection": "two"}, b"picture"))
-        about, picture = unpacked(bytes(socket.recv()))  # type: ignore[arg-type]
-        assert (about["seq"], about["presets"], picture) == (3, ["two"], b"picture")
-
-
-@pytest.mark.parametrize("origin", [None, "http://evil.example"])
-def test_no_other_site_opens_a_live_session(
-    page: Served, worker: OwnWorker, origin: str | None
-) -> None:
-    address = f"ws://127.0.0.1:{page.port}/api/live"
-    with pytest.raises(InvalidStatus) as caught:
-        connect(address, origin=origin)  # type: ignore[arg-type]
-    assert caught.value.response.status_code == 403
-    assert worker.frames == []
-
-
 def test_an_address_with_an_id_is_an_endpoint_and_another_one_a_worker() -> None:
     for url in ("https://api.runpod.ai/v2/abc123", "http://127.0.0.1:8000/v2/local/"):
         assert isinstance(backend_of(url, ""), Endpoint)
     for url in ("http://127.0.0.1:8000", "https://abc123.api.runpod.ai/"):
         assert isinstance(backend_of(url, ""), OwnServer)
-
-
-@needs_browser
-@pytest.mark.slow
-def test_300_frames_with_20_switches_have_what_was_chosen(
-    page: Served, worker: OwnWorker, browser: Browser
-) -> None:
-    expect.set_options(timeout=PATIENCE * 1000)
-    faults: list[str] = []
-    context = browser.new_context()
-    tab = opened(context, page.url + "/", faults)
-    tab.click("#tab-live")
-    expect(tab.locator("#panel-live .chip")).to_have_count(3)
-    tab.get_by_label("at most fps").fill("60")
-    tab.click("#live-start")
-    for number in range(20):
-        until(lambda least=15 * number: frames(tab) > least)  # type: ignore[misc]
-        tab.locator("#panel-live h2").first.click()
-        tab.keyboard.press(str(1 + number % 3))
-        expect(tab.locator("#live")).to_have_attribute("data-presets", NAMES[number % 3])
-    until(lambda: frames(tab) >= 300)
-    tab.click("#live-stop")
-    expect(tab.locator("#live-start")).to_be_enabled()
-    seqs = [frame["seq"] for frame in worker.frames]
-    assert seqs == list(range(len(seqs)))
-    assert all(frame["bytes"] for frame in worker.frames)
-    switches = [one["lora_selection"] for one in worker.frames if "lora_selection" in one]
-    assert switches == [NAMES[number % 3] for number in range(20)]
-    expect(tab.locator("#live-figures")).to_contain_text("p95")
-    context.close()
-    assert faults == []
-
-
-def frames(tab: Any) -> int:
-    return int(tab.locator("#live").get_attribute("data-done") or 0)

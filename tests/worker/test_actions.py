@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from handler import Worker
 from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer
 from tests.test_handler import job
+from tests.waiting import PATIENCE
 
 
 def ask(worker: Worker, action: str, **values: Any) -> dict[str, Any]:
@@ -28,7 +30,10 @@ def test_health_tells_what_an_operator_asks(demo_worker: Worker) -> None:
     assert answer["device"] == "cpu"
     assert answer["cache"]["files"] >= 4
     assert answer["cache"]["trouble"] is None
-    assert answer == asyncio.run(demo_worker.handle({"id": "h", "input": {"action": "health"}}))
+    again = asyncio.run(demo_worker.handle({"id": "h", "input": {"action": "health"}}))
+    for one in (answer, again):
+        assert one["cache"].pop("free_gb") > 0  # others write to the disk, too
+    assert answer == again
 
 
 def test_the_list_has_every_file(demo_worker: Worker) -> None:
@@ -50,6 +55,36 @@ def test_what_is_prefetched_is_there_for_the_next_job(
     assert [one["origin"] for one in answer["loras"]] == ["downloaded", "cached"]
     assert [one["algorithm"] for one in answer["loras"]] == ["lora", "loha"]
     assert demo_worker(job(loras=[url]))["loras"][0]["origin"] == "cached"
+
+
+@pytest.mark.parametrize("action", ["loras.prefetch", "loras.inspect"])
+def test_an_action_that_fetches_tells_how_far_it_is(
+    demo_worker: Worker, server: LoopbackServer, action: str
+) -> None:
+    gate, updates = threading.Event(), list[dict[str, Any]]()
+    body = as_bytes(kohya(seed=33 + len(action)))
+    url = server.serve(f"/{action}.safetensors", body, gate=gate, gate_after=len(body) // 2)
+    given = {"action": action, **({"path": url} if "inspect" in action else {"loras": [url]})}
+
+    async def scene() -> dict[str, Any]:
+        told = asyncio.Event()
+
+        async def post(update: dict[str, Any]) -> None:
+            updates.append(update)
+            told.set()
+
+        asking = asyncio.create_task(demo_worker.handle({"id": action, "input": given}, post))
+        await asyncio.wait_for(told.wait(), PATIENCE)
+        assert 0 < updates[0]["fraction"] <= 0.5
+        assert (updates[0]["phase"], updates[0]["text"][:18]) == (
+            "downloading",
+            "downloading 1 LoRA",
+        )
+        gate.set()
+        return await asking
+
+    assert "error" not in asyncio.run(scene())
+    assert updates[-1]["fraction"] == 1.0
 
 
 def test_a_file_is_inspected(demo_worker: Worker) -> None:

@@ -23,7 +23,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from handler import Worker
-from live.session import Closed
+from live.wire import Closed
 from lora.engine.engine import RestoreFailed
 from tests.conftest import ROOT
 from tests.test_handle import LONG, held_at_step

@@ -91,9 +91,29 @@ def test_one_session_more_than_there_are_places_is_told_so(demo_worker: Worker) 
     assert end["type"] == "end" and "LIVE_BUSY" in end["error"]
 
 
+def test_a_server_that_ends_in_a_session_leaves_the_next_ones_worker_as_it_was(
+    demo_worker: Worker,
+) -> None:
+    settings = demo_worker.settings
+    with pipeline_unchanged(demo_worker):
+        with served(Images(demo_worker), settings) as site, begun(site) as socket:
+            calm = ask(socket, {})
+            assert ask(socket, STRIPES).picture
+            socket.send(pack({}, frame(1)))  # under way when the server ends
+            site.server.should_exit = True
+            with pytest.raises(ConnectionClosed):
+                while True:
+                    hear(socket)
+        until(lambda: demo_worker.parts.live.taken == 0)
+        with served(Images(demo_worker), settings) as site, begun(site) as socket:
+            assert pixels(ask(socket, {})) == pixels(calm)
+        until(lambda: demo_worker.parts.live.taken == 0)
+
+
 @pytest.mark.slow
-def test_sigterm_ends_a_session_and_the_program(tmp_path: Path) -> None:
+def test_sigterm_ends_a_session_and_the_program_and_the_next_one_draws(tmp_path: Path) -> None:
     with program(tmp_path) as running, begun(running.ready()) as socket:
+        calm = ask(socket, {})
         assert ask(socket, STRIPES).picture
         running.signal(signal.SIGTERM)
         with pytest.raises(ConnectionClosed):
@@ -101,3 +121,5 @@ def test_sigterm_ends_a_session_and_the_program(tmp_path: Path) -> None:
                 hear(socket)
         assert running.ended() == 0, running.log()
         assert "Traceback" not in running.log()
+    with program(tmp_path) as anew, begun(anew.ready()) as socket:
+        assert pixels(ask(socket, {})) == pixels(calm)

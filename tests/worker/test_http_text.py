@@ -121,7 +121,7 @@ def test_a_full_line_is_429_for_texts_too(
 ) -> None:
     hung_up = threading.Event()
 
-    async def endless(job: Any) -> Any:
+    async def endless(job: Any, post: Any) -> Any:
         yield "data: {}\n\n"
         try:
             await asyncio.Event().wait()
@@ -145,7 +145,7 @@ def test_a_full_line_is_429_for_texts_too(
 def test_a_worker_that_cannot_go_on_ends_the_server(
     site: Thread, worker: TextWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def broken(job: Any) -> Any:
+    async def broken(job: Any, post: Any) -> Any:
         yield error_answer(Closed("the worker cannot go on"))
 
     monkeypatch.setattr(worker, "handle", broken)

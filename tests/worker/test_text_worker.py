@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from safetensors.torch import load_file as tensors_of
 from safetensors.torch import save_file
 
 from lora.errors import SourceInvalid
+from tests.server import LoopbackServer
 from tests.text.small import base, folder, generated, peft, tokenizer
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 from text_settings import TextSettings
 from worker.text_worker import TextWorker
 
@@ -57,6 +59,7 @@ def worker(model_folder: Path, cache: Path, own_fallback: None) -> Iterator[Text
             served_name="base",
             lora_cache_dir=cache,
             device="cpu",
+            lora_allow_private_urls=True,
             lora_modules='[{"name": "named", "path": "plain"}]',
         )
     ).setup()
@@ -240,6 +243,36 @@ def test_a_seed_is_told_and_gives_the_same_text(worker: TextWorker) -> None:
     first = ask(worker, prompt="abc", sampling_params={"temperature": 1.2, "max_tokens": 20})
     again = {"temperature": 1.2, "max_tokens": 20, "seed": first["seed"]}
     assert words(ask(worker, prompt="abc", sampling_params=again)) == words(first)
+
+
+def test_an_action_that_fetches_tells_how_far_it_is(
+    worker: TextWorker, cache: Path, server: LoopbackServer
+) -> None:
+    gate, updates = threading.Event(), list[dict[str, Any]]()
+    body = (cache / "other" / "adapter_model.safetensors").read_bytes()
+    url = server.serve("/other.safetensors", body, gate=gate, gate_after=len(body) // 2)
+
+    async def scene() -> list[Any]:
+        told = asyncio.Event()
+
+        async def post(update: dict[str, Any]) -> None:
+            updates.append(update)
+            told.set()
+
+        job = {"id": "job", "input": {"action": "loras.prefetch", "loras": [url]}}
+
+        async def all_of_it() -> list[Any]:
+            return [piece async for piece in worker.handle(job, post)]
+
+        asking = asyncio.create_task(all_of_it())
+        await asyncio.wait_for(told.wait(), PATIENCE)
+        assert updates[0]["phase"] == "downloading" and 0 < updates[0]["fraction"] <= 0.5
+        gate.set()
+        return await asking
+
+    (answer,) = asyncio.run(scene())
+    assert answer["loras"][0]["origin"] == "downloaded", answer
+    assert updates[-1]["fraction"] == 1.0
 
 
 def test_models_are_the_base_and_the_adapters_with_names(worker: TextWorker, cache: Path) -> None:
