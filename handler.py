@@ -36,16 +36,16 @@ from settings import Settings, SettingsError
 from worker.actions import Actions, action_of
 from worker.failures import OOM_HINT, OutOfMemory, Unexpected, failure, unexpected
 from worker.image_job import PHASES, ImageJob
-from worker.intake import Intake, Turn
-from worker.kept import KeptAnswers
 from worker.logs import JOB_ID, set_up
 from worker.opening import read_settings
-from worker.outputs import guard_size, sendable
 from worker.parts import Answer, Job, Parts, make_parts
+from worker.pictures.outputs import guard_size, sendable
 from worker.preload import check_fit, preload
 from worker.progress import Progress
-from worker.queue_serve import take_jobs
-from worker.sender import Post, sender_of
+from worker.queue.intake import Intake, Turn
+from worker.queue.kept import KeptAnswers
+from worker.queue.sender import Post, sender_of
+from worker.queue.serve import take_jobs
 from worker.stop import Cancelled, Stop, seconds_for
 
 __all__ = ["PHASES", "Worker", "default_worker", "generate_image", "main"]
@@ -266,7 +266,7 @@ def main(handle_of: Callable[[Worker], Callable[..., Any]] = lambda worker: work
     try:
         settings: Settings = read_settings(os.environ)
         if settings.serve == "http":
-            return import_module("worker.http_images").serve(Worker(settings))
+            return import_module("worker.http.images").serve(Worker(settings))
         worker = default_worker()
     except (SettingsError, WeightsMissing, WeightsIncomplete, CodedError) as error:
         sys.exit(f"the worker cannot start: {error}")
@@ -275,4 +275,5 @@ def main(handle_of: Callable[[Worker], Callable[..., Any]] = lambda worker: work
 
 if __name__ == "__main__":
     kind = os.environ.get("WORKER_KIND", "").strip()
-    import_module(f"worker.{kind}_serve").serve() if kind in ("text", "live") else main()
+    other = {"text": "worker.text.serve", "live": "worker.live_serve"}.get(kind)
+    import_module(other).serve() if other else main()

@@ -20,8 +20,8 @@ from websockets.exceptions import ConnectionClosed
 
 from handler import Worker
 from live.wire import Message, pack, unpack
-from worker.http_app import Serving, State, new_app
-from worker.http_images import Images
+from worker.http.app import Serving, State, new_app
+from worker.http.images import Images
 
 PROMPT = "a big red circle on a blue background"
 STREAM = "pipelines.live.LiveStream."

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.report import write_result
 from demo.text.__main__ import QUESTIONS
 from text_settings import TextSettings
-from worker.text_worker import TextWorker
+from worker.text.worker import TextWorker
 
 STACKS: tuple[tuple[Any, ...], ...] = (
     (),

@@ -15,8 +15,8 @@ from typing import Any, cast
 
 import handler  # noqa: F401 - with these, every class of error is there
 import page.server  # noqa: F401
-import worker.http_images
-import worker.text_serve  # noqa: F401
+import worker.http.images
+import worker.text.serve  # noqa: F401
 from entries import LORA_ENTRY
 from live.request import FRAME, START
 from lora.errors import CodedError
@@ -28,7 +28,7 @@ from worker.actions import Actions
 from worker.live_job import FRAMES
 from worker.parts import Parts
 from worker.selection import PRESET
-from worker.text_parameters import CHAT, COMPLETION, SCHEMAS, UNSERVED, WITHOUT_EFFECT
+from worker.text.parameters import CHAT, COMPLETION, SCHEMAS, UNSERVED, WITHOUT_EFFECT
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS, HUB = ROOT / "docs", ROOT / ".runpod" / "hub.json"

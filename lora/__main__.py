@@ -32,7 +32,10 @@ COMMANDS: Mapping[str, Command] = {
 
 OF_WORKER: Mapping[str, tuple[str, str]] = {
     "generate": ("worker.generate", "draw pictures with LoRAs into a folder, as the worker does"),
-    "parameters": ("worker.read_parameters", "tell the request that a picture was drawn with"),
+    "parameters": (
+        "worker.pictures.read_parameters",
+        "tell the request that a picture was drawn with",
+    ),
 }
 """The commands that belong to the worker and not to the library: each one's module and summary."""
 

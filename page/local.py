@@ -14,7 +14,7 @@ from page.jobs import Jobs, Running
 from settings import Settings
 from text_settings import TextSettings
 from worker.opening import read_settings
-from worker.text_worker import TextWorker
+from worker.text.worker import TextWorker
 
 ABOUT: Json = {"kind": "local", "name": "this machine", "url": None}
 """What the page shows of a worker in its own process."""

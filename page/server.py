@@ -26,9 +26,9 @@ from starlette.websockets import WebSocket
 
 from live.wire import Closed
 from page.backend import Backend, HasLive, Json, PageError
-from worker.embedded import text_of
-from worker.http_socket import Socket
-from worker.parameters import read
+from worker.http.socket import Socket
+from worker.pictures.embedded import text_of
+from worker.pictures.parameters import read
 
 STATIC = Path(__file__).parent / "static"
 

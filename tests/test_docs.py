@@ -20,7 +20,7 @@ from lora.errors import CodedError
 from schemas import parse_job
 from tests.conftest import ROOT
 from validation import SHA256, InvalidInput, field
-from worker.outputs import OutputTooLarge
+from worker.pictures.outputs import OutputTooLarge
 from worker.stop import Cancelled
 
 README = (ROOT / "README.md").read_text()

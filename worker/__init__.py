@@ -1,1 +1,1 @@
-"""Answers jobs: pictures, and actions on LoRAs and presets."""
+"""Answers jobs, from the platform's queue and over HTTP: pictures, frames, texts, and actions on LoRAs and presets."""

@@ -16,10 +16,10 @@ from lora.tools.describe import describe
 from lora.volume.adapters import StoredAdapter
 from schemas import MAX_PROMPT, parse_job
 from validation import SHA256, InvalidInput, field, number
-from worker.inputs import load_picture
 from worker.parts import Answer, Parts
+from worker.pictures.inputs import load_picture
+from worker.pictures.thumbnails import data_uri, made, of_file
 from worker.tags import taken
-from worker.thumbnails import data_uri, made, of_file
 
 Fields = dict[str, dict[str, Any]]
 

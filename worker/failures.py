@@ -6,8 +6,8 @@ import logging
 import traceback
 
 from lora.errors import CodedError
-from worker.outputs import sendable
 from worker.parts import Answer
+from worker.pictures.outputs import sendable
 
 log = logging.getLogger("worker")
 

@@ -17,9 +17,9 @@ from pipelines.inpainting import Masked
 from pipelines.routes import Route, choose_route
 from pipelines.timings import Timings
 from schemas import ImageRequest, parse_job
-from worker import parameters
-from worker.intake import Turn
-from worker.outputs import (
+from worker.parts import Answer, Job, Parts
+from worker.pictures import parameters
+from worker.pictures.outputs import (
     OutputTooLarge,
     deliver,
     encode,
@@ -27,11 +27,11 @@ from worker.outputs import (
     has_room,
     requested_bucket,
 )
-from worker.parts import Answer, Job, Parts
+from worker.pictures.start import start_of
 from worker.progress import Progress
+from worker.queue.intake import Turn
 from worker.reports import refuse_unused, report, share_of_unused
 from worker.selection import Chosen
-from worker.start import start_of
 from worker.stop import Stop
 
 PHASES = (

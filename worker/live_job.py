@@ -21,9 +21,9 @@ from lora.errors import CodedError
 from pipelines.pixels import BROKEN
 from validation import InvalidInput, faults_of, field, filled, understood
 from worker.failures import failure
-from worker.inputs import load_picture
-from worker.outputs import OutputTooLarge
 from worker.parts import Answer, Job
+from worker.pictures.inputs import load_picture
+from worker.pictures.outputs import OutputTooLarge
 from worker.stop import DeadlineExceeded
 
 MAX_FRAMES = 1000

@@ -14,7 +14,7 @@ from lora.volume.opening import make_cache
 from lora.volume.presets import cached_names, read_config
 from pipelines.weights import DEMO_LORAS, hubs
 from settings import Settings, split_list
-from worker.endpoints import check_names, place_of
+from worker.pictures.endpoints import check_names, place_of
 
 Kind = TypeVar("Kind", bound=Settings)
 

@@ -24,9 +24,9 @@ from pipelines.image import ImagePipeline
 from pipelines.lean import import_lean
 from settings import Settings
 from worker.opening import default_loras, open_cache
-from worker.outputs import open_bucket
+from worker.pictures.outputs import open_bucket
+from worker.pictures.store import Bucket
 from worker.selection import Selection
-from worker.store import Bucket
 
 log = logging.getLogger("worker")
 

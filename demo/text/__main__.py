@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from text_settings import TextSettings
-from worker.text_worker import TextWorker
+from worker.text.worker import TextWorker
 
 COLUMNS: tuple[tuple[str, list[Any]], ...] = (
     ("no LoRA", []),

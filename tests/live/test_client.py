@@ -20,8 +20,8 @@ from lora.errors import ToolError
 from tests.live.streams import frame, picture, start
 from tests.test_handler import pipeline_unchanged
 from tests.waiting import PATIENCE, until
-from tests.worker.http_serving import served
-from worker.http_images import Images
+from tests.worker.http.serving import served
+from worker.http.images import Images
 
 
 @pytest.fixture(scope="module")

@@ -26,9 +26,9 @@ from tests.page.browser import needs_browser, opened
 from tests.page.serving import Served, served
 from tests.test_handler import pipeline_unchanged
 from tests.waiting import PATIENCE, until
-from tests.worker.http_serving import Program, program
-from tests.worker.http_serving import served as http_site
-from worker.http_images import Images
+from tests.worker.http.serving import Program, program
+from tests.worker.http.serving import served as http_site
+from worker.http.images import Images
 
 KEY = "the-key-of-a-worker"
 

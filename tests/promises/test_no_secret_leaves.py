@@ -24,7 +24,7 @@ from tests.adapters import as_bytes, kohya
 from tests.server import LoopbackServer, Reply
 from tests.test_handler import job
 from tests.waiting import until
-from tests.worker.test_inputs import png
+from tests.worker.pictures.test_inputs import png
 from worker.opening import read_settings
 
 CANARY = "canary"

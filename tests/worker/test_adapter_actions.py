@@ -21,7 +21,7 @@ from tests.adapters import kohya, write
 from tests.worker.test_library_actions import actions, ask, root
 from validation import InvalidInput
 from worker.actions import Actions
-from worker.thumbnails import SIDE
+from worker.pictures.thumbnails import SIDE
 
 __all__ = ["actions", "root"]
 

@@ -12,7 +12,7 @@ from settings import Settings
 from tests.lora.volume.test_folders import MOUNTS
 from text_settings import TextSettings
 from worker.parts import make_parts, missing_volume, spare_cores
-from worker.text_base import Base
+from worker.text.base import Base
 
 BARE = "22 1 0:20 / / rw,relatime shared:1 - overlay overlay rw\n"
 

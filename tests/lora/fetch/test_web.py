@@ -31,7 +31,7 @@ from tests.adapters import as_bytes, kohya
 from tests.server import LOOPBACK, STALL, LoopbackServer, Reply, gzip_of
 from tests.waiting import PATIENCE, Clock
 from validation import InvalidInput
-from worker.inputs import load_picture
+from worker.pictures.inputs import load_picture
 
 ADAPTER = as_bytes(kohya())
 GZIP = {"Content-Encoding": "gzip"}

@@ -20,7 +20,7 @@ from tests.promises.attackers.rounds import Rounds
 from tests.server import LoopbackServer
 from tests.test_handler import job
 from tests.waiting import until
-from tests.worker.test_inputs import png
+from tests.worker.pictures.test_inputs import png
 from worker.opening import read_settings
 
 CANARY, SAID = "canary", "nightingale"

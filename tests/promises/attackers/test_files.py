@@ -32,7 +32,7 @@ from tests.conftest import ROOT
 from tests.promises.attackers.rounds import SECONDS, SEED, Rounds, garbled
 from tests.test_handler import job
 from validation import InvalidInput
-from worker.inputs import load_picture
+from worker.pictures.inputs import load_picture
 
 MB = 1_000_000
 

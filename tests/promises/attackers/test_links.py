@@ -21,8 +21,8 @@ from lora.fetch.sources import Reference, RemoteFile, parse
 from lora.fetch.web import Web
 from tests.promises.attackers.rounds import Rounds
 from validation import InvalidInput
-from worker.outputs import requested_bucket
-from worker.store import UploadFailed
+from worker.pictures.outputs import requested_bucket
+from worker.pictures.store import UploadFailed
 
 PIECES = (
     *(
@@ -198,7 +198,7 @@ def test_no_hostile_url_leads_to_a_private_connection(
     rounds: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network, web = Network(monkeypatch), Web()
-    monkeypatch.setattr("worker.store.PAUSES", ())
+    monkeypatch.setattr("worker.pictures.store.PAUSES", ())
     keys = {"accessId": "i", "accessSecret": "s", "bucketName": "bucket"}
     for chance in rounds(300, 3000, share=2):
         url, network.answers = hostile_url(chance), resolver(chance)

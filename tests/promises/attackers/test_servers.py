@@ -69,7 +69,7 @@ def test_a_deadline_ends_an_answer_in_whatever_part_of_it(
 def test_eight_jobs_at_servers_that_never_end_leave_room_for_the_ninth_and_for_health(
     rounds: Rounds, stuck: StuckServer, demo_worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.inputs.TIMEOUT", 4.0)
+    monkeypatch.setattr("worker.pictures.inputs.TIMEOUT", 4.0)
 
     async def attack(urls: list[str]) -> tuple[list[Any], Any, Any]:
         soon = {"executionTimeout": 2000}

@@ -1,0 +1,1 @@
+"""Answers text jobs: what is asked, the base models, the adapters, the answers."""
