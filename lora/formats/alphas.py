@@ -29,6 +29,9 @@ SCALED = ("lora_up", "lora_up_bias", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
 """PEFT's default number of terms for OFT, the largest number that is read, and PEFT's default `eps`."""
 
+RANDLORA_ALPHA = 640
+"""PEFT's default."""
+
 MAX_SCALING = 1e30
 """A larger number would overflow when it is multiplied in float32."""
 
@@ -82,6 +85,8 @@ class Alphas:
             slots["on_input"] = torch.tensor(config.feedforward.find(name) is not None)
         elif "hra_u" in slots:
             slots["gram_schmidt"] = torch.tensor(config.gram_schmidt)
+        elif "randlora_lambda" in slots:
+            slots["randlora_alpha"] = torch.tensor(config.randlora_alpha)
         elif "ada_e" in slots:
             slots["ada_scaling"] = torch.tensor(config.ada_scaling)
         elif "alpha" not in slots:
@@ -108,6 +113,7 @@ class PeftConfig:
     """Whether HRA's vectors are made orthogonal."""
     ada_scaling: float
     """AdaLoRA's scaling of every layer."""
+    randlora_alpha: float
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
@@ -131,6 +137,7 @@ class PeftConfig:
             feedforward=_modules(fields.get("feedforward_modules")),
             gram_schmidt=bool(fields.get("apply_GS")),
             ada_scaling=_ada_scaling(fields) if ada else 1.0,
+            randlora_alpha=_finite(fields.get("randlora_alpha", RANDLORA_ALPHA)),
         )
 
 

@@ -24,6 +24,7 @@ from lora.formats.names.families import identify
 from lora.formats.names.keys import KeyMap, Match, Target
 from lora.formats.names.prefixes import unwrapped
 from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS
+from lora.formats.shared import is_shared, share
 from lora.formats.tensors import read_runs
 from lora.formats.trainers import settle
 from lora.formats.twins import AGAIN, repeated
@@ -123,6 +124,9 @@ def read_contents(
                 modules[twin.target, twin.stem, twin.adapter],
                 dict.fromkeys(twin.slots, reason),
             )
+    shared = {key: tensors[key] for key in keys.shared}
+    if not share(modules.values(), shared):
+        contents.unused += [UnusedKey(key, "no layer of the file uses it") for key in shared]
     for module in list(modules.values()):
         if reasons := _check(contents, module, check_shapes=check_shapes):
             _drop(contents, module, reasons)
@@ -134,7 +138,9 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
     keys, modules = Keys(has_config=bool(contents.alphas.configs)), contents.modules
     tensors = contents.header.tensors
     for key in tensors:
-        if match := key_map.match(key):
+        if is_shared(key):
+            keys.shared.append(key)
+        elif match := key_map.match(key):
             _put(modules, match, key)
         else:
             (keys.words if is_embedding(key) else keys.strangers).append(key)

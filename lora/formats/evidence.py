@@ -38,6 +38,8 @@ class Keys:
 
     words: list[str] = field(default_factory=list)
     """Words for the prompt."""
+    shared: list[str] = field(default_factory=list)
+    """For all modules."""
     strangers: list[str] = field(default_factory=list)
     """No module of the model has such a name."""
     elsewhere: int = 0

@@ -68,7 +68,8 @@ def test_words_that_only_look_like_a_wrappers_stay(name: str) -> None:
         ("lora_A.scale_weight", "lora_down.step", ""),
         *((f"{known}.{word}", f"?{known}.{word}", "") for known in ("lokr_w1", "hada_w1_a", "ia3_l")
           for word in ("scale", "zero_point", "absmax", "weight_scale")),
-        ("oft_R.clipped_oft", "?oft_R.clipped_oft", ""),
+        ("oft_R.clipped_oft", "clipped_oft", ""),
+        ("oft_R.of_tomorrow", "?oft_R.of_tomorrow", ""),
         ("lora_A.scale", "?lora_A.scale", ""),
         ("lora_A.one.two.weight", "?lora_A.one.two.weight", ""),
     ],
