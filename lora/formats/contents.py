@@ -16,7 +16,6 @@ from torch import Tensor
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.algorithms import Algorithm, Flaw, recipes
 from lora.formats.alphas import Alphas
-from lora.formats.embeddings import is_embedding
 from lora.formats.evidence import HINT, Keys, refuse_strangers
 from lora.formats.header import Header
 from lora.formats.names.encoders import encoder_of
@@ -143,7 +142,8 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
         elif match := key_map.match(key):
             _put(modules, match, key)
         else:
-            (keys.words if is_embedding(key) else keys.strangers).append(key)
+            keys.strangers.append(key)
+    keys.tell_words(tensors)
     if keys.strangers and (encoder := encoder_of(tensors, keys.strangers, key_map)):
         others, keys.strangers = keys.strangers, []
         for key in others:
