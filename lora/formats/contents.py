@@ -216,7 +216,8 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
     trouble = settle(slots, module.keys, module.stem, shape, about, has_config=bool(alphas.configs))
     if trouble := trouble or _trouble(slots):
         return _whole(module, trouble)
-    alphas.complete(slots, target.component, module.stem)
+    if trouble := alphas.complete(slots, target.component, module.stem):
+        return _whole(module, trouble)
     implied = module.keys.keys() - slots.keys()
     used, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}

@@ -6,7 +6,7 @@ import pytest
 
 from lora.formats.header import Header, TensorInfo
 from lora.formats.names.families import identify
-from lora.formats.names.family import family_of
+from lora.formats.names.family import claimed, family_of
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,31 @@ def test_a_language_models_keys_go_before_any_name(base: str) -> None:
     tensors = {key: TensorInfo("F32", (8, 64), 0, 2048)}
     header = Header(tensors, {"ss_base_model_version": base})
     assert identify(header) == "language model"
+
+
+@pytest.mark.parametrize(
+    ("fields", "family"),
+    [
+        ({"ss_base_model_version": "sd_v1"}, "SD 1.5"),
+        ({"ss_sd_model_name": "v1-5-pruned-emaonly.safetensors"}, "SD 1.5"),
+        ({"ss_sd_model_name": "/models/sd_v1-5.safetensors"}, "SD 1.5"),
+        ({"ss_base_model_version": "sdxl_base_v1-0", "ss_sd_model_name": "flux-1.ckpt"}, "SDXL"),
+        ({"base_model": "runwayml/stable-diffusion-v1-5"}, "SD 1.5"),
+        ({"base_model": "someone/flux/my-model"}, None),
+        ({"baseModel": "SD 1.5"}, "SD 1.5"),
+        ({"ot_config": '{"a": 1, "model_type": "STABLE_DIFFUSION_15"}'}, "SD 1.5"),
+        ({"ot_config": '{"model_type":"STABLE_DIFFUSION_21_BASE"}'}, "SD 2"),
+        ({"ot_config": '{"model_type": "STABLE_DIFFUSION_XL_10_BASE"}'}, "SDXL"),
+        ({"ot_config": '{"model_type": "STABLE_DIFFUSION_35"}'}, "SD 3"),
+        ({"ot_config": '{"model_type": "FLUX_DEV_1"}'}, "Flux.1"),
+        ({"ot_config": '{"model_type": "Z_IMAGE"}'}, "Z-Image"),
+        ({"ot_config": "no JSON"}, None),
+        ({"modelspec.architecture": "stable-diffusion-xl-v1-refiner/lora"}, "SDXL refiner"),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_every_field_that_names_a_base_model_counts(
+    fields: dict[str, str], family: str | None
+) -> None:
+    assert claimed(fields) == family
