@@ -40,6 +40,12 @@ INSIDE = SELF_ATTENTION.replace("transformer_blocks.0.", "transformer_blocks.0.{
         f"lora_unet_{FLAT.removesuffix('_to_q')}.to_q",
         f"unet_{FLAT}",
         FLAT,
+        f"_module.unet.{DOTTED}",
+        f"lora_unet__module_{FLAT}",
+        f"unet.{DOTTED}._orig_mod",
+        f"unet.{DOTTED}.module",
+        f"unet.{DOTTED}._fsdp_wrapped_module._checkpoint_wrapped_module",
+        f"module.base_model.model.{DOTTED}._orig_mod",
     ],
 )
 @pytest.mark.parametrize("suffix", ["lora_down.weight", "alpha"])
@@ -47,6 +53,12 @@ def test_a_wrapped_name_means_its_module(engine: LoraEngine, stem: str, suffix: 
     match = engine.key_map.match(f"{stem}.{suffix}")
     assert match is not None
     assert (match.target.path, match.slot) == (SELF_ATTENTION, suffix.partition(".")[0])
+
+
+def test_a_wrapper_within_a_suffix_is_taken_off_too(engine: LoraEngine) -> None:
+    match = engine.key_map.match(f"unet.{DOTTED}.lora_A.default._fsdp_wrapped_module.weight")
+    assert match is not None
+    assert (match.slot, match.adapter) == ("lora_down", "default")
 
 
 @pytest.mark.parametrize("name", ["unet.module_list.0", "motion_modules.0.a", "unet.remodule.a"])
