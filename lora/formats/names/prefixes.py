@@ -70,7 +70,8 @@ _WORDS = (
     "|base_model[._]model)"
 )
 _WRAPPERS = re.compile(rf"(?:^|(?<=\.)){_WORDS}\.|(?<=_){_WORDS}_")
-"""The words that torch.compile, DDP, FSDP, activation checkpointing, DeepSpeed, Opacus and PEFT put into names."""
+"""The words that torch.compile, DDP, FSDP, activation checkpointing, DeepSpeed, Opacus and PEFT put into
+names."""
 
 _OUTER = ("model.", "pipe.", "pipeline.", "network.")
 """What trainers call the whole that a component belongs to."""
