@@ -130,7 +130,7 @@ class KeyMap:
         if len(key) > MAX_KEY:
             return None
         match = self._match(key)
-        if match and not match.slot.startswith("?"):
+        if match and match.slot[0] != "?":
             return match
         others = [other for other in map(self._match, other_forms(key)) if other]
         known = (other for other in others if not other.slot.startswith("?"))
