@@ -11,8 +11,13 @@ SD1, SD2, XL, REFINER = "SD 1.5", "SD 2", "SDXL", "SDXL refiner"
 SD3, FLUX1, FLUX2, CHROMA = "SD 3", "Flux.1", "Flux.2", "Chroma"
 QWEN, HUNYUAN, WAN, LTX = "Qwen-Image", "HunyuanVideo", "Wan", "LTX"
 ZIMAGE, LUMINA, LANGUAGE = "Z-Image", "Lumina 2", "language model"
+PIXART, SANA, COGVIDEO = "PixArt", "Sana", "CogVideoX"
+MOCHI, HUNYUAN_DIT = "Mochi", "Hunyuan-DiT"
 
-TRANSFORMERS = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA)
+TRANSFORMERS = (
+    *(SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA),
+    *(PIXART, SANA, COGVIDEO, MOCHI, HUNYUAN_DIT),
+)
 """The families whose drawing component is a transformer."""
 
 UNETS = frozenset({SD1, SD2, XL, REFINER})
@@ -25,7 +30,11 @@ _NAMED_SO = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
         (r"refiner", REFINER),
-        (r"pixart", "PixArt"),
+        (r"pixart", PIXART),
+        (r"(?<![a-z])sana(?![a-z])", SANA),
+        (r"cogvideo", COGVIDEO),
+        (r"(?<![a-z])mochi(?![a-z])", MOCHI),
+        (r"hunyuan[_ -]?dit", HUNYUAN_DIT),
         (r"kolors", "Kolors"),
         (r"auraflow|pony.?v?7", "AuraFlow"),
         (r"cascade", "Stable Cascade"),

@@ -67,3 +67,29 @@ def test_every_field_that_names_a_base_model_counts(
     fields: dict[str, str], family: str | None
 ) -> None:
     assert claimed(fields) == family
+
+
+@pytest.mark.parametrize(
+    ("path", "width", "family"),
+    [
+        ("transformer_blocks.3.attn1.to_q", 2048, "LTX"),
+        ("transformer_blocks.3.attn1.to_q", 1920, "CogVideoX"),
+        ("transformer_blocks.3.attn1.to_q", 2240, "Sana"),
+        ("transformer_blocks.3.attn1.to_q", 1152, "PixArt or Sana"),
+        ("transformer_blocks.3.attn1.to_q", 3072, "CogVideoX or Mochi"),
+        ("transformer_blocks.3.attn1.add_k_proj", 1536, "Mochi"),
+        ("blocks.3.attn1.to_q", 1408, "Hunyuan-DiT"),
+        ("blocks.3.attn1.to_q", 1536, "Wan"),
+        ("blocks.3.attn1.to_q", 5120, "Wan"),
+        ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 1152, None),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["lora_A.weight", "oft_blocks"])
+@pytest.mark.parametrize("prefix", ["transformer.", "lora_unet_"])
+def test_families_that_share_names_are_told_by_their_widths(
+    prefix: str, path: str, width: int, suffix: str, family: str | None
+) -> None:
+    flat = path.replace(".", "_") if prefix.endswith("_") else path
+    shape = (4, width) if suffix == "lora_A.weight" else (width // 4, 4, 4)
+    tensors = {f"{prefix}{flat}.{suffix}": TensorInfo("F32", shape, 0, 4)}
+    assert identify(Header(tensors, {})) == family
