@@ -10,7 +10,7 @@ from torch import Tensor
 from lora.errors import ToolError
 from lora.formats.algorithms.peft_oft import PeftOFT
 from lora.formats.names.naming import MAGNITUDE_OF, Namer, Naming, bare_path, suffix, trouble
-from lora.formats.names.prefixes import PEFT_PREFIX
+from lora.formats.names.prefixes import COMPONENTS, PEFT_PREFIX
 from lora.formats.names.slots import ONE_NUMBER
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.peft_configs import USE_OTHER_NAMING
@@ -47,8 +47,9 @@ class PartNames:
         return f"{part.stem}.{ending}"
 
     def component(self, part: Part) -> str:
-        """The component whose config has the part."""
-        return part.target.component or part.stem.partition(".")[0]
+        """The component whose config has the part; empty if the file names none."""
+        first = part.stem.partition(".")[0]
+        return part.target.component or (first if first in COMPONENTS else "")
 
     def config_path(self, part: Part) -> str:
         """The module's name in the config."""
