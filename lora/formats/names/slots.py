@@ -87,6 +87,7 @@ SLOTS: Mapping[str, str] = {
     "p_layer.weight": "p_layer",
     "lambda_layer": "lambda_layer",
     "reshape_weight": "reshape_weight",
+    "oft_diag": "oft_diag",
 }
 """Suffix of a key -> slot: the field of an algorithm that takes the tensor."""
 
@@ -99,6 +100,7 @@ REFUSED: Mapping[str, str] = {
     "p_layer": _T_LORA,
     "lambda_layer": _T_LORA,
     "reshape_weight": "reshape_weight would change the layer's shape",
+    "oft_diag": "an early OFT of LyCORIS (2023), which its later versions do not read",
 }
 """Slots of forms that cannot be applied, and why."""
 
