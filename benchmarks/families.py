@@ -349,18 +349,30 @@ def judge(path: Path, family: Family) -> str | None:
     return f"unused: {file.unused[0]}" if file.unused else None
 
 
+def judged(
+    folder: Path, family: Family, layers: Mapping[str, Shape], naming: str, algorithm: str
+) -> str | None:
+    """What is wrong with what becomes of one file; None if nothing is."""
+    path = folder / "adapter.safetensors"
+    save_file(tensors_of(family, layers, naming, algorithm), path)
+    return judge(path, family)
+
+
+def table(cells: Mapping[str, list[str]]) -> str:
+    """The page's table: family -> a cell for each naming."""
+    head = [f"| made for | {' | '.join(NAMINGS)} |", "| --- " * (len(NAMINGS) + 1) + "|"]
+    return "\n".join([*head, *(f"| {name} | {' | '.join(row)} |" for name, row in cells.items())])
+
+
 def rows(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     """Family, a cell for each naming, and what went wrong."""
     for family in FAMILIES:
-        with torch.device("meta"):
-            layers = layers_of(family.network())
+        layers = layers_of(on_meta(family))
         cells, faults = [], []
         for naming in NAMINGS:
             right = 0
             for algorithm in ALGORITHMS:
-                path = folder / "adapter.safetensors"
-                save_file(tensors_of(family, layers, naming, algorithm), path)
-                fault = judge(path, family)
+                fault = judged(folder, family, layers, naming, algorithm)
                 right += fault is None
                 faults += [f"{family.name}, {naming}, {algorithm}: {fault}"] if fault else []
             cells.append(f"{right} of {len(ALGORITHMS)}")
@@ -370,7 +382,7 @@ def rows(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
 def derivatives(folder: Path) -> Iterator[tuple[str, str | None]]:
     """SDXL's own shapes under the names that its derivatives have in metadata, and what is wrong."""
     family = next(family for family in FAMILIES if family.name == "SDXL")
-    layers = {n: s for n, s in layers_of(_meta(family)).items() if "attn" in n}
+    layers = {n: s for n, s in layers_of(on_meta(family)).items() if "attn" in n}
     path = folder / "adapter.safetensors"
     for base in (
         "sdxl_base_v1-0",
@@ -386,24 +398,25 @@ def derivatives(folder: Path) -> Iterator[tuple[str, str | None]]:
             yield base, judge(path, family)
 
 
-def _meta(family: Family) -> nn.Module:
+def on_meta(family: Family) -> nn.Module:
+    """The family's network, without numbers."""
     with torch.device("meta"):
         return family.network()
 
 
 def main() -> int:
     """Prints each family's row, and writes the table."""
-    lines = [f"| made for | {' | '.join(NAMINGS)} |", "| --- " * (len(NAMINGS) + 1) + "|"]
+    found: dict[str, list[str]] = {}
     every: list[str] = []
     with TemporaryDirectory() as folder:
         for name, cells, faults in rows(Path(folder)):
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-            print(lines[-1], *faults, sep="\n", flush=True)
+            found[name] = cells
+            print(f"{name}: {', '.join(cells)}", *faults, sep="\n", flush=True)
             every += faults
         for base, fault in derivatives(Path(folder)):
             every += [f"{base}: {fault}"] if fault else []
     print(f"{len(every)} files judged wrongly", *every, sep="\n")
-    fill_in(PAGE, "families", "\n".join(lines))
+    fill_in(PAGE, "families", table(found))
     return 1 if every else 0
 
 

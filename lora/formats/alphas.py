@@ -1,7 +1,8 @@
 """The settings that PEFT and diffusers keep beside the tensors: alphas, and how they scale.
 
 PEFT writes them to `adapter_config.json`; diffusers puts one such config per component into the file's
-metadata, as JSON under `lora_adapter_metadata` with names such as `unet.lora_alpha`.
+metadata, as JSON under `lora_adapter_metadata` with names such as `unet.lora_alpha`. A network's own
+`save_lora_adapter` writes them without the component.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ SCALED = ("lora_up", "lora_up_bias", "hada_w1_a", "lokr_w1", "lokr_w1_a")
 
 NEUMANN_TERMS, MAX_NEUMANN_TERMS, OFT_EPS = 5, 100, 6e-5
 """PEFT's default number of terms for OFT, the largest number that is read, and PEFT's default `eps`."""
+
+ALPHA, RANK, RANDLORA_ALPHA = 8, 8, 640
+"""PEFT's defaults."""
 
 MAX_SCALING = 1e30
 """A larger number would overflow when it is multiplied in float32."""
@@ -58,7 +62,7 @@ class Alphas:
         try:
             configs: dict[str, Any] = {}
             for key, value in json.loads(metadata.get(source, "{}")).items():
-                component, _, option = key.partition(".")
+                component, _, option = key.rpartition(".")
                 configs.setdefault(component, {})[option] = value
             if config is not None:
                 source = "adapter_config.json"
@@ -69,11 +73,16 @@ class Alphas:
         except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             raise LoraCorrupt(f"the file's {source} is malformed") from error
 
-    def complete(self, slots: dict[str, Tensor], component: str, name: str) -> None:
-        """Adds what the config says of a layer to its tensors. `name`: the layer's name in the file."""
+    def complete(self, slots: dict[str, Tensor], component: str, name: str) -> str | None:
+        """Adds what the config says of a layer to its tensors; returns a reason if they contradict it.
+
+        `name`: the layer's name in the file.
+        """
         config = self.configs.get(component, self.configs.get(""))
         if config is None:
-            return
+            return None
+        if config.dora and "lora_up" in slots and not {"magnitude", "dora_scale"} & slots.keys():
+            return "the PEFT config says use_dora, and the magnitudes are missing"
         # PEFT's patterns are for the model's own names, without a prefix.
         name = name.removeprefix(f"{component}.").removeprefix(PEFT_PREFIX)
         if "oft_r" in slots and slots["oft_r"].dim() == 2:
@@ -82,21 +91,25 @@ class Alphas:
             slots["on_input"] = torch.tensor(config.feedforward.find(name) is not None)
         elif "hra_u" in slots:
             slots["gram_schmidt"] = torch.tensor(config.gram_schmidt)
+        elif "randlora_lambda" in slots:
+            slots["randlora_alpha"] = torch.tensor(config.randlora_alpha)
         elif "ada_e" in slots:
             slots["ada_scaling"] = torch.tensor(config.ada_scaling)
         elif "alpha" not in slots:
             _complete_alpha(slots, config, name)
+        return None
 
 
 @dataclass(frozen=True)
 class PeftConfig:
     """The settings of a PEFT config that change what its tensors do."""
 
-    alpha: float | None
-    rank: float | None
+    alpha: float
+    rank: float
     alphas: Patterns
     ranks: Patterns
     rs_lora: bool
+    dora: bool
     neumann_terms: int
     """0 for the exact transform."""
     oft_limit: float | None
@@ -108,6 +121,7 @@ class PeftConfig:
     """Whether HRA's vectors are made orthogonal."""
     ada_scaling: float
     """AdaLoRA's scaling of every layer."""
+    randlora_alpha: float
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> PeftConfig:
@@ -121,16 +135,18 @@ class PeftConfig:
             raise ValueError("num_cayley_neumann_terms")
         ada = fields.get("peft_type") == "ADALORA"  # whose patterns are masks of ranks
         return cls(
-            alpha=None if alpha is None else _finite(alpha),
-            rank=None if fields.get("r") is None else _finite(fields["r"]),
+            alpha=_finite(ALPHA if alpha is None else alpha),
+            rank=_finite(RANK if fields.get("r") is None else fields["r"]),
             alphas=Patterns.of(fields.get("alpha_pattern") or {}),
             ranks=Patterns.of({} if ada else fields.get("rank_pattern") or {}),
             rs_lora=bool(fields.get("use_rslora")),
+            dora=bool(fields.get("use_dora")),
             neumann_terms=0 if fields.get("use_cayley_neumann") is False else terms,
             oft_limit=_finite(fields.get("eps") or OFT_EPS) if fields.get("coft") else None,
             feedforward=_modules(fields.get("feedforward_modules")),
             gram_schmidt=bool(fields.get("apply_GS")),
             ada_scaling=_ada_scaling(fields) if ada else 1.0,
+            randlora_alpha=_finite(fields.get("randlora_alpha", RANDLORA_ALPHA)),
         )
 
 
@@ -210,8 +226,6 @@ def _finite(value: Any) -> float:
 def _complete_alpha(slots: dict[str, Tensor], config: PeftConfig, name: str) -> None:
     own_alpha = config.alphas.find(name)
     alpha = config.alpha if own_alpha is None else own_alpha
-    if alpha is None:
-        return
     if not alpha:
         # To PEFT 0 is a scaling of 0; to kohya, whose tensor this would be, it is none.
         slots |= {slot: torch.zeros_like(slots[slot]) for slot in SCALED if slot in slots}

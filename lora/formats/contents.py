@@ -16,7 +16,6 @@ from torch import Tensor
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.algorithms import Algorithm, Flaw, recipes
 from lora.formats.alphas import Alphas
-from lora.formats.embeddings import is_embedding
 from lora.formats.evidence import HINT, Keys, refuse_strangers
 from lora.formats.header import Header
 from lora.formats.names.encoders import encoder_of
@@ -24,6 +23,7 @@ from lora.formats.names.families import identify
 from lora.formats.names.keys import KeyMap, Match, Target
 from lora.formats.names.prefixes import unwrapped
 from lora.formats.names.slots import BARE, MAX_KEY, ONE_NUMBER, REFUSED, SLOTS
+from lora.formats.shared import is_shared, share
 from lora.formats.tensors import read_runs
 from lora.formats.trainers import settle
 from lora.formats.twins import AGAIN, repeated
@@ -123,6 +123,9 @@ def read_contents(
                 modules[twin.target, twin.stem, twin.adapter],
                 dict.fromkeys(twin.slots, reason),
             )
+    shared = {key: tensors[key] for key in keys.shared}
+    if not share(modules.values(), shared):
+        contents.unused += [UnusedKey(key, "no layer of the file uses it") for key in shared]
     for module in list(modules.values()):
         if reasons := _check(contents, module, check_shapes=check_shapes):
             _drop(contents, module, reasons)
@@ -134,10 +137,13 @@ def _group_keys(contents: Contents, key_map: KeyMap) -> Keys:
     keys, modules = Keys(has_config=bool(contents.alphas.configs)), contents.modules
     tensors = contents.header.tensors
     for key in tensors:
-        if match := key_map.match(key):
+        if is_shared(key):
+            keys.shared.append(key)
+        elif match := key_map.match(key):
             _put(modules, match, key)
         else:
-            (keys.words if is_embedding(key) else keys.strangers).append(key)
+            keys.strangers.append(key)
+    keys.tell_words(tensors)
     if keys.strangers and (encoder := encoder_of(tensors, keys.strangers, key_map)):
         others, keys.strangers = keys.strangers, []
         for key in others:
@@ -210,7 +216,8 @@ def _check(contents: Contents, module: Module, *, check_shapes: bool) -> Mapping
     trouble = settle(slots, module.keys, module.stem, shape, about, has_config=bool(alphas.configs))
     if trouble := trouble or _trouble(slots):
         return _whole(module, trouble)
-    alphas.complete(slots, target.component, module.stem)
+    if trouble := alphas.complete(slots, target.component, module.stem):
+        return _whole(module, trouble)
     implied = module.keys.keys() - slots.keys()
     used, left = recipes(frozenset(slots))
     alone = {"alpha": "there is nothing for it to scale"} if used and left == {"alpha"} else {}

@@ -3,18 +3,21 @@
 Layouts: `bundle_emb.WORD.clip_l`, `.clip_g` (OneTrainer, LyCORIS), `bundle_emb.WORD.string_to_param.*` (as
 A1111 saves for one text encoder), and a file of just `clip_l`, `clip_g` or `emb_params`, whose word is the
 file's name, as in ComfyUI: it stands for all rows together. A1111's own files have `string_to_param.*` for
-the one text encoder of their model. diffusers' `learned_embeds` have the word itself for a key, and are for
-the text encoder of their width.
+the one text encoder of their model; there, too, the file's name is the word, and not the name within.
+diffusers' `learned_embeds` have the word itself for a key, and are for the text encoder of their width.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from lora.formats.header import TensorInfo
 from lora.formats.names.keys import KeyMap
+from lora.formats.names.slots import split_key
 
 ENCODERS = {
     "clip_l": "text_encoder",
@@ -28,6 +31,9 @@ BUNDLE = "bundle_emb."
 
 A1111 = "string_to_param."
 """How the keys of A1111's embeddings begin."""
+
+MAX_WORD = 102
+"""Characters of a word that has no form of its own."""
 
 _TOKEN = re.compile(r"<[^<>]{1,100}>")
 """The usual form of diffusers' words."""
@@ -47,6 +53,23 @@ class TokenEmbedding:
 def is_embedding(key: str) -> bool:
     """Whether a key has the form of an embedding's key."""
     return key.startswith((BUNDLE, A1111)) or key in ENCODERS or bool(_TOKEN.fullmatch(key))
+
+
+def word_keys(keys: Collection[str], tensors: Mapping[str, TensorInfo]) -> frozenset[str]:
+    """Those of the keys that are an embedding's: by their form, or because they are all that the file has and
+    none is a layer's. diffusers takes any key for a word.
+    """
+    formed = frozenset(filter(is_embedding, keys))
+    if len(formed) == len(keys) or len(keys) < len(tensors):
+        return formed
+    plain = all(_is_plain(key, tensors[key].shape) for key in keys if key not in formed)
+    return frozenset(keys) if plain else formed
+
+
+def _is_plain(key: str, shape: tuple[int, ...]) -> bool:
+    """Whether a key could be a word: no tensor of a layer is called so."""
+    word = key.strip() and len(key) <= MAX_WORD and key.count(".") <= 1 and split_key(key) is None
+    return bool(word) and len(shape) in (1, 2)
 
 
 def word_of(stem: str) -> str:
@@ -70,7 +93,7 @@ def read_embedding(key: str, vectors: Tensor, key_map: KeyMap) -> TokenEmbedding
     elif key.startswith(A1111):
         kind = "string_to_param"
     component = ENCODERS.get(kind)
-    if component is None and _TOKEN.fullmatch(key):
+    if component is None and not key.startswith(BUNDLE):
         return _learned(key, vectors, key_map)
     if component is None:
         behind = kind.endswith("_out")

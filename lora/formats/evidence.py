@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from lora.errors import LoraIncompatible, LoraUnsupported
 from lora.formats.alphas import BASE_MODEL
-from lora.formats.header import Header
+from lora.formats.embeddings import word_keys
+from lora.formats.header import Header, TensorInfo
 from lora.formats.names.families import (
     CROSS_ATTENTION_WIDTHS,
     cross_attention_width,
@@ -38,6 +39,8 @@ class Keys:
 
     words: list[str] = field(default_factory=list)
     """Words for the prompt."""
+    shared: list[str] = field(default_factory=list)
+    """For all modules."""
     strangers: list[str] = field(default_factory=list)
     """No module of the model has such a name."""
     elsewhere: int = 0
@@ -52,6 +55,13 @@ class Keys:
     """How many a model's own parameters would have, and nothing of an adapter stands beside them."""
     has_config: bool = False
     """Whether a PEFT config says what they are."""
+
+    def tell_words(self, tensors: Mapping[str, TensorInfo]) -> None:
+        """Parts the words from the strangers. `tensors`: all of the file."""
+        words = word_keys(self.strangers, tensors) if self.strangers else ()
+        if words:
+            self.words = [key for key in self.strangers if key in words]
+            self.strangers = [key for key in self.strangers if key not in words]
 
     def count(self, keys: Mapping[str, str], *, draws: bool) -> None:
         """Adds a module's keys, by their slots. `draws`: whether it is of the component that draws."""

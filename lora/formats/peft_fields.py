@@ -14,7 +14,7 @@ READ = frozenset(
     {
         *("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
         *("coft", "eps", "use_cayley_neumann", "num_cayley_neumann_terms", "feedforward_modules"),
-        *("peft_type", "base_model_name_or_path", "apply_GS", "init_r"),
+        *("peft_type", "base_model_name_or_path", "apply_GS", "init_r", "randlora_alpha"),
     }
 )
 """They change the result, and are read."""
@@ -26,6 +26,7 @@ SHOWN = frozenset(
         *("oft_block_size", "target_modules", "exclude_modules", "layers_to_transform"),
         *("layers_pattern", "fan_in_fan_out", "mini_r"),
         *("boft_block_size", "boft_block_num", "boft_n_butterfly_factor"),
+        *("projection_prng_key", "save_projection", "sparse", "very_sparse"),
     }
 )
 """They change the result, and the tensors show how."""
@@ -37,7 +38,7 @@ TRAINING = frozenset(
         *("init_weights", "init_ia3_weights", "megatron_config", "megatron_core"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
         *("boft_dropout", "miss_dropout", "target_r", "tinit", "tfinal", "deltaT", "total_step"),
-        *("beta1", "beta2", "orth_reg_weight"),
+        *("beta1", "beta2", "orth_reg_weight", "randlora_dropout"),
         *("velora_config", "qalora_group_size", "ensure_weight_tying"),
     }
 )
@@ -49,6 +50,7 @@ LoRA-GA take the adapter's first value off it, and the file lacks that value."""
 
 TYPES = (
     *(None, "LORA", "LOHA", "LOKR", "OFT", "IA3", "LN_TUNING", "BOFT", "HRA", "MISS", "ADALORA"),
+    "RANDLORA",
 )
 """The values of `peft_type` that are implemented."""
 

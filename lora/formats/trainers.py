@@ -12,7 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.oft import block_size
 from lora.formats.names.prefixes import PEFT_PREFIX
 from lora.formats.names.slots import Shape
 
@@ -21,7 +20,7 @@ STEP = ".step"
 PLAIN = frozenset({"lora_up", "lora_down", "alpha", "dora_scale", "magnitude"})
 """The slots of most linear layers, which mean the same to all trainers."""
 
-BY_CONFIG = {"hra_u": "HRA", "ada_e": "AdaLoRA"}
+BY_CONFIG = {"hra_u": "HRA", "ada_e": "AdaLoRA", "randlora_lambda": "RandLora"}
 """Slot -> the method, of those whose settings no tensor shows."""
 
 MAGNITUDES = frozenset({"dora_scale", "magnitude"})
@@ -31,6 +30,14 @@ COMFY = "diffusion_model."
 
 ONETRAINER = "ot_"
 """How OneTrainer's fields of the metadata begin."""
+
+OWN = frozenset(
+    {
+        *("scaled_oft", "clipped_oft", "cans_oft"),
+        *("dora_log_multiplier", "dora_multiplier", "initial_norm"),
+    }
+)
+"""The slots that only OneTrainer writes."""
 
 
 def settle(
@@ -52,8 +59,6 @@ def settle(
     for slot, method in BY_CONFIG.items():
         if slot in slots and not has_config:
             return f"{method} can only be read with PEFT's adapter_config.json"
-    if "oft_r" in slots and MAGNITUDES & slots.keys():
-        return "DoRA over OFT is not read"
     _multiply_steps(slots)
     if "oft_blocks" in slots and "alpha" in slots and stem.startswith(COMFY):
         slots["constraint"] = slots.pop("alpha")
@@ -65,12 +70,18 @@ def settle(
     if "reshape_weight" in slots and tuple(slots["reshape_weight"].flatten().tolist()) == shape:
         del slots["reshape_weight"]
     if "oft_r" in slots:
-        trainer = ONETRAINER if any(key.startswith(ONETRAINER) for key in about) else ""
-        trainer = trainer or (ONETRAINER if "." not in stem or "scaled_oft" in slots else "")
+        told = "." not in stem or OWN & slots.keys() or any(map(_is_onetrainers, about))
+        trainer = ONETRAINER if told else ""
         if not trainer and (has_config or stem.startswith(PEFT_PREFIX)):
             trainer = "peft"
         return _settle_oft(slots, trainer, convolution=len(shape) > 2)
+    if "oft_blocks" in slots and MAGNITUDES & slots.keys():
+        return "DoRA over LyCORIS' OFT is not read: no trainer writes it"
     return None
+
+
+def _is_onetrainers(field: str) -> bool:
+    return field.startswith(ONETRAINER)
 
 
 def _multiply_steps(slots: dict[str, Tensor]) -> None:
@@ -90,20 +101,12 @@ def _multiply_steps(slots: dict[str, Tensor]) -> None:
 
 
 def _settle_oft(slots: dict[str, Tensor], trainer: str, *, convolution: bool) -> str | None:
-    scaled = slots.get("scaled_oft")
-    rotation = slots["oft_r"]
-    if rotation.dim() != 2 or (scaled is not None and scaled.numel() != 1):
-        return None  # malformed: the algorithm says how
-    if scaled is not None:
-        del slots["scaled_oft"]
-        size = block_size(rotation)
-        if bool(scaled.float()) and size > 1:
-            slots["oft_r"] = rotation.float() / (2 * math.sqrt(size - 1))
+    if "magnitude" in slots or ("dora_scale" in slots and trainer != ONETRAINER):
+        return "DoRA over OFT is only read as OneTrainer writes it"
     if not convolution:
         return None
     if trainer == ONETRAINER:
-        # R(-Q) is R(Q)^T, since the series is one in the skew matrix Q.
-        slots["oft_r"] = torch.neg(slots["oft_r"].float())
+        slots["turned_back"] = torch.tensor(True)
     elif not trainer:
         return (
             "OneTrainer and PEFT turn a convolution's inputs in opposite ways, and nothing in the file says "

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lora.errors import LoraUnsupported
 from lora.formats.algorithms import recipes
+from lora.formats.alphas import RANKED
 from lora.formats.names.keys import Target
 
 MAX_SHOWN = 200
@@ -66,9 +67,18 @@ def _is_whole(slots: Mapping[str, Tensor]) -> bool:
 
 def _same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two sets have the same numbers, as far as the coarser of their types can tell."""
+    one, other = _scaled(one), _scaled(other)
     if one.keys() != other.keys():
         return False
     return all(_close(tensor, other[slot]) for slot, tensor in one.items())
+
+
+def _scaled(slots: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The set without an alpha that says no more than its absence: the rank."""
+    rank = next((slots[s].shape[0] for s in RANKED if s in slots and slots[s].dim()), 0)
+    alpha = slots.get("alpha")
+    plain = alpha is not None and alpha.numel() == 1 and float(alpha) in (0, rank)
+    return {slot: t for slot, t in slots.items() if slot != "alpha"} if plain else slots
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from lora.formats.algorithms import Recipe, recipes
 from lora.formats.algorithms.oft import OFT
 from lora.formats.alphas import RANKED
-from lora.formats.embeddings import BUNDLE, is_embedding
+from lora.formats.embeddings import BUNDLE, word_keys
 from lora.formats.header import Header
 from lora.formats.names.families import identify
 from lora.formats.names.slots import split_key
@@ -34,7 +34,7 @@ def summarised(state: State, header: Header) -> State:
         algorithms.update(_name_of(match, slots) for match in matches)
         shape = next((slots[name] for name in RANKED if name in slots), ())
         ranks.update(shape[:1])
-    if any(is_embedding(key) for key in header.tensors):
+    if word_keys(header.tensors, header.tensors):
         algorithms["textual inversion"] += 1
     return replace(
         state,
@@ -57,8 +57,9 @@ def _name_of(match: Recipe, slots: Mapping[str, tuple[int, ...]]) -> str:
 def _by_stem(header: Header) -> Mapping[str, dict[str, tuple[int, ...]]]:
     """Module's name in the file -> slot -> shape."""
     modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    words = word_keys(header.tensors, header.tensors)
     for key, info in header.tensors.items():
-        if is_embedding(key):
+        if key in words:
             continue
         if parts := split_key(key):
             modules.setdefault(parts[0], {})[parts[1]] = info.shape

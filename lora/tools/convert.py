@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
-from lora.formats.algorithms import Algorithm, DoRA, recipes
-from lora.formats.algorithms.full import BiasValue, WeightDifference, WeightValue
-from lora.formats.algorithms.glora import GLoRA
-from lora.formats.algorithms.ia3 import IA3, PeftIA3, PeftIA3Bias
+from lora.formats.algorithms import Algorithm, recipes
+from lora.formats.algorithms.full import WeightDifference
+from lora.formats.algorithms.ia3 import PeftIA3Bias
 from lora.formats.algorithms.lora import LoRA
-from lora.formats.algorithms.oft import OFT, PeftOFT
 from lora.formats.names.slots import Shape
 from lora.tools import TABLES, OnProgress, ignore_progress
 from lora.tools.adapters.parts import Adapter, Part
@@ -29,9 +27,6 @@ from lora.tools.factors.ranks import RankPolicy
 from lora.tools.factors.svd import layer_seed
 from lora.tools.models.checkpoints import Checkpoint, Place
 from lora.tools.overwriting import parts_of, refuse_overwriting
-
-NEEDS_WEIGHT = (DoRA, GLoRA, OFT, PeftOFT, IA3, PeftIA3, PeftIA3Bias, WeightValue, BiasValue)
-"""Algorithms whose change depends on the weights that they are applied to."""
 
 NEEDS_MODEL = "Name the model that it was trained on with --model."
 
@@ -210,7 +205,7 @@ def _weight(
 
 def _needs_weight(part: Part, algorithms: list[Algorithm], read_weight: ReadWeight | None) -> bool:
     """Whether a change depends on the weight. Raises: ToolError if so, and there is no model."""
-    needing = next((a for a in algorithms if isinstance(a, NEEDS_WEIGHT)), None)
+    needing = next((a for a in algorithms if a.needs_weight), None)
     if needing and read_weight is None:
         why = f"{part.name} is {needing.name}, whose change depends on the model's weights"
         raise ToolError(why, NEEDS_MODEL)

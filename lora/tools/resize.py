@@ -20,8 +20,8 @@ from lora.tools.factors.lowrank import FACTOR_SLOTS, product_of
 from lora.tools.factors.ranks import RankPolicy
 from lora.tools.overwriting import parts_of, refuse_overwriting
 
-OTHERS = ("loha", "lokr", "glora", "oft", "boft", "ia3")
-"""Algorithms that resize refuses."""
+RESIZED = ("lora", "dora", "full")
+"""Algorithms whose layers are cut, or stay as they are; resize refuses all others."""
 
 SCALED = ("bias_values", "lora_up_bias")
 """Slots that are scaled by alpha / rank, as the factors are."""
@@ -82,7 +82,7 @@ def _module(part: Part, dtype: torch.dtype | None) -> ModuleToCut:
 def _is_lora(part: Part) -> bool:
     """Whether there are factors to cut. Raises: ToolError for an algorithm with a rank of another kind."""
     slots = part.slots
-    other = next((name for name in part.algorithms if name in OTHERS), None)
+    other = next((name for name in part.algorithms if name not in RESIZED), None)
     inner = "lora_down" not in slots and any(s.startswith(("hada", "lokr")) for s in slots)
     if other := other or ("dora" if inner else None):
         hint = "Make it a LoRA first: convert --algorithm lora."

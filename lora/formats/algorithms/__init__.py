@@ -38,8 +38,10 @@ from lora.formats.algorithms.loha import LoHa
 from lora.formats.algorithms.lokr import LoKr
 from lora.formats.algorithms.lora import LoRA, LoRABias
 from lora.formats.algorithms.miss import MiSS
-from lora.formats.algorithms.oft import OFT, PeftOFT
+from lora.formats.algorithms.oft import OFT
 from lora.formats.algorithms.peft_boft import PeftBOFT
+from lora.formats.algorithms.peft_oft import PeftOFT
+from lora.formats.algorithms.randlora import RandLoRA
 
 ALGORITHMS: tuple[type[Algorithm], ...] = (
     LoRABias,  # before LoRA, whose tensors it reads too
@@ -52,6 +54,7 @@ ALGORITHMS: tuple[type[Algorithm], ...] = (
     PeftBOFT,
     HRA,
     MiSS,
+    RandLoRA,
     AdaLoRA,
     IA3,  # before WeightValue, whose only slot it has too
     PeftIA3,

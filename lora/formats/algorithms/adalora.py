@@ -55,6 +55,11 @@ class AdaLoRA(Algorithm):
         scaling = 1.0 if self.ada_scaling is None else float(self.ada_scaling)
         return LowRank(down, self.ada_b, scaling)
 
+    @property
+    def needs_weight(self) -> bool:
+        """False."""
+        return False
+
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * B (E * A)."""
         factors = self.low_rank()

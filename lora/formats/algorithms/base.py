@@ -62,6 +62,11 @@ class Algorithm(ABC):
         return ()
 
     @property
+    def needs_weight(self) -> bool:
+        """Whether the change depends on the weight: True, unless an algorithm says that it does not."""
+        return True
+
+    @property
     def is_low_rank(self) -> bool:
         """Whether the change is a product of two factors that do not depend on the weight."""
         return False

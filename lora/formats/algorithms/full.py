@@ -35,6 +35,11 @@ class _Whole(Algorithm):
 
 
 class _Difference(_Whole):
+    @property
+    def needs_weight(self) -> bool:
+        """False."""
+        return False
+
     def delta(self, weight: Tensor) -> Tensor:
         """The difference."""
         return placed(self._tensor, weight).reshape(weight.shape)

@@ -60,6 +60,11 @@ class LoHa(Algorithm):
                 return f"factors {list(a.shape)} and {list(b.shape)} do not fit the layer {list(shape)}"
         return None
 
+    @property
+    def needs_weight(self) -> bool:
+        """False."""
+        return False
+
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * (w1_a @ w1_b) * (w2_a @ w2_b)."""
         first = _pair(self.hada_w1_a, self.hada_w1_b, self.hada_t1, weight)

@@ -64,6 +64,11 @@ class LoKr(Algorithm):
             return f"lokr_w1 {list(first)} and lokr_w2 {list(second)} do not fit the layer {list(shape)}"
         return None
 
+    @property
+    def needs_weight(self) -> bool:
+        """False."""
+        return False
+
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * kron(w1, w2)."""
         first = _whole(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None, weight)

@@ -88,6 +88,11 @@ class LoRA(Algorithm):
             down = torch.einsum("mnhw,ni->mihw", self.lora_mid.float(), flat)
         return LowRank(down, self.lora_up.flatten(1), scaling(self.alpha, self.rank))
 
+    @property
+    def needs_weight(self) -> bool:
+        """False."""
+        return False
+
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * (up @ down + sparse)."""
         up = placed(self.lora_up, weight).flatten(1)
@@ -118,6 +123,11 @@ class LoRABias(Algorithm):
         """See `Algorithm.misfit`."""
         fits = tuple(self.lora_up_bias.shape) == shape
         return None if fits else f"{list(self.lora_up_bias.shape)} is not the bias {list(shape)}"
+
+    @property
+    def needs_weight(self) -> bool:
+        """False."""
+        return False
 
     def delta(self, weight: Tensor) -> Tensor:
         """scaling * lora_B.bias."""

@@ -41,6 +41,11 @@ class MiSS(Algorithm):
             fits = ours[1] == ours[2] and ours[0] * ours[1] == shape[0] and shape[1] % ours[1] == 0
         return None if fits else f"miss_block {list(ours)} does not fit the layer {list(shape)}"
 
+    @property
+    def needs_weight(self) -> bool:
+        """Whether it is "bat"."""
+        return self.miss_block.dim() == 3
+
     def delta(self, weight: Tensor) -> Tensor:
         """The repeated block, or T B + B for each tile."""
         block = placed(self.miss_block, weight)

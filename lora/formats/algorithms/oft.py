@@ -1,4 +1,4 @@
-"""OFT and BOFT: the outputs of a layer rotated in blocks (arXiv 2306.07280, 2311.06243; PEFT's on inputs).
+"""OFT and BOFT: the outputs of a layer rotated in blocks (arXiv 2306.07280, 2311.06243).
 
 kohya and LyCORIS: with Q = B - B^T, shrunk so that norm(Q) <= alpha * out, and R = (I + Q)(I - Q)^-1, each
 block of output rows is multiplied by R^T, then every row by `rescale` (LyCORIS' `DiagOFTModule`,
@@ -7,17 +7,12 @@ which multiply by R in place of R^T (LyCORIS' `ButterflyOFTModule`).
 
 ComfyUI's training node has LyCORIS' form, with norm(Q) <= alpha (`comfy/weight_adapter/oft.py`).
 
-PEFT rotates the inputs, W' = W R^T, and stores the upper triangle of Q. Its R is the Cayley transform's
-Neumann series of a few terms, as `OFTRotationModule._cayley_batch` computes it, unless its config says
-otherwise. OneTrainer's `OFTModule` does the same for linear layers, and multiplies a convolution by R in
-place of R^T; its scaled form divides the stored numbers by 2 sqrt(b - 1), b the size of a block.
+PEFT's and OneTrainer's OFT turns the inputs: see `peft_oft`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -101,61 +96,3 @@ def _butterfly(rows: Tensor, blocks: Tensor, stage: int) -> Tensor:
     shuffled = rows.reshape(-1, 2, stride, columns).transpose(1, 2).reshape(count, size, columns)
     turned = torch.bmm(blocks, shuffled)
     return turned.reshape(-1, stride, 2, columns).transpose(1, 2).reshape(rows.shape)
-
-
-def block_size(oft_r: Tensor) -> int:
-    """b, of [n, b (b - 1) / 2]."""
-    return (1 + math.isqrt(1 + 8 * oft_r.shape[-1])) // 2
-
-
-@dataclass(frozen=True, eq=False)
-class PeftOFT(Algorithm):
-    """PEFT's OFT: rotations of blocks of inputs."""
-
-    name: ClassVar[str] = "oft"
-
-    oft_r: Tensor
-    """[n, b (b - 1) / 2]: the upper triangle of each block's Q; one block may serve for all inputs."""
-    neumann_terms: Tensor | None = None
-    """How many terms of the series; 0 for the exact transform (I - Q)(I + Q)^-1; PEFT's default is 5."""
-
-    @property
-    def rank(self) -> int:
-        """The size of a block."""
-        return block_size(self.oft_r)
-
-    def misfit(self, shape: Shape) -> str | None:
-        """See `Algorithm.misfit`."""
-        triangles, size = tuple(self.oft_r.shape), self.rank if self.oft_r.dim() == 2 else 0
-        inputs = math.prod(shape[1:])
-        if len(triangles) != 2 or size * (size - 1) // 2 != triangles[1]:
-            return Flaw(f"oft_R {list(triangles)} holds no upper triangles")
-        if triangles[0] * size != inputs and (triangles[0] != 1 or inputs % size):
-            return f"oft_R {list(triangles)} does not make up the {inputs} inputs of the layer"
-        return None
-
-    def delta(self, weight: Tensor) -> Tensor:
-        """W R^T - W."""
-        base = placed(weight, weight).flatten(1)
-        size = self.rank
-        blocks = base.reshape(base.shape[0], -1, size).transpose(0, 1)
-        rotation = self._rotation(weight).expand(blocks.shape[0], size, size)
-        turned = torch.bmm(blocks, rotation.transpose(1, 2)).transpose(0, 1).reshape(base.shape)
-        return (turned - base).reshape(weight.shape)
-
-    def _rotation(self, weight: Tensor) -> Tensor:
-        values, size = placed(self.oft_r, weight), self.rank
-        rows, columns = torch.triu_indices(size, size, 1, device=values.device)
-        skew = values.new_zeros(values.shape[0], size, size)
-        skew[:, rows, columns] = values
-        skew = skew - skew.transpose(1, 2)
-        identity = torch.eye(size, device=values.device).expand_as(skew)
-        terms = 5 if self.neumann_terms is None else int(self.neumann_terms)
-        if terms == 0:
-            return torch.linalg.solve(identity + skew, identity - skew)
-        # I + 2 Q + 2 Q^2 + ... + Q^n; PEFT counts the last power once, and stops at 3 at the earliest.
-        total, power, last = identity.clone(), identity, 1 if terms == 2 else max(3, terms - 1)
-        for exponent in range(1, last + 1 if terms > 1 else 1):
-            power = torch.bmm(power, skew)
-            total.add_(power, alpha=1.0 if exponent == last > 1 else 2.0)
-        return total

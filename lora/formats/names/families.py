@@ -7,6 +7,7 @@ they leave several families or none.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Set
 
@@ -14,14 +15,19 @@ from lora.formats.header import Header, TensorInfo
 from lora.formats.names.family import (
     ALL,
     CHROMA,
+    COGVIDEO,
     FLUX1,
     FLUX2,
     HUNYUAN,
+    HUNYUAN_DIT,
     LANGUAGE,
     LTX,
     LUMINA,
+    MOCHI,
+    PIXART,
     QWEN,
     REFINER,
+    SANA,
     SD1,
     SD2,
     SD3,
@@ -63,12 +69,17 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"transformer_blocks_(?:[89]|1[0-8])_attn_", (SD3, FLUX1, CHROMA, QWEN, HUNYUAN)),
     (r"transformer_blocks_(?:19|2\d|3[0-7])_attn_", (SD3, QWEN, HUNYUAN)),
     (r"transformer_blocks_(?:3[89]|[45]\d)_attn_", (QWEN, HUNYUAN)),
-    (r"transformer_blocks_\d+_attn2_", (SD3, LTX)),
+    (r"transformer_blocks_\d+_attn2_", (SD3, LTX, PIXART, SANA)),
     (r"transformer_blocks_\d+_ff(?:_context)?_linear_(?:in|out)", (FLUX2,)),
-    (r"transformer_blocks_\d+_ff_(?:context_)?net_", (SD3, FLUX1, CHROMA, HUNYUAN, LTX)),
+    (
+        r"transformer_blocks_\d+_ff_(?:context_)?net_",
+        (SD3, FLUX1, CHROMA, HUNYUAN, LTX, PIXART, COGVIDEO),
+    ),
     (r"transformer_blocks_\d+_ff_context_net_", (SD3, FLUX1, CHROMA, HUNYUAN)),
     (r"transformer_blocks_\d+_norm1_context", (SD3, FLUX1, HUNYUAN)),
-    (r"transformer_blocks_\d+_(?:audio_)?attn1_", (LTX,)),
+    (r"transformer_blocks_\d+_attn1_", (LTX, PIXART, SANA, COGVIDEO, MOCHI)),
+    (r"transformer_blocks_\d+_attn1_(?:add_|to_add_)", (MOCHI,)),
+    (r"transformer_blocks_\d+_audio_attn1_", (LTX,)),
     (r"single_transformer_blocks_", (*_FLUXES, HUNYUAN)),
     (r"single_transformer_blocks_\d+_(?:attn_to_[qkv](?:_|$)|proj_)", (FLUX1, CHROMA, HUNYUAN)),
     (r"single_transformer_blocks_\d+_norm_linear", (FLUX1, HUNYUAN)),
@@ -79,7 +90,9 @@ _NAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"context_embedder_(?!token_refiner|time_text|proj_in)", (SD3, *_FLUXES)),
     (r"x_embedder_(?!proj)", (*_FLUXES, LUMINA)),
     (r"context_embedder_(?:token_refiner|time_text_embed|proj_in)", (HUNYUAN,)),
-    (r"blocks_\d+_(?:attn[12]_(?:to_|add_|norm_)|ffn_net_)|condition_embedder_", (WAN,)),
+    (r"blocks_\d+_attn[12]_(?:to_|norm_)", (WAN, HUNYUAN_DIT)),
+    (r"blocks_\d+_(?:attn[12]_(?:add_|norm_added_)|ffn_net_)|condition_embedder_", (WAN,)),
+    (r"blocks_\d+_ff_net_", (HUNYUAN_DIT,)),
     (r"(?:layers|noise_refiner|context_refiner)_\d+_attn_(?:to_|norm_)", (LUMINA,)),
     (r"(?:layers|noise_refiner|context_refiner)_\d+_feed_forward_linear_", (LUMINA,)),
     (r"(?:layers|noise_refiner|context_refiner)_\d+_attention_to_|all_x_embedder", (ZIMAGE,)),
@@ -133,6 +146,14 @@ _WIDTHS: Mapping[int, tuple[str, ...]] = {
 }
 """How many values a transformer's attention reads per token -> the families of that width."""
 
+_ATTN1 = {
+    **{1152: (PIXART, SANA), 2240: (SANA,), 1920: (COGVIDEO,), 1408: (HUNYUAN_DIT,)},
+    **{2048: (LTX,), 4096: (LTX,), 3072: (COGVIDEO, MOCHI, WAN), 1536: (WAN,), 5120: (WAN,)},
+}
+"""The same, of those who call it `attn1`, as the U-Nets do."""
+
+_UNETS_OWN = re.compile(r"attentions|(?:in|out)put_blocks|middle_block")
+
 _DEPTHS = (
     (
         re.compile(r"(?:transformer|double|joint)_blocks_(\d+)_"),
@@ -147,7 +168,7 @@ _DEPTHS = (
 
 _NAMES_COMPILED = tuple((re.compile(pattern), frozenset(names)) for pattern, names in _NAMES)
 _READS = re.compile(
-    r"(?:attn2[._]to_[kv]|attn[._](?:to_q|add_k_proj|qkv|proj)|attention[._](?:to_q|qkv)"
+    r"(?:attn2[._]to_[kv]|attn1[._]to_[qkv]|attn[._](?:to_q|add_k_proj|qkv|proj)|attention[._](?:to_q|qkv)"
     r"|(?:input_blocks[._]1[._]0[._]in_layers[._]2|down_blocks[._]0[._]resnets[._]0[._]conv1))$"
 )
 
@@ -190,6 +211,10 @@ def families_by_widths(header: Header) -> Families:
 
 def _by_width(stem: str, slots: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
     width = inputs_by(slots) or 0
+    if "attn1" in stem[-11:]:
+        # Its matrix is square: an OFT shows the outputs.
+        width = width or math.prod(slots.get("oft_blocks", ())[-3:-1])
+        return () if _UNETS_OWN.search(stem) else _ATTN1.get(width, ())
     if "attn2" in stem[-11:]:
         family = CROSS_ATTENTION_WIDTHS.get(width)
         return (family,) if family else ()

@@ -11,8 +11,13 @@ SD1, SD2, XL, REFINER = "SD 1.5", "SD 2", "SDXL", "SDXL refiner"
 SD3, FLUX1, FLUX2, CHROMA = "SD 3", "Flux.1", "Flux.2", "Chroma"
 QWEN, HUNYUAN, WAN, LTX = "Qwen-Image", "HunyuanVideo", "Wan", "LTX"
 ZIMAGE, LUMINA, LANGUAGE = "Z-Image", "Lumina 2", "language model"
+PIXART, SANA, COGVIDEO = "PixArt", "Sana", "CogVideoX"
+MOCHI, HUNYUAN_DIT = "Mochi", "Hunyuan-DiT"
 
-TRANSFORMERS = (SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA)
+TRANSFORMERS = (
+    *(SD3, FLUX1, FLUX2, CHROMA, QWEN, HUNYUAN, WAN, LTX, ZIMAGE, LUMINA),
+    *(PIXART, SANA, COGVIDEO, MOCHI, HUNYUAN_DIT),
+)
 """The families whose drawing component is a transformer."""
 
 UNETS = frozenset({SD1, SD2, XL, REFINER})
@@ -25,15 +30,19 @@ _NAMED_SO = tuple(
     (re.compile(pattern), name)
     for pattern, name in (
         (r"refiner", REFINER),
-        (r"pixart", "PixArt"),
+        (r"pixart", PIXART),
+        (r"(?<![a-z])sana(?![a-z])", SANA),
+        (r"cogvideo", COGVIDEO),
+        (r"(?<![a-z])mochi(?![a-z])", MOCHI),
+        (r"hunyuan[_ -]?dit", HUNYUAN_DIT),
         (r"kolors", "Kolors"),
         (r"auraflow|pony.?v?7", "AuraFlow"),
         (r"cascade", "Stable Cascade"),
         (r"hidream", "HiDream"),
         (r"sdxl|xl(?![a-z])|(?<![a-z])pony|illustrious|noob|animagine|ssd-?1b", XL),
         (r"cosmos|anima(?![a-z])", "Cosmos"),
-        (r"(?<![a-z])sd[_ -]?v?1|diffusion-v?1", SD1),
-        (r"(?<![a-z])sd[_ -]?v?2|diffusion-v?2", SD2),
+        (r"(?<![a-z])sd[_ -]?v?1|diffusion-v?1|v1-5-pruned", SD1),
+        (r"(?<![a-z])sd[_ -]?v?2|diffusion-v?2|v2-1_(?:512|768)", SD2),
         (r"(?<![a-z])sd[_ -]?v?3|diffusion-v?3", SD3),
         (r"(?<![a-z])chroma(?![a-z])", CHROMA),
         (r"(?<![a-z])flux[._ -]?2", FLUX2),
@@ -51,8 +60,14 @@ _NAMED_SO = tuple(
 A maker's name is no family: Qwen makes language models, too, and only shapes tell those.
 """
 
-BASES = ("ss_base_model_version", "modelspec.architecture", "base_model_name_or_path")
-"""The fields that name a base model; the last is one of PEFT's config."""
+BASES = ("ss_base_model_version", "modelspec.architecture")
+"""The fields that name a kind of base model."""
+
+FILES = ("base_model_name_or_path", "base_model", "baseModel", "ss_sd_model_name")
+"""The fields that name one base model, as its maker called it; the first is one of PEFT's config."""
+
+_ONETRAINER = re.compile(r'"model_type"\s*:\s*"(\w+)"')
+"""Where OneTrainer's `ot_config` names the kind of its base model."""
 
 
 def family_of(base: str) -> str | None:
@@ -62,11 +77,14 @@ def family_of(base: str) -> str | None:
 
 def claimed(fields: Mapping[str, object]) -> str | None:
     """The family that a file's metadata and its PEFT config name; None if they name none that is known."""
-    for field in BASES:
-        name = str(fields.get(field) or "")
-        own = field != BASES[-1]
-        # A config may name a folder of somebody's: only its last part, and only well-known names.
-        family = family_of(name if own else name.rstrip("/").rpartition("/")[2])
-        if family and (own or family in ALL):
+    told = _ONETRAINER.search(str(fields.get("ot_config") or ""))
+    kinds = [str(fields.get(field) or "") for field in BASES]
+    for name in (*kinds, told[1].replace("_", "-") if told else ""):
+        if family := family_of(name):
+            return SD2 if family == SD1 and fields.get("ss_v2") == "True" else family
+    for field in FILES:
+        # It may be a folder of somebody's: only its last part, and only well-known names.
+        family = family_of(str(fields.get(field) or "").rstrip("/").rpartition("/")[2])
+        if family in ALL:
             return SD2 if family == SD1 and fields.get("ss_v2") == "True" else family
     return SD2 if fields.get("ss_v2") == "True" else None

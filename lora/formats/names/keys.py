@@ -124,11 +124,17 @@ class KeyMap:
 
     def match(self, key: str) -> Match | None:
         """The module and the slot of a key. The stem is its longest beginning that is a module's name;
-        None if it has none, with the words of wrappers and without.
+        None if it has none, with the words of wrappers and without. A form with a known slot goes before one
+        without: a wrapper may stand between the module and the suffix.
         """
         if len(key) > MAX_KEY:
             return None
-        return self._match(key) or next(filter(None, map(self._match, other_forms(key))), None)
+        match = self._match(key)
+        if match and match.slot[0] != "?":
+            return match
+        others = [other for other in map(self._match, other_forms(key)) if other]
+        known = (other for other in others if not other.slot.startswith("?"))
+        return next(known, match or next(iter(others), None))
 
     def _match(self, key: str) -> Match | None:
         stem, dot, suffix = key.rpartition(".")

@@ -19,7 +19,7 @@ from enum import StrEnum
 from lora.formats.names.keys import KeyMap, Target
 from lora.formats.names.prefixes import PEFT_PREFIX, prefixes_of
 from lora.formats.names.sgm import sgm_path
-from lora.formats.names.slots import LYCORIS, LYCORIS_NORMS, ONE_NUMBER, PEFT, SAME
+from lora.formats.names.slots import LYCORIS, LYCORIS_NORMS, PEFT, SAME
 from lora.formats.names.wan import wan_path
 
 
@@ -41,7 +41,7 @@ _IN_CONFIG: Mapping[Naming, Set[str]] = {
     Naming.KOHYA: frozenset(),
     Naming.ORIGINAL: frozenset(),
     Naming.DIFFUSERS: frozenset({"alpha"}),
-    Naming.PEFT: frozenset(ONE_NUMBER),
+    Naming.PEFT: frozenset({"alpha", "neumann_terms", "on_input"}),
 }
 """The slots that a naming stores in its config; they have no key."""
 
@@ -74,10 +74,13 @@ _WORDS: Mapping[str, str] = {
     "dora_scale": "DoRA magnitudes of the inputs",
     "oft_blocks": "LyCORIS' OFT",
     "oft_r": "PEFT's OFT",
+    **dict.fromkeys(("clipped_oft", "cans_oft"), "OneTrainer's clipped or CANS OFT"),
+    **dict.fromkeys(("dora_log_multiplier", "dora_multiplier", "initial_norm"), "DoRA over OFT"),
     "boft_r": "PEFT's BOFT",
     "hra_u": "PEFT's HRA",
     "miss_block": "PEFT's MiSS",
     "ada_e": "AdaLoRA",
+    "randlora_lambda": "PEFT's RandLora",
     "a1": "GLoRA",
     "on_input": "LyCORIS' IA3",
     "ia3_l": "PEFT's IA3",

@@ -14,6 +14,7 @@ OTHERS: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("an IP-Adapter FaceID", r"(?:ip_adapter\.)?\d+\.to_(?:q|k|v|out)_lora\."),
         ("an IP-Adapter", r"image_proj\.|ip_adapter\.|\d+\.to_[kv]_ip\."),
         ("a hypernetwork", r"(?:320|640|768|1024|1280|2048)\.[01]\."),
+        ("an adapter for Stable Video Diffusion", r".*[._]temporal_transformer_blocks[._]"),
         ("an AnimateDiff motion LoRA", r".*[._]motion_modules[._].*lora"),
         ("an AnimateDiff motion module", r".*[._](?:motion_modules|temporal_transformer)[._]"),
         ("a T2I-Adapter", r"(?:adapter\.)?body\.\d+\.(?:resnets|in_conv|block1)"),

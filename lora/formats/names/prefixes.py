@@ -66,11 +66,12 @@ def prefixes_of(component: str) -> Prefixes:
 
 
 _WORDS = (
-    "(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|module"
+    "(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_fpw_module|_forward_module|_?module"
     "|base_model[._]model)"
 )
 _WRAPPERS = re.compile(rf"(?:^|(?<=\.)){_WORDS}\.|(?<=_){_WORDS}_")
-"""The words that torch.compile, DDP, FSDP, activation checkpointing, DeepSpeed and PEFT put into names."""
+"""The words that torch.compile, DDP, FSDP, activation checkpointing, DeepSpeed, Opacus and PEFT put into
+names."""
 
 _OUTER = ("model.", "pipe.", "pipeline.", "network.")
 """What trainers call the whole that a component belongs to."""

@@ -50,11 +50,17 @@ def _rotated(slots: Slots) -> Shape:
 def _rotated_input(slots: Slots) -> Shape:
     count, numbers = slots["oft_r"][:2]
     side = (1 + math.isqrt(1 + 8 * numbers)) // 2  # numbers = side * (side - 1) / 2
-    return (1, count * side)
+    factors = ("dora_log_multiplier", "dora_multiplier", "dora_scale")
+    outputs = next((math.prod(slots[name]) for name in factors if name in slots), 1)
+    return (outputs, count * side)
 
 
 def _of_butterfly(slots: Slots) -> Shape:
     return (math.prod(slots["boft_s"]), math.prod(slots["boft_r"][1:3]))
+
+
+def _of_block(block: Shape) -> Shape:
+    return (block[0] * block[1], block[1]) if len(block) == 3 else block[::-1]
 
 
 def _scaled(factors: Shape) -> Shape:
@@ -72,7 +78,8 @@ SHAPES: Mapping[str, Callable[[Slots], Shape]] = {
     "oft_r": _rotated_input,
     "boft_r": _of_butterfly,
     "hra_u": lambda slots: (1, slots["hra_u"][0]),
-    "miss_block": lambda slots: (slots["miss_block"][-1], 1),
+    "randlora_lambda": lambda slots: (slots["randlora_gamma"][1],) * 2,
+    "miss_block": lambda slots: _of_block(slots["miss_block"]),
     "ada_a": lambda slots: (slots["ada_b"][0], slots["ada_a"][1]),
     "diff": lambda slots: slots["diff"],
     "ia3_l": lambda slots: _scaled(slots["ia3_l"]),

@@ -28,8 +28,8 @@ LYCORIS_NORMS: Mapping[str, str] = {"diff": "w_norm", "diff_b": "b_norm"}
 """The same, for the modules that LyCORIS has for norms."""
 
 ONE_NUMBER = (
-    *("alpha", "constraint", "on_input", "neumann_terms", "scaled_oft"),
-    *("gram_schmidt", "ada_scaling"),
+    *("alpha", "constraint", "on_input", "neumann_terms", "turned_back", "scaled_oft"),
+    *("gram_schmidt", "ada_scaling", "randlora_alpha", "clipped_oft", "cans_oft"),
 )
 """The slots that hold one number. PEFT keeps them in its config."""
 
@@ -68,8 +68,13 @@ SLOTS: Mapping[str, str] = {
     "lora_A": "ada_a",  # AdaLoRA's, which are no modules and have no `weight`
     "lora_B": "ada_b",
     "lora_E": "ada_e",
+    "randlora_lambda": "randlora_lambda",
+    "randlora_gamma": "randlora_gamma",
+    "randlora_A": "randlora_a",
+    "randlora_B": "randlora_b",
     # OneTrainer's
-    "oft_R.scaled_oft": "scaled_oft",
+    **{f"oft_R.{slot}": slot for slot in ("scaled_oft", "clipped_oft", "cans_oft")},
+    **{slot: slot for slot in ("dora_log_multiplier", "dora_multiplier", "initial_norm")},
     # parameters given whole; LyCORIS' IA3 factors are called `weight`, too
     **{suffix: suffix for suffix in BARE},
     "base_layer.bias": "bias",  # PEFT's `bias="all"` and "lora_only"
@@ -82,6 +87,7 @@ SLOTS: Mapping[str, str] = {
     "p_layer.weight": "p_layer",
     "lambda_layer": "lambda_layer",
     "reshape_weight": "reshape_weight",
+    "oft_diag": "oft_diag",
 }
 """Suffix of a key -> slot: the field of an algorithm that takes the tensor."""
 
@@ -94,6 +100,7 @@ REFUSED: Mapping[str, str] = {
     "p_layer": _T_LORA,
     "lambda_layer": _T_LORA,
     "reshape_weight": "reshape_weight would change the layer's shape",
+    "oft_diag": "an early OFT of LyCORIS (2023), which its later versions do not read",
 }
 """Slots of forms that cannot be applied, and why."""
 
@@ -110,7 +117,8 @@ STEPS: Mapping[str, str] = {
 
 _NAMED = re.compile(
     r"(lora_[AB]|lora_magnitude_vector|oft_R|modules_to_save|ln_tuning_layers)\.([\w-]+)\.(weight|bias)"
-    r"|(lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+|boft_[Rs]|hra_u|miss_block|lora_[ABE])"
+    r"|(lora_magnitude_vector|ia3_l|hada_\w+|lokr_\w+|boft_[Rs]|hra_u|miss_block|lora_[ABE]"
+    r"|randlora_\w+)"
     r"\.(default(?:_\d+)?)"
 )
 """PEFT may leave an adapter's name in its own (`lora_A.NAME.weight`). Where no `weight` follows, only the

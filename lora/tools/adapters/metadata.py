@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from lora.formats.names.family import BASES
+from lora.formats.names.family import BASES, FILES
 
 MAX_TEXT = 300
 """Characters of one fact."""
@@ -117,7 +117,7 @@ def word_counts(metadata: Mapping[str, str]) -> dict[str, int]:
 def named_bases(metadata: Mapping[str, str], config: str | None) -> dict[str, str]:
     """Field -> the base model that it names."""
     fields: dict[str, Any] = {**json_or_empty(config, dict), **metadata}
-    return {name: clean(fields[name]) for name in BASES if fields.get(name)}
+    return {name: clean(fields[name]) for name in (*BASES, *FILES) if fields.get(name)}
 
 
 Parsed = TypeVar("Parsed", dict[str, Any], list[Any])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lora.formats.embeddings import BUNDLE, ENCODERS, is_embedding
+from lora.formats.embeddings import BUNDLE, ENCODERS, word_keys
 from lora.formats.header import Header
 from lora.formats.names.families import evidence
 from lora.formats.names.family import LANGUAGE, SD1, SD2, TRANSFORMERS
@@ -13,6 +13,9 @@ from lora.formats.names.prefixes import COMPONENTS, unwrapped
 from lora.formats.names.sgm import SD_BLOCKS, SDXL_BLOCKS
 from lora.formats.names.shapes import parameters_by
 from lora.formats.names.slots import Shape, split_key
+
+LARGE_CLIP = 1280
+"""Numbers of a token in the second text encoder of SDXL."""
 
 
 def component_of(stem: str, main: str) -> tuple[str, str]:
@@ -60,15 +63,17 @@ def own_key_map(header: Header) -> KeyMap:
 
 def _by_module(header: Header, main: str) -> dict[tuple[str, str], dict[str, Shape]]:
     modules: dict[tuple[str, str], dict[str, Shape]] = {}
+    words = word_keys(header.tensors, header.tensors)
     for key, info in header.tensors.items():
-        parts = None if is_embedding(key) else split_key(key)
+        parts = None if key in words else split_key(key)
         if parts:
             modules.setdefault(component_of(parts[0], main), {})[parts[1]] = info.shape
     return modules
 
 
 def _embedding_widths(header: Header) -> Iterator[tuple[str, int]]:
-    for key, info in header.tensors.items():
-        if is_embedding(key) and info.shape:
+    for key in sorted(word_keys(header.tensors, header.tensors)):
+        if shape := header.tensors[key].shape:
             kind = key.rpartition(".")[2] if key.startswith(BUNDLE) else key
-            yield ENCODERS.get(kind, "text_encoder"), info.shape[-1]
+            second = "text_encoder_2" if shape[-1] == LARGE_CLIP else "text_encoder"
+            yield ENCODERS.get(kind, second), shape[-1]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lora.errors import ToolError
+from lora.formats.algorithms.peft_oft import PeftOFT
 from lora.formats.names.naming import MAGNITUDE_OF, Namer, Naming, bare_path, suffix, trouble
-from lora.formats.names.prefixes import PEFT_PREFIX
+from lora.formats.names.prefixes import COMPONENTS, PEFT_PREFIX
 from lora.formats.names.slots import ONE_NUMBER
 from lora.tools.adapters.parts import Adapter, Part
 from lora.tools.adapters.peft_configs import USE_OTHER_NAMING
@@ -30,7 +31,9 @@ class PartNames:
     def keys(self, part: Part, slots: Mapping[str, Tensor]) -> dict[str, str]:
         """Slot -> key, without what goes into a config. Raises: ToolError if the naming cannot express a
         slot."""
-        keys = {slot: part.keys.get(slot) or self._new_key(part, slot) for slot in slots}
+        # `turned_back` is told by the names, which stay.
+        stored = [slot for slot in slots if slot != "turned_back"]
+        keys = {slot: part.keys.get(slot) or self._new_key(part, slot) for slot in stored}
         return {slot: key for slot, key in keys.items() if key is not None}
 
     def _new_key(self, part: Part, slot: str) -> str | None:
@@ -44,8 +47,9 @@ class PartNames:
         return f"{part.stem}.{ending}"
 
     def component(self, part: Part) -> str:
-        """The component whose config has the part."""
-        return part.target.component or part.stem.partition(".")[0]
+        """The component whose config has the part; empty if the file names none."""
+        first = part.stem.partition(".")[0]
+        return part.target.component or (first if first in COMPONENTS else "")
 
     def config_path(self, part: Part) -> str:
         """The module's name in the config."""
@@ -101,6 +105,9 @@ def in_naming(part: Part, naming: Naming) -> dict[str, Tensor]:
             slots["alpha"] = torch.tensor(alpha)
     if "oft_blocks" in slots:
         _rename_constraint(slots, naming)
+    if "oft_r" in slots:
+        flags = {slot: slots.pop(slot) for slot in ("turned_back", "scaled_oft") if slot in slots}
+        slots["oft_r"] = PeftOFT(slots["oft_r"], **flags).plain()
     if "lora_up" in slots and "lora_down" in slots:
         axes = len(part.target.parameters.get("weight", ())) or slots["lora_down"].dim()
         _rename_magnitude(slots, slots["lora_up"].shape[0], axes, MAGNITUDE_OF[naming])

@@ -42,9 +42,14 @@ def config_of(parts: Sequence[ConfigPart]) -> dict[str, Any]:
     only.
     """
     types = {kind for part in parts for kind in peft_types(part.slots)}
+    if not types:
+        raise ToolError(
+            "the adapter is of a PEFT method whose config the tools do not write",
+            "Convert it to --algorithm lora.",
+        )
     if len(types) != 1:
         raise ToolError(
-            f"one PEFT adapter cannot be {' and '.join(sorted(types)) or 'nothing'}",
+            f"one PEFT adapter cannot be {' and '.join(sorted(types))}",
             USE_OTHER_NAMING,
         )
     kind = types.pop()

@@ -76,7 +76,11 @@ def write_adapter(output: Path, adapter: Adapter, options: WriteOptions = WriteO
     else:
         metadata = _metadata(adapter.metadata)
         if laid.configs:
-            table = {f"{c}.{k}": v for c, config in laid.configs.items() for k, v in config.items()}
+            table = {
+                f"{component}.{field}".lstrip("."): value
+                for component, config in laid.configs.items()
+                for field, value in config.items()
+            }
             metadata[CONFIG_IN_FILE] = json.dumps(dict(sorted(table.items())), indent=2)
             metadata["format"] = "pt"
         with write_errors(output):

@@ -164,6 +164,10 @@ def test_a_file_whose_modules_are_known_and_whose_algorithm_is_not_is_unsupporte
     with pytest.raises(LoraUnsupported) as caught:
         load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
     assert "T-LoRA: the file lacks the base part" in str(caught.value)
+    with pytest.raises(LoraUnsupported) as caught:
+        early = {f"{SELF_SGM}.oft_diag": randn(16, 4, 4)}
+        load(write(tmp_path / "a.safetensors", early), engine.key_map, "x")
+    assert "an early OFT of LyCORIS" in str(caught.value)
 
 
 def test_a_parsed_file_does_not_need_the_file_any_more(engine: LoraEngine, tmp_path: Path) -> None:

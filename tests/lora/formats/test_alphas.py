@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+import peft
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ def alpha_of(config: dict[str, Any], name: str = "base_model.model.a.to_q") -> f
 @pytest.mark.parametrize(
     ("config", "alpha"),
     [
-        ({}, None),
+        ({}, 8),  # PEFT's default, as of the next two
+        ({"r": 4, "lora_alpha": None}, 8),
+        ({"r": 4, "use_rslora": True}, 16),
         ({"lora_alpha": 8}, 8),
         ({"lora_alpha": 8, "use_rslora": True}, 16),
         ({"alpha": 3}, 3),
@@ -37,6 +40,31 @@ def alpha_of(config: dict[str, Any], name: str = "base_model.model.a.to_q") -> f
 )
 def test_a_layers_alpha_is_pefts(config: dict[str, Any], alpha: float | None) -> None:
     assert alpha_of(config) == alpha
+
+
+def test_a_networks_own_file_names_no_component() -> None:
+    fields = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["to_q"]).to_dict()
+    told = {"lora_adapter_metadata": json.dumps(fields, default=sorted)}
+    slots = {"lora_down": randn(4, 8), "lora_up": randn(8, 4)}
+    Alphas.of(told).complete(slots, "unet", "a.to_q")
+    assert float(slots["alpha"]) == 6
+
+
+def test_pefts_default_rank_counts_for_whole_factors() -> None:
+    slots = {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(2, 2)}
+    Alphas.of({}, '{"peft_type": "LOKR", "alpha": 16}').complete(slots, "unet", "a")
+    assert torch.equal(slots["lokr_w1"], torch.full((2, 2), 2.0))
+
+
+@pytest.mark.parametrize("slots", [{"magnitude"}, {"dora_scale"}, set()])
+def test_a_dora_without_its_magnitudes_is_no_lora(slots: set[str]) -> None:
+    tensors = {name: randn(8) for name in slots} | {
+        "lora_up": randn(8, 4),
+        "lora_down": randn(4, 8),
+    }
+    reason = Alphas.of({}, '{"use_dora": true}').complete(tensors, "unet", "a")
+    assert (reason is None) is bool(slots)
+    assert "magnitudes are missing" in (reason or "magnitudes are missing")
 
 
 def test_a_files_own_alpha_goes_before_the_config() -> None:

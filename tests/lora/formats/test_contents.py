@@ -97,7 +97,7 @@ FOR_ANOTHER_MODEL: Mapping[str, Tensors] = {
     "no such parameter": {**tensors_of("lora"), f"{SELF}.diff_m": randn(1, 6, 64)},
     "a twin": {**tensors_of("lora"), TWIN: randn(64, 4)},
     "only unknown modules": {"lora_unet_other.diff": randn(3), "lora_unet_more.diff": randn(3)},
-    "no known name": {"one": randn(3), "other": randn(3)},
+    "no known name": {"one.two.three": randn(3), "other": randn(3)},
     "words for nobody": {**tensors_of("lora"), "bundle_emb.cat.t5": randn(2, 32)},
     "words of another width": {**tensors_of("lora"), "clip_l": randn(2, 33)},
 }

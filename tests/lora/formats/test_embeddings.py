@@ -113,9 +113,59 @@ def test_diffusers_learned_embeds_are_for_the_encoder_of_their_width(
     assert "<cat>" in caught.value.sentence
 
 
+@pytest.mark.parametrize(
+    "word", ["cat-toy", "my style", "v1.5", "cat", "*", "text_encoder", "café", "lora_unet_x"]
+)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_diffusers_takes_any_key_for_a_word(
+    engine: LoraEngine, tmp_path: Path, word: str, form: str
+) -> None:
+    path = tmp_path / "learned_embeds.safetensors"
+    if form == "bin":
+        torch.save({word: randn(12)}, tmp_path / "learned_embeds.bin")
+        convert(tmp_path / "learned_embeds.bin", path, 1_000_000)
+    else:
+        write(path, {word: randn(12)})
+    file = load(path, engine.key_map, "x")
+    (one,) = file.embeddings
+    assert (one.word, one.component, file.unused) == (word, "text_encoder_2", ())
+
+
+def test_several_words_may_be_in_one_file(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = {"cat": randn(8), "dog": randn(2, 12), "<s0>": randn(1, 8)}
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
+    assert {one.word for one in file.embeddings} == tensors.keys()
+    assert file.keys == 3
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.a.vera_lambda_b",
+        "a.b.c",
+        "conv.weight",
+        "a.hada_w3",
+        " ",
+        "x" * 200,
+    ],
+)
+def test_a_layers_tensor_is_no_word(engine: LoraEngine, tmp_path: Path, key: str) -> None:
+    others = {"a.lora_B.weight": randn(8, 2)} if key == "a.hada_w3" else {}
+    with pytest.raises((LoraUnsupported, LoraIncompatible)):
+        load(write(tmp_path / "a.safetensors", {key: randn(8), **others}), engine.key_map, "x")
+
+
+def test_a_word_beside_layers_must_have_a_form(engine: LoraEngine, tmp_path: Path) -> None:
+    tensors = {"unet.0.lora_A.weight": randn(2, 4), "unet.0.lora_B.weight": randn(4, 2)}
+    tensors |= {"cat": randn(8), "<dog>": randn(8)}
+    file = load(write(tmp_path / "a.safetensors", tensors), engine.key_map, "x")
+    assert [one.word for one in file.embeddings] == ["<dog>"]
+    assert [one.key for one in file.unused] == ["cat"]
+
+
 def test_a1111s_embedding_is_converted_and_read(engine: LoraEngine, tmp_path: Path) -> None:
     vectors = randn(2, 8)
-    own = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "cat"}
+    own = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": "within"}
     own |= {"step": 500, "sd_checkpoint": "abc", "sd_checkpoint_name": "v1-5"}
     torch.save(own, tmp_path / "cat.pt")
     convert(tmp_path / "cat.pt", tmp_path / "cat.safetensors", 1_000_000)

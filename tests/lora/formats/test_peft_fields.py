@@ -16,7 +16,7 @@ from tests.adapters import randn
 
 CONFIGS = (
     *(peft.LoraConfig, peft.LoHaConfig, peft.LoKrConfig, peft.OFTConfig, peft.IA3Config),
-    *(peft.LNTuningConfig, peft.HRAConfig, peft.MissConfig, peft.BOFTConfig),
+    *(peft.LNTuningConfig, peft.HRAConfig, peft.MissConfig, peft.BOFTConfig, peft.RandLoraConfig),
 )
 
 
@@ -51,7 +51,7 @@ def test_adaloras_schedule_is_no_matter() -> None:
         {"use_bdlora": {"a": 1}},
         {"arrow_config": {"top_k": 3}},
         {"a_field_of_tomorrow": 3},
-        *({"peft_type": kind} for kind in ("VERA", "RANDLORA", "SHIRA", "TOMORROW")),
+        *({"peft_type": kind} for kind in ("VERA", "C3A", "SHIRA", "TOMORROW")),
     ],
     ids=str,
 )

@@ -17,7 +17,7 @@ from lora.formats.names.slots import split_key
 from tests.adapters import write
 from tests.lora.tools import narrow
 
-STRANGE = ("oft_R.clipped_oft", "lokr_w1.scale", "lora_gate", "dora_scale.of_tomorrow")
+STRANGE = ("oft_R.of_tomorrow", "lokr_w1.scale", "lora_gate", "dora_scale.of_tomorrow")
 """Suffixes of no tensor that is read: a module that has one is not used without it."""
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.oft import OFT, PeftOFT
+from lora.formats.algorithms.oft import OFT
+from lora.formats.algorithms.peft_oft import PeftOFT
 from lora.formats.trainers import settle
 from tests.adapters import randn
 
@@ -75,12 +76,13 @@ def test_onetrainers_oft_is_turned_as_its_own_forward_does(
 )
 def test_the_flag_of_scaled_oft_may_be_cast(flag: Tensor) -> None:
     slots, _ = settled({"oft_r": torch.ones(3, 6), "scaled_oft": flag}, "lora_unet_a", LINEAR)
-    torch.testing.assert_close(slots["oft_r"], torch.full((3, 6), 1 / (2 * math.sqrt(3))))
+    expected = torch.full((3, 6), 1 / (2 * math.sqrt(3)))
+    torch.testing.assert_close(PeftOFT(**slots).plain(), expected)
 
 
 def test_a_flag_of_no_is_no_scale() -> None:
     slots, _ = settled({"oft_r": torch.ones(3, 6), "scaled_oft": torch.tensor(False)}, "a", LINEAR)
-    assert torch.equal(slots["oft_r"], torch.ones(3, 6))
+    assert torch.equal(PeftOFT(**slots).plain(), torch.ones(3, 6))
 
 
 @pytest.mark.parametrize(("stem", "has_config"), [("base_model.model.a", False), ("unet.a", True)])

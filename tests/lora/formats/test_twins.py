@@ -91,3 +91,15 @@ def test_magnitudes_half_flattened_are_understood(engine: LoraEngine, tmp_path: 
     file = read(engine, tmp_path, pair(FLAT, 1) | {half: randn(64)})
     assert file.unused == ()
     assert file.algorithms == ("dora",)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 4.0])
+def test_an_alpha_of_the_rank_says_what_its_absence_says(
+    engine: LoraEngine, tmp_path: Path, alpha: float
+) -> None:
+    tensors = pair(SELF_SGM, 1) | pair(DOTTED, 1, *PEFT)
+    file = read(engine, tmp_path, tensors | {f"{SELF_SGM}.alpha": torch.tensor(alpha)})
+    assert len(file.layers) == 1
+    assert all("says the same" in one.reason for one in file.unused)
+    with pytest.raises(LoraUnsupported):
+        read(engine, tmp_path, tensors | {f"{SELF_SGM}.alpha": torch.tensor(2.0)})

@@ -3,7 +3,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lora.formats.algorithms.oft import OFT, PeftOFT
+from lora.formats.algorithms.oft import OFT
+from lora.formats.algorithms.peft_oft import PeftOFT
 from tests.adapters import randn
 from tests.lora.checks import assert_delta, assert_misfits_are_told
 

@@ -40,6 +40,12 @@ INSIDE = SELF_ATTENTION.replace("transformer_blocks.0.", "transformer_blocks.0.{
         f"lora_unet_{FLAT.removesuffix('_to_q')}.to_q",
         f"unet_{FLAT}",
         FLAT,
+        f"_module.unet.{DOTTED}",
+        f"lora_unet__module_{FLAT}",
+        f"unet.{DOTTED}._orig_mod",
+        f"unet.{DOTTED}.module",
+        f"unet.{DOTTED}._fsdp_wrapped_module._checkpoint_wrapped_module",
+        f"module.base_model.model.{DOTTED}._orig_mod",
     ],
 )
 @pytest.mark.parametrize("suffix", ["lora_down.weight", "alpha"])
@@ -47,6 +53,12 @@ def test_a_wrapped_name_means_its_module(engine: LoraEngine, stem: str, suffix: 
     match = engine.key_map.match(f"{stem}.{suffix}")
     assert match is not None
     assert (match.target.path, match.slot) == (SELF_ATTENTION, suffix.partition(".")[0])
+
+
+def test_a_wrapper_within_a_suffix_is_taken_off_too(engine: LoraEngine) -> None:
+    match = engine.key_map.match(f"unet.{DOTTED}.lora_A.default._fsdp_wrapped_module.weight")
+    assert match is not None
+    assert (match.slot, match.adapter) == ("lora_down", "default")
 
 
 @pytest.mark.parametrize("name", ["unet.module_list.0", "motion_modules.0.a", "unet.remodule.a"])
@@ -68,7 +80,8 @@ def test_words_that_only_look_like_a_wrappers_stay(name: str) -> None:
         ("lora_A.scale_weight", "lora_down.step", ""),
         *((f"{known}.{word}", f"?{known}.{word}", "") for known in ("lokr_w1", "hada_w1_a", "ia3_l")
           for word in ("scale", "zero_point", "absmax", "weight_scale")),
-        ("oft_R.clipped_oft", "?oft_R.clipped_oft", ""),
+        ("oft_R.clipped_oft", "clipped_oft", ""),
+        ("oft_R.of_tomorrow", "?oft_R.of_tomorrow", ""),
         ("lora_A.scale", "?lora_A.scale", ""),
         ("lora_A.one.two.weight", "?lora_A.one.two.weight", ""),
     ],

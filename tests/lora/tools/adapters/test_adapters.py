@@ -154,7 +154,7 @@ def peft_folder(folder: Path, config: dict[str, object]) -> Path:
         ({"lora_alpha": 8}, 8.0),
         ({"lora_alpha": 8, "use_rslora": True}, 16.0),
         ({"lora_alpha": 8, "alpha_pattern": {"to_q": 3}}, 3.0),
-        ({}, 4.0),
+        ({}, 8.0),
     ],
 )
 def test_a_peft_folders_scaling_is_in_the_parts_alpha(
