@@ -132,7 +132,7 @@ def test_a_vllm_server_is_started_over_what_was_found(
     made = put(places / "cached", REPO, files)
     program, told = places / "bin" / "vllm", places / "told.json"
     program.parent.mkdir()
-    root = Path(__file__).parents[2]
+    root = ROOT
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, sys\n"
