@@ -1,1 +1,1 @@
-"""Answers jobs, from the platform's queue and over HTTP: pictures, frames, texts, and actions on LoRAs and presets."""
+"""Answers jobs, from RunPod's queue and over HTTP: pictures, frames, texts, actions on LoRAs."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.hub_caches import put
 from tests.text.small import base, tokenizer
 from text.loading import FILES, ModelUnusable
@@ -132,11 +133,10 @@ def test_a_vllm_server_is_started_over_what_was_found(
     made = put(places / "cached", REPO, files)
     program, told = places / "bin" / "vllm", places / "told.json"
     program.parent.mkdir()
-    root = ROOT
     program.write_text(
         f"#!{sys.executable}\n"
         "import json, sys\n"
-        f"sys.path.insert(0, {str(root)!r})\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
         f"open({str(told)!r}, 'w').write(json.dumps(sys.argv[1:]))\n"
         "from tests.vllm_stub import VllmStub\n"
         "port = int(sys.argv[sys.argv.index('--port') + 1])\n"
