@@ -10,9 +10,10 @@ import hmac
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import aiohttp
 from starlette.datastructures import Headers
@@ -59,6 +60,14 @@ class Refused(Exception):
         super().__init__(text)
 
 
+class Taken(NamedTuple):
+    """A worker that a request was given."""
+
+    worker: Worker
+    ended: Callable[[], object]
+    """The worker has answered: the request no longer counts as under way, whatever its client still reads."""
+
+
 class Balancer:
     """The endpoint as an ASGI application. `watch` must run beside it."""
 
@@ -93,11 +102,11 @@ class Balancer:
         """Passes one request, or one WebSocket, to a worker."""
         try:
             self._check_key(Headers(scope=scope))
-            async with self._chosen(Headers(scope=scope)) as worker:
+            async with self._chosen(Headers(scope=scope)) as taken:
                 if scope["type"] == "websocket":
-                    await self._pass_socket(WebSocket(scope, receive, send), worker)
+                    await self._pass_socket(WebSocket(scope, receive, send), taken)
                 else:
-                    await self._pass_request(scope, receive, send, worker)
+                    await self._pass_request(scope, receive, send, taken)
         except Refused as refused:
             answer = Json({"error": str(refused)}, refused.status)
             if scope["type"] == "websocket":
@@ -111,7 +120,7 @@ class Balancer:
             raise Refused(401, "unauthorized")
 
     @asynccontextmanager
-    async def _chosen(self, headers: Headers) -> AsyncIterator[Worker]:
+    async def _chosen(self, headers: Headers) -> AsyncIterator[Taken]:
         """The worker that the request asks for, else the one with the fewest requests."""
         deadline = time.monotonic() + self._rules.no_worker
         while not (ids := [name for name in self._healthy if self._pool.takes(name)]):
@@ -120,22 +129,19 @@ class Balancer:
             await asyncio.sleep(LOOK / 4)
         wanted = headers.get(AFFINITY)
         name = wanted if wanted in ids else min(sorted(ids), key=lambda one: self._under_way[one])
-        self._under_way[name] += 1
-        try:
-            yield self._pool.workers[name]
-        finally:
-            self._under_way[name] -= 1
+        with ExitStack() as counted:
+            self._under_way[name] += 1
+            counted.callback(self._under_way.subtract, [name])
+            yield Taken(self._pool.workers[name], counted.close)
 
     # --- requests -------------------------------------------------------------------------------
 
-    async def _pass_request(
-        self, scope: Scope, receive: Receive, send: Send, worker: Worker
-    ) -> None:
+    async def _pass_request(self, scope: Scope, receive: Receive, send: Send, taken: Taken) -> None:
         request = Request(scope, receive)
         body, size = await read(request, PAYLOAD)
         if size > PAYLOAD:
             raise Refused(413, f"the payload has {size / MB:.1f} MB; {PAYLOAD // MB} are allowed")
-        passing = asyncio.create_task(self._through(request, body, worker, send))
+        passing = asyncio.create_task(self._through(request, body, taken, send))
         gone = asyncio.create_task(_gone(receive))
         limit = self._rules.request_limit
         await asyncio.wait({passing, gone}, timeout=limit, return_when="FIRST_COMPLETED")
@@ -153,9 +159,9 @@ class Balancer:
             )  # so that the connection is closed in the answer's midst
         return None
 
-    async def _through(self, request: Request, body: bytes, worker: Worker, send: Send) -> None:
+    async def _through(self, request: Request, body: bytes, taken: Taken, send: Send) -> None:
         """Raises: Refused; _NotBegun if it is cancelled before the answer has begun."""
-        begun = False
+        begun, worker = False, taken.worker
         url = f"{_address(worker)}{request.url.path}"
         url += f"?{request.url.query}" if request.url.query else ""
         timeout = aiohttp.ClientTimeout(total=None)
@@ -173,10 +179,15 @@ class Balancer:
             ):
                 if (answer.content_length or 0) > PAYLOAD:
                     raise Refused(502, f"the answer is over {PAYLOAD // MB} MB")
-                begun = True
+                begun, left = True, answer.content_length
+                if left == 0:
+                    taken.ended()
                 await send(_head(answer, worker))
                 async for piece in answer.content.iter_any():
+                    if left is not None and (left := left - len(piece)) == 0:
+                        taken.ended()  # before its client can know, whose next request finds it so
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                taken.ended()
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except aiohttp.ClientError as error:
             if begun:
@@ -187,7 +198,8 @@ class Balancer:
 
     # --- WebSockets -----------------------------------------------------------------------------
 
-    async def _pass_socket(self, socket: WebSocket, worker: Worker) -> None:
+    async def _pass_socket(self, socket: WebSocket, taken: Taken) -> None:
+        worker = taken.worker
         url = f"{_address(worker)}{socket.url.path}"
         own = {name for name, _ in socket.headers.items() if name.startswith("sec-websocket-")}
         headers = [(n, v) for n, v in _passed_on(socket.headers.items()) if n not in own]
@@ -209,6 +221,7 @@ class Balancer:
                 for task in both:
                     task.cancel()
                 await asyncio.gather(*both, return_exceptions=True)
+                taken.ended()
                 with suppress(RuntimeError):  # the client has closed it
                     await socket.close(inner.close_code or 1001)
 
