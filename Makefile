@@ -49,10 +49,10 @@ format: $(VENV)/ready-dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-# Attackers of each promise, at random, for about 20 minutes; benchmarks/results/attack.json keeps what they did.
+# Attackers of each promise, at random, for about 25 minutes; benchmarks/results/attack.json keeps what they did.
 # Again as it was: make attack SEED=...
 attack: $(VENV)/ready-dev
-	ATTACK_SECONDS=60 ATTACK_SEED=$${SEED:-$$(date +%s)} OMP_NUM_THREADS=1 \
+	ATTACK_SECONDS=100 ATTACK_SEED=$${SEED:-$$(date +%s)} OMP_NUM_THREADS=1 \
 	    $(RUN) -m pytest tests/promises/attackers
 
 evaluate: $(VENV)/ready
