@@ -62,7 +62,9 @@ evaluate: $(VENV)/ready
 same: $(VENV)/ready
 	$(RUN) -m benchmarks.commits $(BEFORE)
 
+# make bench-lora BEFORE=COMMIT: that commit's engine, too, in turns with this one's
 bench-lora: $(VENV)/ready-dev
+	$(if $(BEFORE),$(RUN) -m benchmarks.lora_commits $(BEFORE))
 	$(RUN) -m benchmarks.lora_engine
 	$(RUN) -m benchmarks.lora_steps
 
