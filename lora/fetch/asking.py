@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,6 +75,11 @@ def table(value: Any) -> dict[str, Any]:
 def tables(value: Any) -> list[dict[str, Any]]:
     """The tables of a list; none if it is no list."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def is_sha256(digits: str) -> bool:
+    """Whether it is a sha256 in small hex digits, as hubs write it."""
+    return re.fullmatch("[0-9a-f]{64}", digits) is not None
 
 
 def text(value: Any) -> str:

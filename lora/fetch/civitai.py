@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.errors import LoraIncompatible, LoraNotFound
-from lora.fetch.asking import ask, table, tables, text
+from lora.fetch.asking import ask, is_sha256, table, tables, text
 from lora.fetch.sources import CIVITAI, CivitaiFile, RemoteFile
 from lora.fetch.web import Web
 from lora.formats.endings import PICKLES, SAFETENSORS
@@ -75,7 +75,7 @@ class Civitai:
             identity=f"{shown}/{chosen.get('id', name)}",
             shown=f"{shown}/{name}",
             file_name=name,
-            sha256=sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else None,
+            sha256=sha256 if is_sha256(sha256) else None,
             fixed=True,
         )
 

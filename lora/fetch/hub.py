@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from urllib.parse import quote
 
 from lora.durable import leads_out
 from lora.errors import AccessDenied, LoraError, LoraNotFound
-from lora.fetch.asking import Answer, ask, table, tables, text
+from lora.fetch.asking import Answer, ask, is_sha256, table, tables, text
 from lora.fetch.redaction import redact_url
 from lora.fetch.rules import WebRules, origin_of
 from lora.fetch.snapshots import SnapshotMissing, find_snapshot, is_being_filled, names_in
@@ -100,7 +99,7 @@ class Hub:
                 raise _NoCopy(f"{name} is a link to nothing")
         # A large file's blob has the name of its content.
         blob = (folder / chosen.name).resolve().name
-        known = chosen._replace(sha256=blob if _is_sha256(blob) else None)
+        known = chosen._replace(sha256=blob if is_sha256(blob) else None)
         return Copy(self._remote(hub_file, folder.name, known, files), folder / chosen.name)
 
     def ask(self, hub_file: HubFile) -> RemoteFile:
@@ -178,17 +177,13 @@ def _beside(name: str) -> Iterator[str]:
         yield from (str(path.with_name(other)) for other in (PEFT_CONFIG, *TEMPLATES))
 
 
-def _is_sha256(digits: str) -> bool:
-    return re.fullmatch("[0-9a-f]{64}", digits) is not None
-
-
 def _sibling(said: Mapping[str, Any]) -> _Sibling:
     """A file as the hub says it; what it says in another form than its API's counts as not said."""
     lfs, size = table(said.get("lfs")), said.get("size")
     sha256 = text(lfs.get("sha256"))
     return _Sibling(
         text(said.get("rfilename")),
-        sha256 if _is_sha256(sha256) else None,
+        sha256 if is_sha256(sha256) else None,
         size if type(size) is int and size >= 0 else None,
     )
 

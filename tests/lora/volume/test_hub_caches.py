@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,18 +29,6 @@ CONFIG = b'{"peft_type": "LORA", "r": 4, "lora_alpha": 32}'
 def hub(tmp_path: Path) -> Path:
     """A cache of the hub."""
     return tmp_path / "hub"
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody may open a connection, or ask for a host's address."""
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the network was asked")
-
-    for name in ("connect", "connect_ex"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def make(tmp_path: Path, *caches: Path, endpoint: str = "", **limits: float) -> VolumeCache:
